@@ -1,0 +1,29 @@
+"""Export: drop the side network, trace to ONNX, verify, and write the bundle."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if __name__ != "mdpd_deploy.export":
+    raise ImportError(
+        f"import mdpd_deploy.export, not {__name__!r}: pyproject.toml maps the folder"
+    )
+
+if TYPE_CHECKING:
+    from mdpd_deploy.export.packing import ExportOptions, Format, pack
+    from mdpd_deploy.export.recipe import SCRIPT_FILE, require_engine
+
+_HOME = {
+    "SCRIPT_FILE": "recipe",
+    "ExportOptions": "packing",
+    "Format": "packing",
+    "pack": "packing",
+    "require_engine": "recipe",
+}
+
+__all__ = ["SCRIPT_FILE", "ExportOptions", "Format", "pack", "require_engine"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,212 @@
+"""The gates: a bundle exists only if its graph passed every one of them (D12-D15).
+
+side_free  no tensor of a side network is in the graph
+identity   node for node the graph of the bare backbone with the same head
+parity     the numbers of PyTorch FP32, at several batch sizes and lengths
+metric     the task metric of PyTorch, which is the one that training reported
+golden     raw inputs through the bundle's own preprocessing give the right outputs
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mdpd_deploy.data.examples import Split
+from mdpd_deploy.data.preprocess import Preprocess, load_preprocess
+from mdpd_deploy.errors import VerificationError
+from mdpd_deploy.export.fade import Faded, make_comparable
+from mdpd_deploy.golden import Golden, load_golden, replay
+from mdpd_deploy.model import Deployed, WithSide
+from mdpd_deploy.onnx_graph import OnnxGraph, changed_weights, export_onnx, same_structure
+from mdpd_deploy.parity import Arrays, Parity, compare_with_torch, shape_batches, torch_outputs
+from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.sides.base import SideNetwork
+from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, compute
+
+METRIC_TOLERANCE = 1e-3  # 0.1 point, D15
+Verdict = Literal["passed", "skipped", "not applicable"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One verdict.
+
+    Attributes:
+        name: As the table above.
+        verdict: A gate that fails raises instead.
+        note: One sentence.
+        details: Numbers for `parity.json`.
+    """
+
+    name: str
+    verdict: Verdict
+    note: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def check_side_free(faded: Faded, graph: OnnxGraph) -> Gate:
+    """No side network in the module, by name in the graph, or by count of numbers in the graph."""
+    if not faded.faded:
+        return Gate("side_free", "not applicable", "--method side deploys its side network")
+    inside = [n for n, module in faded.model.named_modules() if isinstance(module, SideNetwork)]
+    weights = onnx.load(graph.path, load_external_data=False).graph.initializer
+    named = [tensor.name for tensor in weights if tensor.name.startswith("side")]
+    if inside or named:
+        raise VerificationError(f"side_free: {(inside + named)[0]} belongs to the side network.")
+    floats = [tensor for tensor in weights if tensor.data_type == onnx.TensorProto.FLOAT]
+    numbers = sum(int(np.prod(tensor.dims)) for tensor in floats)
+    expected = sum(tensor.numel() for tensor in faded.model.state_dict().values())
+    if numbers > expected + graph.nodes:  # the exporter adds a scalar constant here and there
+        raise VerificationError(
+            f"side_free: the graph holds {numbers} numbers, backbone and head only {expected}."
+        )
+    details = {"graph_numbers": numbers, "model_numbers": expected}
+    return Gate("side_free", "passed", "no side-network tensor in the graph", details)
+
+
+def check_identity(faded: Faded, graph: OnnxGraph) -> Gate:
+    """Node for node the bare backbone's graph; only values of changed tensors differ."""
+    if faded.bare is None:
+        return Gate("identity", "not applicable", "--method side deploys more than the backbone")
+    make_comparable(faded)
+    with tempfile.TemporaryDirectory(prefix="mdpd-bare-") as folder:
+        bare = export_onnx(faded.bare, Path(folder, "bare.onnx"))
+        differences = same_structure(graph.path, bare.path)
+        if differences:
+            raise VerificationError(f"identity: the graph is not the backbone's: {differences[0]}.")
+        values = changed_weights(graph.path, bare.path)
+    shapes = {name: tensor.dim() for name, tensor in faded.model.state_dict().items()}
+    vectors_only = all(shapes[name] <= 1 for name in faded.changed)
+    strays = sorted(set(values) - set(faded.changed)) if vectors_only else []
+    if strays:  # matrices are renamed by the exporter, so only vectors can be held to their names
+        raise VerificationError(
+            f"identity: {strays[0]} differs from the backbone's untuned weight."
+        )
+    note = f"{graph.nodes} nodes equal the bare backbone's; {len(values)} weights differ in value"
+    return Gate("identity", "passed", note, {"nodes": graph.nodes, "changed_weights": values})
+
+
+def check_parity(
+    model: Deployed | WithSide, runner: OnnxRunner, golden: Golden
+) -> tuple[Gate, Parity]:
+    """PyTorch's numbers at every shape that matters, and on the golden inputs."""
+    batches: list[tuple[str, Arrays]] = [*shape_batches(model), ("golden inputs", golden.arrays)]
+    parity = compare_with_torch(model, runner, batches)
+    if not parity.passed:
+        worst = max(parity.cases, key=lambda case: (not case.finite, case.max_abs_diff))
+        raise VerificationError(
+            f"parity: outputs differ from PyTorch by {parity.scaled_diff:.1e} of their spread at "
+            f"{worst.name}, allowed {parity.tolerance:.0e}."
+        )
+    note = f"largest difference {parity.scaled_diff:.1e} of the outputs' spread"
+    return Gate("parity", "passed", note, parity.to_json()), parity
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the metric gate compares.
+
+    Attributes:
+        split: Validation examples.
+        metrics: Metric names, the primary one first.
+        reported: `summary.metrics.deployed`, or None when other data is measured than in training.
+        batch: Examples per run.
+    """
+
+    split: Split
+    metrics: Sequence[str]
+    reported: dict[str, float] | None
+    batch: int
+
+
+def check_metric(
+    model: Deployed | WithSide,
+    runner: OnnxRunner,
+    preprocess: Preprocess,
+    measured: Measured,
+    parity: Parity,
+) -> Gate:
+    """The task metric by ONNX Runtime is PyTorch's, and PyTorch's is the one training reported."""
+    reference, outputs = _both_outputs(model, runner, preprocess, measured)
+    labels, names = measured.split.labels, measured.metrics
+    by_torch, by_onnx = compute(names, reference, labels), compute(names, outputs, labels)
+    flipped = flipped_predictions(reference, outputs, parity.tolerance * parity.spread)
+    if flipped:
+        raise VerificationError(
+            f"metric: {flipped} of {len(labels)} predictions differ from PyTorch's beyond rounding."
+        )
+    _compare("ONNX Runtime", by_onnx, "PyTorch", by_torch, labels)
+    if measured.reported is not None:
+        _compare("PyTorch", by_torch, "the run's summary", measured.reported, labels)
+    primary = names[0]
+    note = f"{primary} {by_onnx[primary]:.4f} on {len(labels)} examples, PyTorch {by_torch[primary]:.4f}"
+    details = {
+        "examples": len(labels),
+        "onnx": by_onnx,
+        "torch": by_torch,
+        "reported": measured.reported,
+        "max_abs_diff": float(np.abs(reference - outputs).max()),
+    }
+    return Gate("metric", "passed", note, details)
+
+
+def check_golden(folder: Path, golden_file: Path, runner: OnnxRunner, parity: Parity) -> Gate:
+    """Replay the written golden file through the written preprocessing."""
+    result = replay(load_golden(golden_file), load_preprocess(folder), runner, parity.spread)
+    if result.preprocessing_diff > 0 or result.output_diff > parity.tolerance:
+        raise VerificationError(
+            f"golden: a replay from raw input is off by {result.preprocessing_diff:.1e} after "
+            f"preprocessing and by {result.output_diff:.1e} of the spread at the output."
+        )
+    note = "raw inputs replayed through the bundle's preprocessing"
+    return Gate("golden", "passed", note, {"output_diff": result.output_diff})
+
+
+def flipped_predictions(
+    reference: NDArray[np.float32], outputs: NDArray[np.float32], drift: float
+) -> int:
+    """Count rows whose predicted class differs although the reference's margin exceeds the drift.
+
+    For scores [n, 1]: rows that differ by more than the drift.
+    """
+    if reference.shape[1] == 1:
+        return int((np.abs(reference - outputs) > drift).sum())
+    ordered = np.sort(reference, axis=1)
+    margin = ordered[:, -1] - ordered[:, -2]
+    differs = reference.argmax(axis=1) != outputs.argmax(axis=1)
+    return int((differs & (margin > 2 * drift)).sum())  # each of two logits may drift
+
+
+def _both_outputs(
+    model: Deployed | WithSide, runner: OnnxRunner, preprocess: Preprocess, measured: Measured
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    model.eval()
+    pairs = []
+    for start in range(0, len(measured.split), measured.batch):
+        arrays = preprocess(measured.split.inputs[start : start + measured.batch])
+        pairs.append((torch_outputs(model, arrays), runner(arrays)))
+    return np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
+
+
+def _compare(
+    what: str,
+    found: dict[str, float],
+    other: str,
+    expected: dict[str, float],
+    labels: NDArray[np.int64] | NDArray[np.float64],
+) -> None:
+    """Raise when a metric differs by more than 0.1 point and more than one example counts (D15)."""
+    for name in found.keys() & expected.keys():
+        scale = max(float(np.std(labels)), 1e-12) if name in LOWER_IS_BETTER else 1.0
+        allowed = max(METRIC_TOLERANCE, 1 / len(labels)) * scale
+        if not abs(found[name] - expected[name]) <= allowed:  # also true for NaN
+            raise VerificationError(
+                f"metric: {name} is {found[name]:.4f} by {what} and {expected[name]:.4f} by "
+                f"{other}, {len(labels)} examples."
+            )

@@ -1,0 +1,62 @@
+"""Chooses golden inputs: validation examples, or made-up ones where the data is private (D16)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from mdpd_deploy.data.examples import Raw
+from mdpd_deploy.data.preprocess import ImagePreprocess, Preprocess
+from mdpd_deploy.golden import Golden, keep_raw, spread_evenly
+from mdpd_deploy.model import Deployed, WithSide
+from mdpd_deploy.parity import torch_outputs
+
+COUNT = 8
+GoldenSource = Literal["validation", "synthetic"]
+
+_SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "A short one.",
+    "It rained all day, yet nobody stayed at home; the streets were full of music until midnight.",
+    "Prices rose by 3.5 % in March 2024 (after 2.8 % in February).",
+    "Why?",
+    "Grüße aus Köln – naïve café, 東京, emoji 🙂.",
+    "This film is neither as good as its critics say nor as bad as its makers fear.",
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen",
+)
+
+
+def make_golden(
+    model: Deployed | WithSide, preprocess: Preprocess, raws: Sequence[Raw], *, pair: bool
+) -> Golden:
+    """Run raw inputs through the PyTorch model.
+
+    Args:
+        model: The reference, FP32 on the CPU.
+        preprocess: What the bundle will carry.
+        raws: Validation inputs to choose from; empty = synthetic ones.
+        pair: Whether synthetic texts are pairs.
+    """
+    chosen = spread_evenly(raws, COUNT) if raws else synthetic_inputs(preprocess, pair=pair)
+    kept = tuple(keep_raw(raw) for raw in chosen)
+    arrays = preprocess(kept)
+    model.eval()
+    return Golden(kept, arrays, torch_outputs(model, arrays))
+
+
+def synthetic_inputs(preprocess: Preprocess, *, pair: bool) -> list[Raw]:
+    """Return inputs that hold nothing of anyone's data: sentences of ours, or seeded noise."""
+    if isinstance(preprocess, ImagePreprocess):
+        return [_picture(index, preprocess.size) for index in range(COUNT)]
+    if pair:
+        return list(zip(_SENTENCES, reversed(_SENTENCES), strict=True))
+    return list(_SENTENCES)
+
+
+def _picture(index: int, size: tuple[int, int]) -> Image.Image:
+    """Smooth coloured noise, larger than the model's input and not square."""
+    rng = np.random.default_rng(index)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    height, width = size
+    return coarse.resize((width * 5 // 4 + index, height * 6 // 5), Image.Resampling.BICUBIC)

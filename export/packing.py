@@ -1,0 +1,169 @@
+"""From a run to a verified bundle: fade, trace, pass every gate, seal, rename into place."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from mdpd_deploy.bundle import Bundle, load_bundle
+from mdpd_deploy.data.examples import Split
+from mdpd_deploy.errors import UserError, VerificationError
+from mdpd_deploy.export import gates
+from mdpd_deploy.export.facts import describe_run, input_columns
+from mdpd_deploy.export.fade import Faded, bare_norms, fade
+from mdpd_deploy.export.golden import GoldenSource, make_golden
+from mdpd_deploy.export.recipe import engine_state, write_recipe
+from mdpd_deploy.files import atomic_folder, refuse_nonempty, write_json
+from mdpd_deploy.manifest import (
+    BARE_FILE,
+    GOLDEN_FILE,
+    MODEL_FILE,
+    PARITY_FILE,
+    PREPROCESSOR,
+    graph_notes,
+    seal,
+)
+from mdpd_deploy.onnx_graph import OnnxGraph, export_onnx
+from mdpd_deploy.run import Run
+from mdpd_deploy.runner import OnnxRunner
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["onnx", "trt"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user can ask of an export.
+
+    Attributes:
+        fmt: onnx, or trt: the same bundle with the recipe for a TensorRT engine.
+        eval_data: Data for the metric gate in place of the run's own.
+        metric_gate: False leaves the task metric unmeasured; the manifest says so.
+        golden: Where golden inputs come from.
+        overwrite: Replace what lies at the target.
+    """
+
+    fmt: Format = "onnx"
+    eval_data: str | None = None
+    metric_gate: bool = True
+    golden: GoldenSource = "validation"
+    overwrite: bool = False
+
+
+def pack(run: Run, out: Path, options: ExportOptions) -> Bundle:
+    """Write and return the verified bundle of a run.
+
+    Args:
+        run: A completed run.
+        out: The bundle's folder; it appears only when every gate has passed.
+        options: See `ExportOptions`.
+
+    Raises:
+        UserError: If the run, its data or `out` cannot be used.
+        ExportError: If the model cannot be traced.
+        VerificationError: If a gate fails.
+    """
+    refuse_nonempty(out, overwrite=options.overwrite)
+    validation = _read_validation(run, options)
+    faded = fade(run)
+    with atomic_folder(out, overwrite=options.overwrite) as folder:
+        logger.info("tracing the deployed model to ONNX")
+        graph = export_onnx(faded.model, folder / MODEL_FILE)
+        facts = _write_beside(run, faded, graph, folder, options)
+        passed = _pass_gates(run, faded, graph, validation, folder, options)
+        facts["verification"] = {
+            gate.name: {"verdict": gate.verdict, "note": gate.note} for gate in passed
+        }
+        write_json(folder / PARITY_FILE, {gate.name: gate.details for gate in passed})
+        seal(folder, facts)
+        load_bundle(folder)
+    return load_bundle(out)
+
+
+def _read_validation(run: Run, options: ExportOptions) -> Split | None:
+    """Return the validation examples, or None when nothing of the export asks for them."""
+    if not options.metric_gate and options.golden == "synthetic":
+        return None
+    try:
+        return run.load_evaluation(options.eval_data)["validation"]
+    except UserError as err:
+        raise UserError(
+            f"{err} The run's data is needed to verify the export: if it has moved, name it with "
+            "--eval-data; without it, add --no-metric-gate --golden synthetic."
+        ) from err
+
+
+def _write_beside(
+    run: Run, faded: Faded, graph: OnnxGraph, folder: Path, options: ExportOptions
+) -> dict[str, Any]:
+    """Write preprocessing, bare norms, recipe and the graph's notes; return the manifest so far."""
+    preprocessor = folder / PREPROCESSOR
+    preprocessor.mkdir()
+    run.preprocess.save(preprocessor)
+    preprocess = json.loads((preprocessor / "preprocess.json").read_text(encoding="utf-8"))
+    facts = describe_run(run, faded, graph, preprocess)
+    facts["engine"] = {"status": "not-asked", "reason": ""}
+    if options.fmt == "trt":
+        facts["engine"] = engine_state()
+        write_recipe(folder, facts["inputs"], facts["shapes"])
+    facts["golden"] = options.golden
+    _write_bare_norms(faded, graph, folder)
+    _write_notes(graph.path, graph_notes(facts))
+    return facts
+
+
+def _write_bare_norms(faded: Faded, graph: OnnxGraph, folder: Path) -> None:
+    """Keep the untouched norms under the names that the graph gives them."""
+    norms = bare_norms(faded)
+    if norms is None:
+        return
+    from safetensors.numpy import save_file
+
+    proto = onnx.load(graph.path, load_external_data=False)
+    lost = set(norms) - {tensor.name for tensor in proto.graph.initializer}
+    if lost:
+        raise VerificationError(f"identity: the graph lost the name of {min(lost)}.")
+    save_file({name: tensor.numpy() for name, tensor in norms.items()}, folder / BARE_FILE)
+
+
+def _write_notes(path: Path, notes: dict[str, str]) -> None:
+    proto = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(proto, notes)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _pass_gates(
+    run: Run,
+    faded: Faded,
+    graph: OnnxGraph,
+    validation: Split | None,
+    folder: Path,
+    options: ExportOptions,
+) -> list[gates.Gate]:
+    """Run every gate on what was written; the first that fails raises."""
+    model, runner = faded.model, OnnxRunner(graph.path)
+    passed = [gates.check_side_free(faded, graph), gates.check_identity(faded, graph)]
+    raws = validation.inputs if validation and options.golden == "validation" else ()
+    golden = make_golden(model, run.preprocess, raws, pair=len(input_columns(run)) == 2)
+    golden.save(folder / GOLDEN_FILE)
+    gate, parity = gates.check_parity(model, runner, golden)
+    passed.append(gate)
+    if options.metric_gate:
+        assert validation is not None
+        reported = run.summary["metrics"]["deployed"]
+        measured = gates.Measured(
+            validation,
+            tuple(reported),
+            None if options.eval_data else reported,
+            run.config.train.eval_batch,
+        )
+        logger.info("measuring %d examples with PyTorch and ONNX Runtime", len(validation))
+        passed.append(gates.check_metric(model, runner, run.preprocess, measured, parity))
+    else:
+        passed.append(gates.Gate("metric", "skipped", "--no-metric-gate was given"))
+    passed.append(gates.check_golden(folder / PREPROCESSOR, folder / GOLDEN_FILE, runner, parity))
+    return passed

@@ -1,0 +1,150 @@
+"""BERT-family text encoders of transformers: BERT, MiniLM, RoBERTa, XLM-RoBERTa, DistilBERT.
+
+All are post-norm: each block ends in a LayerNorm, there is no final norm, and the embedding norm
+is never tuned (D3). The pooler is not loaded; texts are pooled over their real tokens.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mdpd_deploy.backbones.base import Backbone, Inputs, norm_parameters_of
+from mdpd_deploy.data.preprocess import TextPreprocess
+from mdpd_deploy.errors import unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one model type keeps what we need.
+
+    Attributes:
+        blocks: Path of the list of blocks.
+        norms: Paths of the two norms inside a block.
+        width: Config entry of D.
+        pooler: Whether the model takes `add_pooling_layer`.
+        offset: Whether positions start behind the padding index, as in RoBERTa.
+        segments: Whether the embeddings take `token_type_ids`.
+    """
+
+    blocks: str = "encoder.layer"
+    norms: tuple[str, str] = ("attention.output.LayerNorm", "output.LayerNorm")
+    width: str = "hidden_size"
+    pooler: bool = True
+    offset: bool = False
+    segments: bool = True
+
+
+LAYOUTS = {
+    "bert": Layout(),
+    "roberta": Layout(offset=True),
+    "xlm-roberta": Layout(offset=True),
+    "distilbert": Layout(
+        blocks="transformer.layer",
+        norms=("sa_layer_norm", "output_layer_norm"),
+        width="dim",
+        pooler=False,
+        segments=False,
+    ),
+}
+
+
+class BertBackbone(Backbone):
+    """A transformers encoder without its pooler.
+
+    Args:
+        model: A model of one of the types in `LAYOUTS`.
+        preprocess: Its tokenizer with the lengths in use.
+    """
+
+    family = "bert"
+    prefix_tokens = 0
+    has_cls = True
+    grid = None
+
+    def __init__(self, model: "PreTrainedModel", preprocess: TextPreprocess) -> None:
+        super().__init__()
+        self.model = model
+        self.layout = LAYOUTS[model.config.model_type]
+        self.width = getattr(model.config, self.layout.width)
+        self.depth = len(self._blocks())
+        self.input_names = preprocess.input_names
+        self.preprocess = preprocess
+        self.max_length = preprocess.max_length
+        self.pad_id = preprocess.pad_id
+        self.pooling = "mean"
+        self.set_attention("sdpa")
+
+    def embed(self, inputs: Inputs) -> Tensor:
+        """Return b_0 [B, N, D]: the normalised sum of word, position and segment embeddings."""
+        ids = inputs["input_ids"]
+        segments = inputs.get("token_type_ids")
+        if self.layout.segments:
+            segments = torch.zeros_like(ids) if segments is None else segments
+            x: Tensor = self.model.get_submodule("embeddings")(ids, token_type_ids=segments)
+        else:
+            x = self.model.get_submodule("embeddings")(ids)
+        return x
+
+    def block(self, index: int) -> nn.Module:
+        """Return the module of block `index` (0-based)."""
+        return self._blocks()[index]
+
+    def apply_block(self, module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Run a block on x [B, N, D]; tokens with mask 0 are never attended to.
+
+        The mask becomes an additive one [B, 1, 1, N], which means the same to "sdpa" and "eager".
+        """
+        added = None
+        if mask is not None:
+            added = (1 - mask[:, None, None, :].to(x.dtype)) * torch.finfo(x.dtype).min
+        out: Tensor = module(x, attention_mask=added)
+        return out
+
+    def final_norm(self) -> nn.Module | None:
+        """Return None: the last block ends in its own norm."""
+        return None
+
+    def token_mask(self, inputs: Inputs) -> Tensor | None:
+        """Return the attention mask [B, N], 1 for real tokens."""
+        return inputs.get("attention_mask")
+
+    def block_norms(self, index: int) -> dict[str, nn.Parameter]:
+        """Return scale and shift of the block's two LayerNorms."""
+        block = self.block(index)
+        norms = [block.get_submodule(path) for path in self.layout.norms]
+        return norm_parameters_of(block, f"model.{self.layout.blocks}.{index}.", norms)
+
+    def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
+        """Return random texts of `tokens` tokens, every second one padded by a quarter.
+
+        The global random state is untouched.
+        """
+        count = tokens or min(self.max_length, 16)
+        generator = torch.Generator().manual_seed(0)
+        words = torch.randint(self.model.config.vocab_size - 1, (batch, count), generator=generator)
+        words = words + (words >= self.pad_id)  # every id but the padding one
+        lengths = count - (torch.arange(batch) % 2) * (count // 4)
+        real = torch.arange(count) < lengths[:, None]
+        made = {
+            "input_ids": torch.where(real, words, self.pad_id),
+            "attention_mask": real.long(),
+            "token_type_ids": torch.zeros_like(words),
+        }
+        device = next(self.parameters()).device
+        return {name: made[name].to(device) for name in self.input_names}
+
+    def set_attention(self, kind: str) -> None:
+        """Choose "sdpa" or "eager" for this instance only."""
+        if kind not in ("sdpa", "eager"):
+            raise unknown("attention", kind, ("sdpa", "eager"))
+        self.model.set_attn_implementation(kind)
+
+    def _blocks(self) -> nn.ModuleList:
+        blocks = self.model.get_submodule(self.layout.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks

@@ -1,0 +1,144 @@
+"""Plain vision transformers of timm: ViT, DeiT, DINOv2 and their like.
+
+Plain means: one sequence of tokens, every block a `Block` (pre-norm) or `ResPostBlock`, any number
+of prefix tokens (class, distillation, registers), LayerScale or not. The pretrained final norm is
+kept where the weights have it (D3): before the pooling (`norm`), or, for weights trained with
+timm's average pooling, after it (`fc_norm`).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mdpd_deploy.backbones.base import Backbone, Inputs, norm_parameters_of
+from mdpd_deploy.data.preprocess import ImagePreprocess
+from mdpd_deploy.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+FITTING = "a ViT, DeiT or DINOv2, e.g. vit_small_patch16_224 or vit_small_patch14_reg4_dinov2"
+
+
+class VitBackbone(Backbone):
+    """A timm `VisionTransformer` without its classifier.
+
+    Args:
+        model: As `timm.create_model(..., num_classes=0)` returns it.
+        name: What the user called it, for messages.
+
+    Raises:
+        UserError: If the model is no plain vision transformer.
+    """
+
+    family = "vit"
+    input_names = ("pixel_values",)
+
+    def __init__(self, model: "VisionTransformer", name: str) -> None:
+        super().__init__()
+        check_plain(model, name)
+        self.model = model
+        self.width = model.embed_dim
+        self.depth = len(model.blocks)
+        self.prefix_tokens = model.num_prefix_tokens
+        self.has_cls = model.cls_token is not None
+        rows, columns = model.patch_embed.grid_size
+        self.grid = (rows, columns)
+        self.norm_after_pool = not isinstance(model.fc_norm, nn.Identity)
+        self.pooling = "mean"
+        self.preprocess = image_preprocess(model)
+        self.set_attention("sdpa")
+
+    def embed(self, inputs: Inputs) -> Tensor:
+        """Return b_0 [B, N, D]: prefix tokens, then the patches row by row."""
+        model = self.model
+        pixels = inputs["pixel_values"].to(model.patch_embed.proj.weight.dtype)
+        x: Tensor = model._pos_embed(model.patch_embed(pixels))
+        x = model.norm_pre(model.patch_drop(x))
+        return x
+
+    def block(self, index: int) -> nn.Module:
+        """Return the module of block `index` (0-based)."""
+        return self.model.blocks[index]
+
+    def apply_block(self, module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Run a block on x [B, N, D]; pictures have no padding, so `mask` is always None."""
+        out: Tensor = module(x)
+        return out
+
+    def final_norm(self) -> nn.Module | None:
+        """Return the pretrained final norm; None for weights that never had one."""
+        norm = self.model.fc_norm if self.norm_after_pool else self.model.norm
+        return None if isinstance(norm, nn.Identity) else norm
+
+    def finish(self, x: Tensor, mask: Tensor | None, *, blocked: bool = False) -> Tensor:
+        """Final norm and pooling in the order that the weights were trained with: [B, D]."""
+        if not self.norm_after_pool:
+            return super().finish(x, mask, blocked=blocked)
+        return self.normalise(self.pool(x, mask), blocked=blocked)
+
+    def block_norms(self, index: int) -> dict[str, nn.Parameter]:
+        """Return scale and shift of norm1 and norm2; not of q/k norms (D3)."""
+        block = self.block(index)
+        norms = [block.get_submodule(name) for name in ("norm1", "norm2")]
+        return norm_parameters_of(block, f"model.blocks.{index}.", norms)
+
+    def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
+        """Return random normalised pictures [B, 3, H, W]; the global random state is untouched."""
+        height, width = self.model.patch_embed.img_size
+        weight = self.model.patch_embed.proj.weight
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randn(batch, 3, height, width, generator=generator)
+        return {"pixel_values": pixels.to(weight.device)}
+
+    def set_attention(self, kind: str) -> None:
+        """Choose "sdpa" or "eager" for this instance only."""
+        if kind not in ("sdpa", "eager"):
+            raise unknown("attention", kind, ("sdpa", "eager"))
+        for block in self.model.blocks:
+            attention: Any = block.get_submodule("attn")
+            attention.fused_attn = kind == "sdpa"
+
+
+def check_plain(model: nn.Module, name: str) -> None:
+    """Refuse what is no plain vision transformer.
+
+    Raises:
+        UserError: Saying what stands in the way and what fits.
+    """
+    from timm.layers.patch_embed import PatchEmbed
+    from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+
+    if not isinstance(model, VisionTransformer):
+        trouble = f"a {type(model).__name__}, no plain vision transformer"
+    elif model.attn_pool is not None:
+        trouble = "read out through an attention pool, which is no part of its tokens"
+    elif type(model.patch_embed) is not PatchEmbed:
+        trouble = f"embedded by a {type(model.patch_embed).__name__} instead of plain patches"
+    elif not all(type(block) in (Block, ResPostBlock) for block in model.blocks):
+        trouble = f"built of {type(model.blocks[0]).__name__}s, whose norms are shared or inside"
+    elif model.patch_embed.proj.in_channels != 3:
+        trouble = f"made for {model.patch_embed.proj.in_channels} channels instead of 3"
+    else:
+        return
+    raise UserError(f"backbone.name: {name} is {trouble}; take {FITTING}.")
+
+
+def image_preprocess(model: "VisionTransformer") -> ImagePreprocess:
+    """Return the evaluation preprocessing of the weights, at the model's picture size."""
+    from timm.data.config import resolve_model_data_config
+
+    resolve: Any = resolve_model_data_config  # untyped in timm
+    facts = resolve(model)
+    height, width = model.patch_embed.img_size
+    red, green, blue = facts["mean"]
+    std_red, std_green, std_blue = facts["std"]
+    return ImagePreprocess(
+        size=(height, width),
+        mean=(red, green, blue),
+        std=(std_red, std_green, std_blue),
+        interpolation=facts["interpolation"],
+        crop_pct=facts["crop_pct"],
+        crop_mode=facts["crop_mode"],
+    )

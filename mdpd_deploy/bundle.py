@@ -1,0 +1,202 @@
+"""The bundle: what export leaves on disk, and how it is used. No torch here (D27).
+
+BUNDLE/manifest.json       what it is, how it was verified, SHA-256 of every other file
+BUNDLE/model.onnx          the graph (+ model.onnx.data when the weights are large)
+BUNDLE/preprocessor/       raw input → arrays
+BUNDLE/golden.safetensors  a few raw inputs with the arrays and outputs they must give
+BUNDLE/parity.json         details of the verification
+BUNDLE/bare_norms.safetensors  norms of the untouched backbone, to rebuild `bare`
+BUNDLE/build_engine.json, build_engine.sh   TensorRT recipe, with `--fmt trt`
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdpd_deploy.data.examples import Raw
+from mdpd_deploy.data.preprocess import Preprocess, load_preprocess
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.manifest import (
+    BARE_FILE,
+    EXTERNAL_FILE,
+    FILE,
+    MODEL_FILE,
+    PREPROCESSOR,
+    Manifest,
+    check_graph,
+    read_checked,
+)
+from mdpd_deploy.runner import OnnxRunner
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one input.
+
+    Attributes:
+        label: The most probable class; None for regression.
+        probability: Its probability; None for regression.
+        score: The predicted value in the label's unit; None for classification.
+        probabilities: Every class with its probability, most probable first.
+    """
+
+    label: str | None
+    probability: float | None
+    score: float | None
+    probabilities: Mapping[str, float]
+
+    def to_json(self, top: int = 1) -> dict[str, Any]:
+        """Return plain values: the score, or the label with the `top` most probable classes."""
+        if self.score is not None:
+            return {"score": self.score}
+        best = list(self.probabilities.items())[:top]
+        return {
+            "label": self.label,
+            "probability": self.probability,
+            "top": [{"label": label, "probability": share} for label, share in best],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A verified bundle on disk.
+
+    Example:
+        >>> from mdpd_deploy import load_bundle                            # doctest: +SKIP
+        >>> load_bundle("runs/demo/bundles/onnx-fp32").predict(["fine!"])  # doctest: +SKIP
+
+    Attributes:
+        path: The folder.
+        manifest: `manifest.json` as read.
+        preprocess: Raw inputs → the graph's inputs.
+        label_names: Class names in index order; empty for regression.
+        kind: "classify" or "regress".
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    preprocess: Preprocess
+    label_names: tuple[str, ...]
+    kind: str
+
+    def runner(self, device: str = "cpu", threads: int | None = None) -> OnnxRunner:
+        """Open the graph on a device; see `OnnxRunner`."""
+        return OnnxRunner(self.path / MODEL_FILE, device=device, threads=threads)
+
+    def predict(
+        self, raws: Sequence[Raw], batch: int = 32, *, runner: OnnxRunner | None = None
+    ) -> list[Prediction]:
+        """Predict raw inputs.
+
+        Args:
+            raws: Texts, pairs of texts, image paths or pictures, as in training.
+            batch: Inputs per run of the graph.
+            runner: An open graph to use; default: one is opened on the CPU.
+
+        Raises:
+            UserError: For an input of the wrong kind or a picture that cannot be read.
+        """
+        if not raws:
+            return []
+        self._check_kind(raws)
+        outputs = run_batches(self.preprocess, runner or self.runner(), raws, batch)
+        return [to_prediction(row, self.label_names) for row in outputs]
+
+    def write_bare_graph(self, path: Path) -> Path:
+        """Write the same graph with the untouched backbone's norms: the `bare` rival (D23).
+
+        Returns:
+            `path`, for convenience.
+
+        Raises:
+            UserError: If this bundle's method changed more than norms, so that it cannot be done.
+        """
+        if not (self.path / BARE_FILE).is_file():
+            raise UserError(
+                f"bundle {self.path} cannot give the bare backbone: method "
+                f"{self.manifest['method']!r} changed more than norms; name the run instead."
+            )
+        import onnx
+        from onnx import numpy_helper
+        from safetensors.numpy import load_file
+
+        proto = onnx.load(self.path / MODEL_FILE, load_external_data=False)
+        bare = load_file(self.path / BARE_FILE)
+        for tensor in proto.graph.initializer:
+            if tensor.name in bare:
+                tensor.CopyFrom(numpy_helper.from_array(bare[tensor.name], tensor.name))
+        path.write_bytes(proto.SerializeToString())
+        external = self.path / EXTERNAL_FILE
+        if external.is_file():
+            shutil.copyfile(external, path.parent / EXTERNAL_FILE)
+        return path
+
+    def _check_kind(self, raws: Sequence[Raw]) -> None:
+        if self.manifest["modality"] == "text":
+            pair = bool(self.manifest["pair"])
+            for raw in raws:
+                if isinstance(raw, str | tuple) and isinstance(raw, tuple) != pair:
+                    wanted = "pairs of texts" if pair else "single texts"
+                    raise UserError(f"this model takes {wanted}: given {raw!r:.60}.")
+
+
+def load_bundle(path: Path | str) -> Bundle:
+    """Verify a bundle and return it; nothing in it is executed.
+
+    Args:
+        path: The folder that `mdpd export` wrote.
+
+    Raises:
+        UserError: If it is no bundle, was changed, or has an unknown schema.
+    """
+    folder = Path(path)
+    plain, manifest = read_checked(folder)
+    check_graph(folder, manifest)
+    preprocess = load_preprocess(folder / PREPROCESSOR)
+    _check_preprocess(folder, manifest, preprocess)
+    return Bundle(folder, plain, preprocess, tuple(manifest.labels), manifest.kind)
+
+
+def is_bundle(path: Path) -> bool:
+    """Return whether a folder looks like a bundle (not whether it is a sound one)."""
+    return (path / FILE).is_file()
+
+
+def batches(raws: Sequence[Raw], size: int) -> Iterator[Sequence[Raw]]:
+    """Cut inputs into batches of at most `size`."""
+    for start in range(0, len(raws), size):
+        yield raws[start : start + size]
+
+
+def run_batches(
+    preprocess: Preprocess, runner: OnnxRunner, raws: Sequence[Raw], batch: int
+) -> NDArray[np.float32]:
+    """Preprocess and run raw inputs batch by batch; outputs [len(raws), C]."""
+    return np.concatenate([runner(preprocess(part)) for part in batches(raws, batch)])
+
+
+def to_prediction(outputs: NDArray[np.float32], label_names: Sequence[str]) -> Prediction:
+    """Turn one row of outputs [C] into a prediction."""
+    if not label_names:
+        return Prediction(None, None, float(outputs[0]), {})
+    logits = outputs.astype(np.float64)
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    order = np.argsort(-shares, kind="stable")
+    ranked = {label_names[index]: float(shares[index]) for index in order}
+    return Prediction(label_names[order[0]], float(shares[order[0]]), None, ranked)
+
+
+def _check_preprocess(folder: Path, manifest: Manifest, preprocess: Preprocess) -> None:
+    written = json.loads((folder / PREPROCESSOR / "preprocess.json").read_text(encoding="utf-8"))
+    inputs = tuple(port.name for port in manifest.inputs)
+    if written != manifest.preprocess or inputs != preprocess.input_names:
+        raise UserError(
+            f"bundle {folder}: {PREPROCESSOR}/ contradicts {FILE}; export the run again."
+        )

@@ -1,0 +1,190 @@
+"""The `mdpd` command: one list of verbs, each loaded only when it is used.
+
+`mdpd --help` shows the list below without importing a verb, so it costs little more than importing
+typer and rich (D26). `main` is the one place that turns exceptions into words and exit codes:
+
+    0    done
+    1    the work failed (a gate, divergence, the disk, or a bug of ours)
+    2    bad usage or bad input
+    130  interrupted
+"""
+
+import errno
+import logging
+import os
+import sys
+import traceback
+import warnings
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import Abort, TyperException
+
+from mdpd_deploy.errors import MdpdError
+
+
+class Verb(NamedTuple):
+    """A word of the command line: where its function lives, and its line in `mdpd --help`."""
+
+    module: str
+    function: str
+    help: str
+
+
+VERBS = {
+    "train": Verb("train", "command", "Fine-tune a model and write a run folder."),
+    "eval": Verb("evaluate", "command", "Measure a run or a bundle on data."),
+    "export": Verb("export", "command", "Drop the side network; write a verified bundle."),
+    "bench-latency": Verb("bench_latency", "command", "Time a model against its rivals."),
+    "predict": Verb("predict", "command", "Predict with a bundle on images, texts or a table."),
+    "demo": Verb("demo", "command", "Train, export and time a small model, offline."),
+    "doctor": Verb("doctor", "command", "Check this machine, and say how to mend it."),
+}
+
+# Read by libraries when they are imported; a value that the user has set stays.
+_QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ERROR_LINES = 12
+
+
+class _LazyCommand(TyperCommand):
+    """A verb's line in the help; the verb itself is imported when it is called."""
+
+    def __init__(self, name: str, verb: Verb) -> None:
+        super().__init__(name, help=verb.help)
+        self._verb = verb
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        return self._load().make_context(info_name, args, *rest, **extra)
+
+    def _load(self) -> TyperCommand:
+        module = import_module(f"mdpd_deploy.commands.{self._verb.module}")
+        inner = typer.Typer(add_completion=False, rich_markup_mode=None)
+        inner.command(self.name)(getattr(module, self._verb.function))
+        command = typer.main.get_command(inner)
+        assert isinstance(command, TyperCommand)
+        return command
+
+
+class _Group(TyperGroup):
+    """The top of the command line, with the verbs in the order of `VERBS`."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for name, verb in VERBS.items():
+            self.add_command(_LazyCommand(name, verb))
+
+
+app = typer.Typer(cls=_Group, add_completion=True, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mdpd-deploy {version('mdpd-deploy')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune an encoder with a side network that fades; deploy only the backbone.
+
+    Start with `mdpd demo`, or `mdpd VERB --help` for one verb.
+    """
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; never raises for what a user can cause.
+
+    Args:
+        arguments: The words after `mdpd`; default: those of this process. `--debug` may stand
+            anywhere before a bare `--`.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug, words = _take_debug(words)
+    _quieten(debug=debug)
+    try:
+        code = app(words or ["--help"], prog_name="mdpd", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except (KeyboardInterrupt, Abort):
+        _say("interrupted")
+        return 130
+    except BaseException as err:
+        if debug:
+            traceback.print_exc()
+        code, message = _explain(err)
+        if message:
+            _say(message)
+        return code
+
+
+def _take_debug(words: list[str]) -> tuple[bool, list[str]]:
+    """Find `--debug` before a bare `--`, so that it works before and after the verb."""
+    end = words.index("--") if "--" in words else len(words)
+    options = [word for word in words[:end] if word != "--debug"]
+    return len(options) < end, options + words[end:]
+
+
+def _quieten(*, debug: bool) -> None:
+    """Send our own messages to stderr and keep libraries silent unless `--debug` is given."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if not debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    logging.basicConfig(
+        level=logging.WARNING if debug else logging.ERROR, format="%(message)s", force=True
+    )
+    logging.getLogger("mdpd_deploy").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def _explain(err: BaseException) -> tuple[int, str]:
+    """Return the exit code and the words for an exception that escaped a verb."""
+    if isinstance(err, MdpdError):
+        return err.exit_code, f"error: {err}"
+    if isinstance(err, TyperException):
+        return err.exit_code, f"error: {err.format_message()}{_usage_hint(err)}"
+    if isinstance(err, BrokenPipeError):  # the reader of our output went away, as `| head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at exit
+        return 1, ""
+    if isinstance(err, OSError) and err.errno in _DISK_FULL:
+        where = f" {err.filename}" if err.filename else ""
+        return 1, f"error: could not write{where}: {err.strerror}. Free some space and try again."
+    if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
+        return 1, "error: out of memory. Use a smaller --batch; `mdpd train --dry-run` forecasts it."
+    reason = (str(err).strip().splitlines() or [""])[0][:300]
+    return 1, (
+        f"internal error: {type(err).__name__}: {reason}. "
+        "This is a bug of mdpd-deploy; add --debug to see where."
+    )
+
+
+def _usage_hint(err: TyperException) -> str:
+    context = getattr(err, "ctx", None)
+    return f" Try `{context.command_path} --help`." if context is not None else ""
+
+
+def _say(message: str) -> None:
+    """Print at most `_ERROR_LINES` lines on stderr."""
+    lines = message.splitlines()
+    if len(lines) > _ERROR_LINES:
+        lines = [*lines[: _ERROR_LINES - 1], "..."]
+    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,0 +1,324 @@
+"""`mdpd bench-latency`: time a deployed model against its bare backbone and side-network rivals."""
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mdpd_deploy.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from mdpd_deploy.bundle import Bundle
+    from mdpd_deploy.config import Config
+    from mdpd_deploy.run import Run
+    from mdpd_deploy.serve import Grid, InputSource, LatencyReport, Variant
+
+log = logging.getLogger(__name__)
+
+DEFAULT_BATCHES = (1, 8, 32)
+REPORT_FILE = "latency.json"
+
+
+def command(
+    run_or_bundle: Annotated[
+        Path | None, typer.Argument(metavar="[RUN|BUNDLE]", help="Default: the newest run.")
+    ] = None,
+    rivals: Annotated[
+        str | None, typer.Option(help="bare and side networks. Default: bare,unipt,sherl.")
+    ] = None,
+    runtime: Annotated[str | None, typer.Option(help="Default: onnx,torch.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes. Default: 1,8,32.")] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Time per cell. Default: 100 rounds and 10 s, at most 20 s."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/latency.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Default: the CPU quota.")] = None,
+    seed: Annotated[int, typer.Option(help="Of inputs and order.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON only.")] = False,
+) -> None:
+    """Time the deployed model against its rivals, in turn, and say what the times allow.
+
+    Writes latency.json (with every raw time), latency.svg and latency.png.
+    """
+    report, folder = _bench(
+        run_or_bundle,
+        rivals=_words(rivals),
+        runtime=_words(runtime),
+        batch=_batches(batch),
+        seconds=seconds,
+        out=out,
+        device=device,
+        threads=threads,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    if json:
+        import json as encoder
+
+        plain = {**report.to_dict(raw=False), "folder": str(folder)}
+        typer.echo(encoder.dumps(plain, indent=2, allow_nan=False))
+        return
+    from rich.console import Console
+
+    from mdpd_deploy.serve import render
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(render(report))
+    console.print(f"report and chart: {folder}")
+
+
+def bench_latency(
+    run_or_bundle: str | Path | None = None,
+    *,
+    rivals: Sequence[str] | None = None,
+    runtime: Sequence[str] | None = None,
+    batch: Sequence[int] | None = None,
+    seconds: float | None = None,
+    out: str | Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Time a deployed model against its rivals; the same words as `mdpd bench-latency`.
+
+    Example:
+        >>> from mdpd_deploy import bench_latency                            # doctest: +SKIP
+        >>> report = bench_latency("runs/demo", rivals=["bare"], batch=[1])  # doctest: +SKIP
+        >>> report["claims"]                                                 # doctest: +SKIP
+
+    Args:
+        run_or_bundle: A run or a bundle; None = the newest completed run under `runs/`.
+        rivals: `bare` and names of side networks; None = bare, unipt, sherl (a bundle without its
+            run: bare).
+        runtime: `onnx`, `torch`; None = both (a bundle without its run: onnx).
+        batch: Examples per call; None = 1, 8, 32.
+        seconds: Measured seconds per cell; None = 100 rounds and 10 s, at most 20 s.
+        out: Folder for latency.json and the chart; None = `RUN/latency`, numbered if taken.
+        device: `auto`, `cpu` or `cuda`.
+        threads: Threads inside one operator; None = the CPU quota.
+        seed: Of inputs, order and bootstrap.
+        overwrite: Replace what `out` holds.
+
+    Returns:
+        latency.json as a dict without the raw times, and `folder`, where it was written.
+
+    Raises:
+        UserError: For a wrong path, name, number or device.
+        WorkFailed: If a model cannot be exported or the disk is full.
+    """
+    report, folder = _bench(
+        Path(run_or_bundle) if run_or_bundle is not None else None,
+        rivals=rivals,
+        runtime=runtime,
+        batch=batch,
+        seconds=seconds,
+        out=Path(out) if out is not None else None,
+        device=device,
+        threads=threads,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    return {**report.to_dict(raw=False), "folder": str(folder)}
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is timed: a run, a bundle, or a bundle that lies in its run."""
+
+    path: Path
+    run: "Run | None"
+    bundle: "Bundle | None"
+
+
+def _bench(
+    run_or_bundle: Path | None,
+    *,
+    rivals: Sequence[str] | None,
+    runtime: Sequence[str] | None,
+    batch: Sequence[int] | None,
+    seconds: float | None,
+    out: Path | None,
+    device: str,
+    threads: int | None,
+    seed: int,
+    overwrite: bool,
+) -> "tuple[LatencyReport, Path]":
+    from mdpd_deploy.files import atomic_folder, refuse_nonempty
+    from mdpd_deploy.serve import run_benchmark, write_chart
+
+    subject = _open(run_or_bundle)
+    grid = _grid(subject, runtime, batch, seconds, device, threads, seed)
+    variants = _variants(subject, rivals)
+    folder = out if out is not None else _default_out(subject)
+    refuse_nonempty(folder, overwrite=overwrite)
+    inputs = _inputs(subject)
+    with tempfile.TemporaryDirectory(prefix="mdpd-latency-") as graphs:
+        report = run_benchmark(variants, inputs, grid, source=_source(subject), folder=Path(graphs))
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        report.write(temporary / REPORT_FILE)
+        write_chart(report, temporary)
+    return report, folder
+
+
+def _open(path: Path | None) -> _Subject:
+    from mdpd_deploy.bundle import is_bundle, load_bundle
+    from mdpd_deploy.run import Run
+
+    if path is None or not is_bundle(path):
+        run = Run.open(path)
+        if path is None:
+            log.info("run: %s (the newest)", run.path)
+        return _Subject(run.path, run, None)
+    bundle = load_bundle(path)
+    if bundle.manifest["precision"] != "fp32":
+        raise UserError(
+            f"bundle {path} is {bundle.manifest['precision']}: its rivals exist in fp32 only, and "
+            "times of two precisions are never compared. Name an fp32 bundle or the run."
+        )
+    home = path.resolve().parent
+    if home.name != "bundles" or not (home.parent / "summary.json").is_file():
+        return _Subject(path, None, bundle)
+    run = Run.open(home.parent)
+    if bundle.manifest["source"].get("config_sha256") != _sha256(run.config):
+        raise UserError(
+            f"bundle {path} was not exported from the run it lies in ({run.path}): "
+            "export that run again, or move the bundle elsewhere to time it alone."
+        )
+    log.info("run of this bundle: %s", run.path)
+    return _Subject(path, run, bundle)
+
+
+def _sha256(config: "Config") -> str:
+    """As export writes it into the manifest."""
+    return hashlib.sha256(config.to_yaml().encode()).hexdigest()
+
+
+def _grid(
+    subject: _Subject,
+    runtime: Sequence[str] | None,
+    batch: Sequence[int] | None,
+    seconds: float | None,
+    device: str,
+    threads: int | None,
+    seed: int,
+) -> "Grid":
+    from mdpd_deploy.machine import cpu_count
+    from mdpd_deploy.serve import RUNTIMES, Grid, Plan, choose_device
+
+    default = RUNTIMES if subject.run is not None else ("onnx",)
+    runtimes = default if runtime is None else tuple(dict.fromkeys(runtime))
+    if not runtimes:
+        raise UserError(f"--runtime: name at least one of {', '.join(RUNTIMES)}.")
+    for name in runtimes:
+        if name not in RUNTIMES:
+            raise unknown("--runtime", name, RUNTIMES)
+    if "torch" in runtimes and subject.run is None:
+        raise UserError(
+            f"--runtime torch: {subject.path} is a bundle without its run, and a bundle holds no "
+            "PyTorch model. Name the run instead, or use --runtime onnx."
+        )
+    batches = DEFAULT_BATCHES if batch is None else tuple(dict.fromkeys(batch))
+    if min(batches, default=0) < 1:
+        raise UserError(f"--batch {','.join(map(str, batches))}: a batch holds at least 1 example.")
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise UserError(f"--seconds {seconds}: give a time above 0.")
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads}: give at least 1.")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: give 0 or a positive whole number.")
+    chosen = choose_device(device, runtimes)
+    return Grid(runtimes, batches, chosen, threads or cpu_count(), Plan(seconds=seconds), seed)
+
+
+def _variants(subject: _Subject, rivals: Sequence[str] | None) -> "list[Variant]":
+    from mdpd_deploy.manifest import MODEL_FILE
+    from mdpd_deploy.serve import (
+        DEFAULT_RIVALS,
+        rival_names,
+        variants_of_bundle,
+        variants_of_run,
+    )
+
+    graph = None if subject.bundle is None else subject.bundle.path / MODEL_FILE
+    if subject.run is not None:
+        names = rival_names(DEFAULT_RIVALS if rivals is None else rivals)
+        return variants_of_run(subject.run, names, graph=graph)
+    assert subject.bundle is not None and graph is not None
+    names = rival_names(("bare",) if rivals is None else rivals)
+    return variants_of_bundle(graph, subject.bundle.write_bare_graph, names)
+
+
+def _inputs(subject: _Subject) -> "InputSource":
+    from mdpd_deploy.serve import InputSource
+
+    run = subject.run
+    if run is None:
+        assert subject.bundle is not None
+        outputs = len(subject.bundle.label_names) or 1
+        return InputSource("random, shaped like real inputs", subject.bundle.preprocess, outputs)
+    outputs = len(run.label_names) or 1
+    try:
+        raws = run.load_evaluation()["validation"].inputs
+    except UserError as err:
+        log.info("timing with random inputs, since the run's data cannot be read: %s", err)
+        return InputSource("random, shaped like real inputs", run.preprocess, outputs)
+    return InputSource("validation examples of the run", run.preprocess, outputs, raws)
+
+
+def _source(subject: _Subject) -> dict[str, Any]:
+    """Names only: a report is shown to others, and paths of this machine are nobody's business."""
+    name = subject.path.resolve().name
+    if subject.run is None:
+        assert subject.bundle is not None
+        manifest = subject.bundle.manifest
+        backbone = manifest["source"].get("backbone")
+        facts = {key: manifest[key] for key in ("task", "method")}
+        facts["side"] = manifest["source"].get("side")
+        return {"kind": "bundle", "name": name, **facts, "backbone": _backbone_name(backbone)}
+    summary = subject.run.summary
+    facts = {key: summary.get(key) for key in ("task", "method", "side")}
+    kind = "run" if subject.bundle is None else "bundle of a run"
+    return {
+        "kind": kind,
+        "name": name,
+        **facts,
+        "backbone": _backbone_name(summary.get("backbone")),
+    }
+
+
+def _backbone_name(backbone: Any) -> str:
+    name = str(backbone.get("name") if isinstance(backbone, dict) else backbone)
+    return Path(name).name if name.startswith(("/", "~", ".")) else name
+
+
+def _default_out(subject: _Subject) -> Path:
+    """`RUN/latency`, or beside a bundle that has no run (inside it, it would break the bundle)."""
+    if subject.run is not None:
+        first = subject.run.path / "latency"
+    else:
+        first = subject.path.resolve().parent / f"{subject.path.resolve().name}-latency"
+    number, folder = 2, first
+    while folder.exists() and any(folder.iterdir()):
+        folder = first.with_name(f"{first.name}-{number}")
+        number += 1
+    return folder
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _batches(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--batch {text}: give whole numbers with commas, as in 1,8,32.") from None

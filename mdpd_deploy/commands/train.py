@@ -1,0 +1,248 @@
+"""`mdpd train`: fine-tune and write a run folder; `fit` is the same in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mdpd_deploy.config import Config
+    from mdpd_deploy.run import Run
+    from mdpd_deploy.train import Plan
+
+
+def command(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="glue/NAME, vtab/NAME, classify, regress or digits (the default)."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="File, folder or hub:NAME; for glue and vtab their root.")
+    ] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Separate evaluation data.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text column, or two: A,B.")] = None,
+    image: Annotated[str | None, typer.Option(help="Column of image paths.")] = None,
+    label: Annotated[str | None, typer.Option(help="Label column.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="timm:NAME, hf:NAME[@revision] or a local folder.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="mdpd (default), side, norms or probe.")
+    ] = None,
+    side: Annotated[str | None, typer.Option(help="unipt (default) or sherl.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data; default 10.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Examples per step; default 32.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random; default 0.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/DATE-TASK-METHOD.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any option, repeatable.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run folder.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and the memory forecast; no training.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
+) -> None:
+    """Fine-tune a model and write a run folder. Without arguments: the embedded digits task."""
+    flags: dict[str, Any] = dict(
+        task=task, data=data, eval_data=eval_data, text=text, image=image, label=label,
+        backbone=backbone, method=method, side=side, steps=steps, epochs=epochs, batch=batch,
+        lr=lr, seed=seed, device=device, out=out,
+    )  # fmt: skip
+    if dry_run:
+        _print_plan(plan(config, set=set_ or (), **flags), as_json=json)
+        return
+    run = fit(
+        config, set=set_ or (), resume=resume, overwrite=overwrite, quiet=json, **flags
+    )
+    if _is_main_process():
+        _print_run(run, as_json=json)
+
+
+def fit(
+    config: Path | str | Config | None = None,
+    *,
+    resume: Path | str | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    set: Sequence[str] = (),
+    **flags: Any,
+) -> Run:
+    """Fine-tune a model and return its completed run.
+
+    Args:
+        config: A YAML file or a `Config`; None starts from the defaults (the digits task).
+        resume: Continue this interrupted run folder; nothing else may be given.
+        overwrite: Replace a non-empty run folder.
+        quiet: No progress on stderr.
+        set: Assignments such as `"train.patience=3"`, as after `--set`.
+        **flags: The words of `mdpd train`: task, data, eval_data, text, image, label, backbone,
+            method, side, steps, epochs, batch, lr, seed, device, out.
+
+    Raises:
+        UserError: For bad input; the message says what, where and the mend.
+        WorkFailed: If the run itself fails.
+
+    Example:
+        >>> from mdpd_deploy import fit
+        >>> run = fit(task="digits", steps=4, out=folder / "run", quiet=True)
+        >>> run.summary["status"]
+        'completed'
+    """
+    from mdpd_deploy.errors import UserError
+    from mdpd_deploy.train import fit_run, resume_run
+
+    if resume is not None:
+        if config is not None or set or any(value is not None for value in flags.values()):
+            raise UserError(
+                "--resume continues a run exactly as it was planned: give no other option."
+            )
+        return resume_run(Path(resume), quiet=quiet)
+    return fit_run(_config(config, set, flags), overwrite=overwrite, quiet=quiet)
+
+
+def plan(config: Path | str | Config | None = None, *, set: Sequence[str] = (), **flags: Any) -> Plan:
+    """Return what `fit` with the same words would do, memory forecast included."""
+    from mdpd_deploy.train import make_plan
+
+    return make_plan(_config(config, set, flags))
+
+
+def _config(config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]) -> Config:
+    from mdpd_deploy.config import Config, check_config, load_config
+    from mdpd_deploy.errors import unknown
+
+    for name in flags:
+        if name not in _OPTION:
+            raise unknown("fit", name, _OPTION)
+    named = {_OPTION[name]: _plain(name, value) for name, value in flags.items()}
+    if isinstance(config, Config):
+        base = config.model_dump()
+        loaded = load_config(None, named, list(sets)).model_dump(exclude_unset=True)
+        loaded = check_config(_merged(base, loaded))
+    else:
+        loaded = load_config(None if config is None else Path(config), named, list(sets))
+    return _absolute(loaded)
+
+
+_OPTION = {
+    "task": "task",
+    "data": "data.path",
+    "eval_data": "data.eval_path",
+    "text": "data.text",
+    "image": "data.image",
+    "label": "data.label",
+    "backbone": "backbone.name",
+    "method": "method",
+    "side": "side.name",
+    "steps": "train.steps",
+    "epochs": "train.epochs",
+    "batch": "train.batch",
+    "lr": "optim.lr",
+    "seed": "train.seed",
+    "device": "train.device",
+    "out": "out",
+}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if name == "text" and isinstance(value, str):
+        return [column.strip() for column in value.split(",")]
+    return value
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if both else value
+    return merged
+
+
+def _absolute(config: Config) -> Config:
+    """Store local paths absolute, so that a run can be resumed from anywhere (D19)."""
+    data = config.data.model_copy(
+        update={
+            name: str(Path(value).resolve())
+            for name in ("path", "eval_path")
+            if (value := getattr(config.data, name)) is not None and not value.startswith("hub:")
+        }
+    )
+    update: dict[str, Any] = {}
+    if Path(config.backbone.name).is_dir():
+        update["name"] = str(Path(config.backbone.name).resolve())
+    if config.backbone.weights is not None:
+        update["weights"] = str(Path(config.backbone.weights).resolve())
+    backbone = config.backbone.model_copy(update=update)
+    return config.model_copy(update={"data": data, "backbone": backbone})
+
+
+def _is_main_process() -> bool:
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def _print_run(run: Run, *, as_json: bool) -> None:
+    from json import dumps
+
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        print(dumps({"run": str(run.path), **run.summary}))
+        return
+    summary = run.summary
+    table = Table(title=f"{summary['task']} · {summary['method']}", show_header=False)
+    for where, metrics in summary["metrics"].items():
+        for name, value in metrics.items():
+            table.add_row(f"{where} {name}", f"{value:.4f}")
+    params, memory = summary["params"], summary["memory"]
+    share = params["trained"] / params["backbone"]
+    table.add_row("trained parameters", f"{params['trained']:,} ({share:.1%} of the backbone)")
+    table.add_row("deployed on top of the backbone", f"{params['deployed_delta']:,}")
+    if "peak_live_bytes" in memory:
+        table.add_row("peak training memory", f"{memory['peak_live_bytes'] / 1e6:,.1f} MB")
+    table.add_row("training time", f"{summary['time']['train_s']:.1f} s")
+    console = Console()
+    console.print(table)
+    console.print(f"run     {run.path}", highlight=False, soft_wrap=True)
+    console.print(f"report  {run.path / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _print_plan(plan: Plan, *, as_json: bool) -> None:
+    from json import dumps
+
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        print(dumps(plan.to_dict()))
+        return
+    table = Table(title="plan (nothing was trained)", show_header=False)
+    table.add_row("task", plan.task)
+    table.add_row("method", plan.method + (f" over {plan.side}" if plan.side else ""))
+    table.add_row("backbone", plan.backbone)
+    for name, count in plan.examples.items():
+        table.add_row(f"{name} examples", f"{count:,}")
+    if plan.classes:
+        names = ", ".join(plan.classes[:10]) + (" …" if len(plan.classes) > 10 else "")
+        table.add_row("classes", f"{len(plan.classes)}: {names}")
+    table.add_row("steps", f"{plan.steps:,} of {plan.batch} examples, {plan.steps_per_epoch:,} an epoch")
+    for name, count in plan.params.items():
+        table.add_row(f"parameters, {name}", f"{count:,}")
+    table.add_row("memory forecast", f"{plan.forecast_bytes / 1e6:,.1f} MB (live tensors, one process)")
+    table.add_row("device", plan.device)
+    for note in plan.notes:
+        table.add_row("note", note)
+    Console().print(table)

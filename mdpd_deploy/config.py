@@ -1,0 +1,223 @@
+"""Every option of a run, once: typed, documented, unknown keys refused.
+
+A YAML file, `--set a.b=c` and the CLI flags are merged by OmegaConf and handed to pydantic at
+once; nothing past this module sees an OmegaConf object. Flags override YAML, YAML overrides the
+defaults below.
+"""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mdpd_deploy.errors import UserError
+
+BUILTIN_BACKBONE = "builtin:vit-xs-tin32"
+
+
+class Section(BaseModel):
+    """A frozen group of options that refuses unknown names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Which examples, and how they become tensors."""
+
+    path: str | None = None  # --data: a file, a folder, or a hub data set `hub:NAME`
+    eval_path: str | None = None  # --eval-data: a separate evaluation file or folder
+    text: list[str] | None = None  # --text A[,B]: one or two text columns
+    image: str | None = None  # --image: the column of image paths
+    label: str | None = None  # --label: the label column
+    labels: list[str] | None = None  # class names in order; default: sorted names of the train split
+    max_length: int = Field(128, ge=4)  # tokens kept of a text
+    pad: Literal["longest", "max"] = "longest"  # pad a batch to its longest text, or to max_length
+    augment: Literal["none", "flip", "crop"] = "none"  # training images: mirror; random crop + mirror
+    bad_images: Literal["stop", "skip"] = "stop"  # an unreadable training image ends the run, or not
+    validation_fraction: float = Field(0.1, gt=0, lt=1)  # split off when there is no validation data
+    limit: int | None = Field(None, ge=1)  # use only the first N training examples (after a shuffle)
+    workers: int = Field(0, ge=0)  # loader processes
+
+
+class BackboneConfig(Section):
+    """The frozen network that is deployed."""
+
+    name: str = BUILTIN_BACKBONE  # builtin:NAME, timm:NAME, hf:NAME[@revision], or a local folder
+    weights: str | None = None  # a local weights file for timm:NAME
+    pretrained: bool = True  # false: random weights, stored with the run
+    pooling: Literal["mean", "cls"] = "mean"  # D3: mean of real tokens / patch tokens, or the first
+    img_size: int | None = Field(None, ge=1)  # pixels, vision only
+    patch_size: int | None = Field(None, ge=1)  # pixels, vision only
+    dropout_active: bool = True  # keep the backbone's own dropout while training (D8)
+
+
+class SideConfig(Section):
+    """The side network that teaches and then fades."""
+
+    name: str = "unipt"
+    reduction: int | None = Field(None, ge=1)  # r: side width = width / r; default 8 text, 2 vision
+    variant: Literal["reference", "paper"] = "reference"  # released code, or the paper's equations
+    projection: Literal["auto", "d-d", "d-D-d"] = "auto"  # UniPT's map of the blend (methods 2.1.2)
+
+
+class DistillConfig(Section):
+    """MDPD's own parts: bottlenecks φ, mask, generation blocks G (paper Eq. 1-7)."""
+
+    mask_ratio: float = Field(0.5, ge=0, le=1)  # λ, Eq. 5
+    mask_level: Literal["sample", "batch"] = "sample"  # one mask per example, or per batch
+    bottleneck: int | None = Field(None, ge=1)  # d; default min(12, side width // 2)
+    share_phi: bool = False  # one φ for all layers instead of one each
+    share_gen: bool = False  # one G for all deep layers instead of one each
+    shallow_layers: int | None = Field(None, ge=0)  # default: the first half (rounded up)
+    feature_mean: bool = False  # mean over tokens and channels instead of the paper's sum
+    side_head: Literal["final", "paper"] = "final"  # Y_S from the final norm, or Eq. 3 on s_L (D2)
+
+
+class LossConfig(Section):
+    """Weights of the losses (MDPD supplementary B) and the form of the logits loss."""
+
+    task: float = Field(1.0, ge=0)
+    logits: float = Field(1e-4, ge=0)
+    deep: float = Field(6e-5, ge=0)
+    shallow: float = Field(4e-5, ge=0)
+    logits_form: Literal["mse", "kl"] = "mse"  # Eq. 3, or KL divergence at `temperature`
+    temperature: float = Field(2.0, gt=0)  # used by logits_form=kl
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # of the classification loss
+
+
+class TrainConfig(Section):
+    """Length, batches, precision and how the norms get their gradient."""
+
+    epochs: float | None = Field(None, gt=0)  # passes over the training data; default 10
+    steps: int | None = Field(None, ge=1)  # optimiser steps; overrides epochs
+    batch: int = Field(32, ge=1)  # examples per optimiser step and process, before accumulation
+    accumulate: int = Field(1, ge=1)  # batches per optimiser step
+    eval_batch: int = Field(64, ge=1)
+    eval_every: int | None = Field(None, ge=1)  # steps; default: once per epoch
+    patience: int | None = Field(None, ge=1)  # stop after this many evaluations without a gain
+    keep: Literal["best", "last"] = "best"  # which weights become RUN/model
+    norm_grad: str = "recompute"  # recompute | full | late:K | local | none
+    late_norm_grad: bool = False  # let the side pass also move norms it runs through (literal joint)
+    student_task_weight: float = Field(1.0, ge=0)  # task loss on the backbone's own head
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen weights held, side autocast, in bf16
+    class_weights: Literal["none", "balanced"] | list[float] = "none"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _norm_grad_is_known(self) -> Self:
+        mode, _, blocks = self.norm_grad.partition(":")
+        plain = mode in ("recompute", "full", "local", "none") and not blocks
+        late = mode == "late" and blocks.isdigit() and int(blocks) >= 1
+        if not (plain or late):
+            raise ValueError(
+                f"train.norm_grad={self.norm_grad!r} is not one of "
+                "recompute, full, late:K (K a number of blocks), local, none"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-3, gt=0)  # side network, φ, G, side head
+    norm_lr: float | None = Field(None, gt=0)  # tuned norms; default: lr
+    head_lr: float | None = Field(None, gt=0)  # deployed head; default: lr
+    weight_decay: float = Field(0.01, ge=0)  # not on norms and biases
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    warmup: float = Field(0.1, ge=0, le=1)  # share of the steps
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    clip: float | None = Field(1.0, gt=0)  # gradient norm, per group
+
+
+class CheckpointConfig(Section):
+    """How often a run can be resumed from."""
+
+    every: int | None = Field(None, ge=1)  # steps; default: at every evaluation
+
+
+class TrackConfig(Section):
+    """Trackers beside the run's own files (extra `track`)."""
+
+    to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = []
+
+
+class Config(Section):
+    """One run."""
+
+    task: str = "digits"
+    method: str = "mdpd"
+    out: str | None = None
+    data: DataConfig = DataConfig()  # pyright: ignore[reportCallIssue]
+    backbone: BackboneConfig = BackboneConfig()  # pyright: ignore[reportCallIssue]
+    side: SideConfig = SideConfig()  # pyright: ignore[reportCallIssue]
+    distill: DistillConfig = DistillConfig()  # pyright: ignore[reportCallIssue]
+    loss: LossConfig = LossConfig()  # pyright: ignore[reportCallIssue]
+    train: TrainConfig = TrainConfig()  # pyright: ignore[reportCallIssue]
+    optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
+    checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportCallIssue]
+    track: TrackConfig = TrackConfig()
+
+    def to_yaml(self) -> str:
+        """Return the config as YAML that `load_config` reads back unchanged."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(
+    file: Path | None = None, flags: dict[str, Any] | None = None, sets: list[str] | None = None
+) -> Config:
+    """Merge defaults, a YAML file, `--set` assignments and flags into one checked config.
+
+    Args:
+        file: A YAML file with any subset of the options.
+        flags: Dotted option name to value, e.g. `{"optim.lr": 1e-3}`; None values are skipped.
+        sets: Assignments as typed after `--set`, e.g. `["optim.lr=1e-3"]`.
+
+    Raises:
+        UserError: For an unreadable file, an unknown option or a value of the wrong kind.
+    """
+    merged = OmegaConf.create()
+    try:
+        if file is not None:
+            merged = OmegaConf.merge(merged, OmegaConf.load(file))
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(sets or []))
+        for name, value in (flags or {}).items():
+            if value is not None:
+                OmegaConf.update(merged, name, value)
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise UserError(f"the config file {file} does not exist.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as err:
+        reason = str(err).splitlines()[0]
+        raise UserError(f"the options could not be read ({file or '--set'}): {reason}") from err
+    if not isinstance(plain, dict):
+        raise UserError(f"{file} must hold `name: value` lines, found a {type(plain).__name__}.")
+    return check_config(plain)
+
+
+def check_config(plain: dict[Any, Any]) -> Config:
+    """Validate a plain dict; raises `UserError` with the option's path and the mend."""
+    try:
+        return Config.model_validate(plain)
+    except ValidationError as err:
+        raise UserError(_first_problem(err)) from None
+
+
+def _first_problem(err: ValidationError) -> str:
+    problem = err.errors()[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section: type[BaseModel] = Config
+        for part in problem["loc"][:-1]:
+            found = section.model_fields[str(part)].annotation
+            section = found if isinstance(found, type) else Config
+        near = get_close_matches(str(problem["loc"][-1]), section.model_fields, n=1)
+        mend = f" Did you mean {near[0]!r}?" if near else ""
+        return f"unknown option {path!r}.{mend} Known here: {', '.join(section.model_fields)}."
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"option {path or 'config'}: {message} (given {problem['input']!r})."

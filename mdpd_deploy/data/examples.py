@@ -1,0 +1,68 @@
+"""What every reader returns: examples by split, before any preprocessing. No torch here (D27)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Modality = Literal["text", "image"]
+Kind = Literal["classify", "regress"]
+
+Text = str | tuple[str, str]  # a sentence, or a pair
+Picture = Path | Image.Image  # a file that is opened when needed, or a picture in memory
+Raw = Text | Picture
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples of one split.
+
+    Attributes:
+        inputs: Raw inputs, all of one modality.
+        labels: int64 class indices (classify) or float64 scores (regress), shape [len(inputs)].
+    """
+
+    inputs: Sequence[Raw]
+    labels: NDArray[np.int64] | NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task and its examples.
+
+    Attributes:
+        task: The name the user typed, e.g. `glue/sst2`, `vtab/cifar10`, `classify`, `digits`.
+        kind: classify or regress.
+        modality: text or image.
+        pair: True when text inputs are pairs.
+        label_names: Class names in index order; empty for regression.
+        metrics: Metric names to report, of `tasks.metrics.METRICS`; the first is the primary one.
+        train: Training examples.
+        evaluation: Splits to measure, e.g. `{"validation": ..., "test": ...}`; `validation` always
+            exists and is the one that selects the best weights.
+        columns: The columns inputs came from (for `predict` on a table); empty if not a table.
+        notes: Sentences a user should see (a split that was made, pictures that were skipped).
+    """
+
+    task: str
+    kind: Kind
+    modality: Modality
+    pair: bool
+    label_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    train: Split
+    evaluation: dict[str, Split]
+    columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def outputs(self) -> int:
+        """Width of the logits: classes, or 1 for regression."""
+        return len(self.label_names) or 1

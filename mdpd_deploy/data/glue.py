@@ -1,0 +1,205 @@
+"""The nine GLUE tasks in their official folders, files and columns (D22, methods.md 6).
+
+Files are unquoted TSV: a `"` is a character. CoLA's train and dev files have no header. train is
+trained on and dev is `validation` (MNLI: dev_matched; dev_mismatched is measured as
+`validation_mismatched`); a test file counts only where it holds labels, as MRPC's own release does.
+Class order and metrics are those of the data set cards, so class 1 is the positive one for F1.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdpd_deploy.config import DataConfig
+from mdpd_deploy.data.assemble import assemble, relabelled
+from mdpd_deploy.data.examples import Kind, Raw, TaskData
+from mdpd_deploy.data.lines import read_lines
+from mdpd_deploy.data.registry import TASKS, refuse_options
+from mdpd_deploy.data.rows import Rows, Source
+from mdpd_deploy.errors import UserError
+
+_ENTAILMENT = {"entailment": "entailment", "not_entailment": "not_entailment"}
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """Where a GLUE task keeps what.
+
+    Attributes:
+        folder: Official folder name.
+        text: Text columns.
+        label: Label column.
+        classes: Label as written → class name, in index order; empty for regression.
+        metrics: Metric names, the primary one first.
+        header: Columns of a train or dev file without a header line.
+        dev: Evaluation name → file.
+        loose: The release has broken rows and empty texts, known and left out (or kept) by all.
+    """
+
+    folder: str
+    text: tuple[str, ...]
+    label: str
+    classes: Mapping[str, str]
+    metrics: tuple[str, ...] = ("accuracy",)
+    header: tuple[str, ...] | None = None
+    dev: tuple[tuple[str, str], ...] = (("validation", "dev.tsv"),)
+    loose: bool = False
+
+
+GLUE = {
+    "cola": GlueTask(
+        "CoLA",
+        ("sentence",),
+        "label",
+        {"0": "unacceptable", "1": "acceptable"},
+        metrics=("matthews", "accuracy"),
+        header=("source", "label", "star", "sentence"),
+    ),
+    "sst2": GlueTask("SST-2", ("sentence",), "label", {"0": "negative", "1": "positive"}),
+    "mrpc": GlueTask(
+        "MRPC",
+        ("#1 String", "#2 String"),
+        "Quality",
+        {"0": "not_equivalent", "1": "equivalent"},
+        metrics=("accuracy_f1", "accuracy", "f1"),
+    ),
+    "stsb": GlueTask(
+        "STS-B",
+        ("sentence1", "sentence2"),
+        "score",
+        {},
+        metrics=("pearson_spearman", "pearson", "spearman"),
+    ),
+    "qqp": GlueTask(
+        "QQP",
+        ("question1", "question2"),
+        "is_duplicate",
+        {"0": "not_duplicate", "1": "duplicate"},
+        metrics=("accuracy_f1", "accuracy", "f1"),
+        loose=True,
+    ),
+    "mnli": GlueTask(
+        "MNLI",
+        ("sentence1", "sentence2"),
+        "gold_label",
+        {name: name for name in ("entailment", "neutral", "contradiction")},
+        dev=(
+            ("validation", "dev_matched.tsv"),
+            ("validation_mismatched", "dev_mismatched.tsv"),
+        ),
+    ),
+    "qnli": GlueTask("QNLI", ("question", "sentence"), "label", _ENTAILMENT),
+    "rte": GlueTask("RTE", ("sentence1", "sentence2"), "label", _ENTAILMENT),
+    "wnli": GlueTask(
+        "WNLI",
+        ("sentence1", "sentence2"),
+        "label",
+        {"0": "not_entailment", "1": "entailment"},
+    ),
+}
+
+
+@TASKS.register(*(f"glue/{name}" for name in GLUE))
+def read_glue(task: str, config: DataConfig, *, seed: int) -> TaskData:
+    """Read one GLUE task; `data.path` is the folder that holds the official task folders.
+
+    `data.eval_path` is another such folder, or one file with the official columns; it takes the
+    place of the dev and test files.
+
+    Raises:
+        UserError: If a folder, file or column is missing, or a row is damaged.
+    """
+    refuse_options(task, config, "text", "image", "label")
+    glue = GLUE[task.removeprefix("glue/")]
+    if config.path is None:
+        raise UserError(f"--task {task} needs --data: the folder that holds {glue.folder}/.")
+    folder = _task_folder(Path(config.path).expanduser(), glue, task)
+    notes: list[str] = []
+    splits = {"train": _read(folder / "train.tsv", glue, notes)}
+    evaluation = Path(config.eval_path).expanduser() if config.eval_path else folder
+    if evaluation.is_file():
+        splits["validation"] = _read(evaluation, glue, notes)
+    else:
+        if config.eval_path:
+            evaluation = _task_folder(evaluation, glue, task)
+        for name, file in glue.dev:
+            splits[name] = _read(evaluation / file, glue, notes)
+        if _has_labels(evaluation / "test.tsv", glue):
+            splits["test"] = _read(evaluation / "test.tsv", glue, notes)
+    source = Source(
+        splits,
+        "text",
+        pair=len(glue.text) == 2,
+        names=tuple(glue.classes.values()) or None,
+        columns=glue.text,
+        notes=tuple(notes),
+    )
+    kind: Kind = "classify" if glue.classes else "regress"
+    return assemble(task, kind, source, config, seed=seed, metrics=glue.metrics)
+
+
+def _task_folder(root: Path, glue: GlueTask, task: str) -> Path:
+    folder = root / glue.folder
+    if folder.is_dir():
+        return folder
+    if root.name == glue.folder and root.is_dir():
+        return root
+    raise UserError(
+        f"--task {task}: {root} holds no folder {glue.folder}: "
+        "name the folder that holds the official GLUE folders."
+    )
+
+
+def _read(path: Path, glue: GlueTask, notes: list[str]) -> Rows:
+    header, rows, lines = _read_tsv(path, glue)
+    wanted = [_column(header, name, path) for name in (*glue.text, glue.label)]
+    kept = [i for i, row in enumerate(rows) if len(row) > max(wanted)]
+    broken = sorted(set(range(len(rows))) - set(kept))
+    if broken and not glue.loose:
+        at = broken[0]
+        raise UserError(
+            f"{path} line {lines[at]} has {len(rows[at])} columns, {len(header)} are expected: "
+            "correct the line or remove it."
+        )
+    if broken:
+        notes.append(f"{path}: {len(broken)} rows without all columns are left out.")
+    texts = [_texts(rows[i], wanted[:-1], path, lines[i], loose=glue.loose) for i in kept]
+    labels = [rows[i][wanted[-1]].strip() for i in kept]
+    places = [lines[i] for i in kept]
+    found = Rows(texts, labels, lambda i: f"{path} line {places[i]}", str(path))
+    return relabelled(found, dict(glue.classes))
+
+
+def _texts(row: list[str], columns: list[int], path: Path, line: int, *, loose: bool) -> Raw:
+    cells = [row[column] for column in columns]
+    if not loose and not all(cell.strip() for cell in cells):
+        raise UserError(f"{path} line {line} has an empty text: fill it in or remove the line.")
+    return cells[0] if len(cells) == 1 else (cells[0], cells[1])
+
+
+def _read_tsv(path: Path, glue: GlueTask) -> tuple[list[str], list[list[str]], list[int]]:
+    """Return header, rows and their line numbers of an unquoted TSV file."""
+    lines = read_lines(path, "name the folder that holds GLUE's official folders and files.")
+    cells = [(n, line.split("\t")) for n, line in enumerate(lines, start=1) if line]
+    header = list(glue.header) if glue.header else []
+    if not header and cells:
+        header = [name.strip() for name in cells.pop(0)[1]]
+    return header, [row for _, row in cells], [n for n, _ in cells]
+
+
+def _column(header: list[str], name: str, path: Path) -> int:
+    if name in header:
+        return header.index(name)
+    raise UserError(
+        f"{path} has no column {name!r}: expected GLUE's official columns, found "
+        f"{', '.join(header) or 'an empty file'}."
+    )
+
+
+def _has_labels(path: Path, glue: GlueTask) -> bool:
+    """Tell whether a test file is one of the few that were published with labels."""
+    if not path.is_file():
+        return False
+    header, rows, _ = _read_tsv(path, glue)
+    first = rows[0] if glue.header and rows else header
+    return len(first) == len(glue.header) if glue.header else glue.label in first

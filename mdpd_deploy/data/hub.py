@@ -1,0 +1,167 @@
+"""Hugging Face data sets by name: `hub:NAME[:CONFIG][@REVISION]`, or `hub:` and a local folder.
+
+Whatever `datasets.load_dataset` reads without running foreign code. Pictures stay encoded until
+they are asked for and pass our own limits (`images.decode_image`).
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast, overload
+
+from mdpd_deploy.data.examples import Raw
+from mdpd_deploy.data.images import decode_image, open_image
+from mdpd_deploy.data.labels import label_text
+from mdpd_deploy.data.rows import Rows
+from mdpd_deploy.data.splits import SPLIT_NAMES
+from mdpd_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+PREFIX = "hub:"
+
+
+def read_hub(
+    spec: str,
+    loaded: "DatasetDict",
+    *,
+    text: Sequence[str] | None,
+    image: str | None,
+    label: str,
+) -> dict[str, Rows]:
+    """Pick the columns of a loaded data set.
+
+    Args:
+        spec: The name as typed, for messages.
+        loaded: What `load_hub` returned.
+        text: One or two text columns, or None.
+        image: The image column, or None.
+        label: The label column; a ClassLabel gives its names.
+
+    Returns:
+        Rows of the splits called train, validation and test (or another of their usual names).
+
+    Raises:
+        UserError: If the data set has none of these splits, or lacks a column.
+    """
+    splits: dict[str, Rows] = {}
+    for name, dataset in loaded.items():
+        split = SPLIT_NAMES.get(str(name).lower())
+        if split is not None and split not in splits:
+            splits[split] = _rows(dataset, f"{spec} {name}", text, image, label)
+    if not splits:
+        raise UserError(
+            f"{spec} has no train, validation or test split, it has: {', '.join(map(str, loaded))}."
+        )
+    return splits
+
+
+def load_hub(spec: str) -> "DatasetDict":
+    """Load `hub:NAME[:CONFIG][@REVISION]`, or `hub:FOLDER` in any form that `datasets` reads.
+
+    Raises:
+        UserError: If that fails, for whatever reason.
+    """
+    import datasets
+
+    name, config, revision = _parse(spec)
+    quiet = datasets.utils.logging.get_verbosity()
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        if (Path(name) / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name, config, revision=revision)
+    except Exception as err:  # datasets, the hub client and the network raise dozens of kinds
+        reason = (str(err).strip() or type(err).__name__).splitlines()[0]
+        raise UserError(
+            f"the hub data set {name!r} could not be loaded ({reason}): check the name and the "
+            "network, or download it and give the local files."
+        ) from err
+    finally:
+        datasets.utils.logging.set_verbosity(quiet)
+    return cast("DatasetDict", loaded)
+
+
+def _parse(spec: str) -> tuple[str, str | None, str | None]:
+    name = spec.removeprefix(PREFIX)
+    if not name:
+        raise UserError("--data hub: lacks a name: write hub:NAME, e.g. hub:imdb.")
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser()), None, None
+    name, _, revision = name.partition("@")
+    name, _, config = name.partition(":")
+    return name, config or None, revision or None
+
+
+def _rows(
+    dataset: "Dataset", source: str, text: Sequence[str] | None, image: str | None, label: str
+) -> Rows:
+    for name, option in [
+        *((t, "--text") for t in text or ()),
+        (image, "--image"),
+        (label, "--label"),
+    ]:
+        if name is not None and name not in dataset.column_names:
+            raise UserError(
+                f"{source} has no column {name!r} for {option}. "
+                f"It has: {', '.join(dataset.column_names)}."
+            )
+
+    def where(index: int) -> str:
+        return f"{source} row {index + 1}"
+
+    inputs = HubPictures(dataset, image, source) if image else _texts(dataset, text or (), source)
+    return Rows(inputs, _labels(dataset, label), where, source)
+
+
+def _labels(dataset: "Dataset", column: str) -> list[str]:
+    names = getattr(dataset.features[column], "names", None)
+    values = list(dataset[column])
+    if names is None:
+        return [label_text(value) for value in values]
+    return ["" if value is None or value < 0 else str(names[value]) for value in values]
+
+
+def _texts(dataset: "Dataset", columns: Sequence[str], source: str) -> list[Raw]:
+    cells = [list(dataset[name]) for name in columns]
+    for name, column in zip(columns, cells, strict=True):
+        for index, cell in enumerate(column):
+            if not isinstance(cell, str) or not cell.strip():
+                raise UserError(f"{source} row {index + 1}: column {name!r} holds no text.")
+    return list(cells[0]) if len(cells) == 1 else list(zip(cells[0], cells[1], strict=True))
+
+
+class HubPictures(Sequence[Raw]):
+    """The pictures of a data set's column, decoded one at a time."""
+
+    def __init__(self, dataset: "Dataset", column: str, source: str) -> None:
+        import datasets
+
+        feature = dataset.features[column]
+        if not isinstance(feature, datasets.Image):
+            raise UserError(f"{source}: column {column!r} holds no pictures but {feature}.")
+        self._dataset = dataset.select_columns([column]).cast_column(
+            column, datasets.Image(decode=False)
+        )
+        self._column = column
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> Raw: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Raw]: ...
+    def __getitem__(self, index: int | slice) -> Raw | Sequence[Raw]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        cell = self._dataset[index][self._column]
+        name = f"{self._source} row {index + 1}"
+        if cell is None:
+            raise UserError(f"{name} has no picture: leave the row out of the data set.")
+        if cell["bytes"] is None:
+            return open_image(Path(cell["path"]))
+        return decode_image(io.BytesIO(cell["bytes"]), name)

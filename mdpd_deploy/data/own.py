@@ -1,0 +1,217 @@
+"""The user's own data: `classify` and `regress` on tables, image folders and hub data sets (D22)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdpd_deploy.config import DataConfig
+from mdpd_deploy.data.assemble import assemble, to_split, without_unlabelled_test
+from mdpd_deploy.data.examples import Kind, Split, TaskData
+from mdpd_deploy.data.hub import PREFIX, load_hub, read_hub
+from mdpd_deploy.data.image_folder import read_classes, split_folders
+from mdpd_deploy.data.labels import label_text
+from mdpd_deploy.data.registry import TASKS
+from mdpd_deploy.data.rows import Rows, Source
+from mdpd_deploy.data.splits import SPLIT_NAMES
+from mdpd_deploy.data.table import FORMATS, Table, read_table, table_texts
+from mdpd_deploy.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns the inputs and the label come from."""
+
+    inputs: tuple[str, ...]
+    image: bool
+    label: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What lies at one path.
+
+    Attributes:
+        splits: Rows by split; everything is `train` if `whole`.
+        columns: None for an image folder.
+        whole: True for one table, or pictures without split folders.
+    """
+
+    splits: dict[str, Rows]
+    columns: _Columns | None
+    whole: bool
+
+    @property
+    def form(self) -> tuple[str, int]:
+        """What the inputs are, to compare training with evaluation data."""
+        if self.columns is None or self.columns.image:
+            return "pictures", 1
+        return "texts" if len(self.columns.inputs) == 1 else "pairs", len(self.columns.inputs)
+
+
+@TASKS.register("classify", "regress")
+def read_own(task: str, config: DataConfig, *, seed: int) -> TaskData:
+    """Read `data.path`: one table, a folder of tables by split, an image folder, or `hub:NAME`.
+
+    `data.eval_path` takes the place of the validation and test splits that `data.path` has.
+
+    Raises:
+        UserError: For a wrong path, column, label, text or picture, with its file and row.
+    """
+    kind: Kind = "classify" if task == "classify" else "regress"
+    if config.path is None:
+        raise UserError(f"--task {task} needs --data: a table, a folder, or hub:NAME.")
+    found = _read(config.path, "--data", kind, config)
+    if "train" not in found.splits:
+        raise UserError(
+            f"{config.path} has no train split, only {', '.join(found.splits)}: "
+            "add train.* (or train/CLASS/*.jpg)."
+        )
+    splits = found.splits
+    if config.eval_path is not None:
+        measured = _read(config.eval_path, "--eval-data", kind, config)
+        if measured.form != found.form:
+            raise UserError(
+                f"--eval-data {config.eval_path} holds {measured.form[0]}, the training data "
+                f"holds {found.form[0]}: give the same kind."
+            )
+        evaluation = _measured(measured, config.eval_path)
+        if "validation" not in evaluation:
+            evaluation = {"validation": evaluation["test"]}
+        splits = {"train": splits["train"], **evaluation}
+    splits, notes = without_unlabelled_test(splits)
+    columns = found.columns
+    source = Source(
+        splits,
+        "image" if found.form[0] == "pictures" else "text",
+        pair=found.form[0] == "pairs",
+        columns=columns.inputs if columns else (),
+        notes=notes,
+    )
+    return assemble(task, kind, source, config, seed=seed)
+
+
+def read_own_evaluation(
+    path: str, kind: Kind, config: DataConfig, label_names: Sequence[str]
+) -> dict[str, Split]:
+    """Read only what is to be measured, for a model whose classes are known.
+
+    Args:
+        path: A table, a folder, or `hub:NAME`. A single table, and pictures without split
+            folders, are `validation` whole; else the validation and test splits count.
+        kind: classify or regress.
+        config: The column options.
+        label_names: The model's classes in index order; empty for regression.
+
+    Raises:
+        UserError: As `read_own`, and if there is nothing to measure.
+    """
+    splits, _ = without_unlabelled_test(_measured(_read(path, "--data", kind, config), path))
+    if not splits:
+        raise UserError(f"{path} has no labels to measure against: add the label column.")
+    return {name: to_split(rows, tuple(label_names)) for name, rows in splits.items()}
+
+
+def _measured(found: _Found, path: str) -> dict[str, Rows]:
+    """Return the splits to measure on, `validation` or `test` or both."""
+    if found.whole:
+        return {"validation": found.splits["train"]}
+    measured = {name: rows for name, rows in found.splits.items() if name != "train"}
+    if not measured:
+        raise UserError(
+            f"{path} has neither a validation nor a test split: name the file to measure on."
+        )
+    return measured
+
+
+def _read(path: str, option: str, kind: Kind, config: DataConfig) -> _Found:
+    if path.startswith(PREFIX):
+        return _read_from_hub(path, config)
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise UserError(f"{option} {path} does not exist: correct the path.")
+    files = {"train": root} if root.is_file() else _split_files(root)
+    if not files:
+        return _read_pictures(root, kind, config)
+    tables = {split: read_table(file) for split, file in files.items()}
+    first = tables.get("train") or next(iter(tables.values()))
+    columns = _choose(config, list(first.columns), str(first.path))
+    rows = {split: _table_rows(table, columns, split, config) for split, table in tables.items()}
+    return _Found(rows, columns, whole=root.is_file())
+
+
+def _read_from_hub(path: str, config: DataConfig) -> _Found:
+    loaded = load_hub(path)
+    columns = _choose(config, list(next(iter(loaded.values())).column_names), path)
+    text = None if columns.image else columns.inputs
+    image = columns.inputs[0] if columns.image else None
+    rows = read_hub(path, loaded, text=text, image=image, label=columns.label)
+    return _Found(rows, columns, whole=False)
+
+
+def _read_pictures(root: Path, kind: Kind, config: DataConfig) -> _Found:
+    if kind == "regress":
+        raise UserError(
+            f"--task regress needs numbers as labels, and {root} is an image folder: "
+            "give a table with --image COL --label COL."
+        )
+    given = [name for name in ("text", "image", "label") if getattr(config, name) is not None]
+    if given:
+        raise UserError(
+            f"{root} holds no table (train.csv, ...), so data.{given[0]} names no column: "
+            "leave it out for an image folder, or correct the path."
+        )
+    folders = split_folders(root)
+    if not folders:
+        return _Found({"train": read_classes(root)}, None, whole=True)
+    rows = {split: read_classes(folder) for split, folder in folders.items()}
+    return _Found(rows, None, whole=False)
+
+
+def _split_files(root: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in sorted(root.iterdir()):
+        split = SPLIT_NAMES.get(path.stem.lower())
+        if split is None or not path.is_file() or path.suffix.lower() not in FORMATS:
+            continue
+        if split in files:
+            raise UserError(
+                f"{root} has two files for {split}, {files[split].name} and {path.name}: keep one."
+            )
+        files[split] = path
+    return files
+
+
+def _choose(config: DataConfig, existing: list[str], where: str) -> _Columns:
+    """Settle the columns; one that is not named is `text`, `image` or `label` if there is such."""
+    if config.text is not None and config.image is not None:
+        raise UserError("--text and --image exclude each other: give one of them.")
+    has = f"{where} has the columns: {', '.join(existing)}."
+    text = config.text
+    if text is None and config.image is None:
+        image = "image" if "image" in existing else None
+        text = ["text"] if "text" in existing and image is None else None
+        if text is None and image is None:
+            raise UserError(f"name the input column with --text A[,B] or --image COL. {has}")
+    else:
+        image = config.image
+    if text is not None and len(text) not in (1, 2):
+        raise UserError(f"--text takes one column or two (a pair), given {len(text)}. {has}")
+    label = config.label or ("label" if "label" in existing else None)
+    if label is None:
+        raise UserError(f"name the label column with --label COL. {has}")
+    inputs = tuple(text) if text is not None else (str(image),)
+    if label in inputs:
+        raise UserError(f"the column {label!r} cannot be both input and label. {has}")
+    return _Columns(inputs, image is not None, label)
+
+
+def _table_rows(table: Table, columns: _Columns, split: str, config: DataConfig) -> Rows:
+    if columns.image:
+        inputs = table.pictures(columns.inputs[0], must_exist=config.bad_images == "stop")
+    else:
+        inputs = table_texts(table, columns.inputs)
+    if split == "test" and columns.label not in table.columns:
+        labels = [""] * len(table)
+    else:
+        labels = [label_text(cell) for cell in table.column(columns.label, "--label")]
+    return Rows(inputs, labels, table.where, str(table.path))

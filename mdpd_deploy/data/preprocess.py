@@ -1,0 +1,290 @@
+"""Preprocessing that travels with the model: raw inputs → numpy arrays. No torch here (D27).
+
+`Preprocess` has two forms, `ImagePreprocess` and `TextPreprocess`; both are callables from a list
+of raw inputs to named arrays (the names are the graph's inputs), and both save to and load from a
+folder: `preprocess.json`, and for text `tokenizer.json`.
+
+Images follow timm's evaluation transform (`timm.data.transforms_factory.transforms_imagenet_eval`)
+step by step with PIL and numpy, and give the same numbers; text follows what transformers' fast
+tokenizers do with `truncation="longest_first"`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Encoding, Tokenizer
+
+from mdpd_deploy.data.examples import Raw, Text
+from mdpd_deploy.data.images import open_image
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.files import read_json, write_json, write_text
+
+FILE = "preprocess.json"
+TOKENIZER_FILE = "tokenizer.json"
+SCHEMA = 1
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+CROP_MODES = ("center", "squash", "border")
+
+
+@dataclass(frozen=True)
+class ImagePreprocess:
+    """Pictures → `pixel_values` float32 [B, 3, H, W].
+
+    Attributes:
+        size: (height, width) of the model's input, in pixels.
+        mean: Mean of each RGB channel, in [0, 1].
+        std: Standard deviation of each RGB channel.
+        interpolation: One of `INTERPOLATIONS`.
+        crop_pct: The picture is scaled to size / crop_pct, then the middle is cropped.
+        crop_mode: `center` keeps the aspect ratio and crops, `squash` scales each edge, `border`
+            keeps the whole picture and fills the rest with the mean colour.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+
+    input_names: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS or self.crop_mode not in CROP_MODES:
+            raise UserError(
+                f"image preprocessing: interpolation {self.interpolation!r} must be one of "
+                f"{', '.join(INTERPOLATIONS)} and crop mode {self.crop_mode!r} one of "
+                f"{', '.join(CROP_MODES)}."
+            )
+        if min(self.size) < 1 or not 0 < self.crop_pct <= 1 or min(self.std) <= 0:
+            raise UserError(
+                f"image preprocessing: size {self.size} and std {self.std} must be positive "
+                f"and crop_pct {self.crop_pct} in (0, 1]."
+            )
+
+    def __call__(self, raws: Sequence[Raw]) -> dict[str, NDArray[Any]]:
+        """Open, resize, crop and normalise pictures.
+
+        Raises:
+            UserError: For a text, or a picture that cannot be read.
+        """
+        arrays = [self.to_array(self.geometry(open_image(_picture(raw)))) for raw in raws]
+        return {"pixel_values": np.stack(arrays)}
+
+    def geometry(self, image: Image.Image) -> Image.Image:
+        """Resize and crop to `size`; nothing else, so that training can augment in its place."""
+        scale = tuple(math.floor(edge / self.crop_pct) for edge in self.size)
+        height, width = image.height, image.width
+        if self.crop_mode == "squash":
+            target = scale
+        elif self.crop_mode == "center" and scale[0] == scale[1]:
+            short = scale[0]  # torchvision truncates the long edge, timm's own resize rounds it
+            if width <= height:
+                target = (int(short * height / width), short)
+            else:
+                target = (short, int(short * width / height))
+        else:
+            ratios = (height / scale[0], width / scale[1])
+            ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
+            target = (round(height / ratio), round(width / ratio))
+        resized = image.resize((target[1], target[0]), INTERPOLATIONS[self.interpolation])
+        return self._crop(resized)
+
+    def to_array(self, image: Image.Image) -> NDArray[np.float32]:
+        """Scale to [0, 1] and normalise an RGB picture of `size` → float32 [3, H, W]."""
+        pixels = np.asarray(image, dtype=np.uint8).astype(np.float32) / np.float32(255)
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        normal = (pixels - mean) / std
+        return np.ascontiguousarray(normal.transpose(2, 0, 1))
+
+    def save(self, folder: Path) -> None:
+        """Write `preprocess.json` into a folder."""
+        plain = {
+            "schema": SCHEMA,
+            "kind": "image",
+            "input_names": list(self.input_names),
+            "size": list(self.size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+            "crop_mode": self.crop_mode,
+        }
+        write_json(folder / FILE, plain)
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        lack = (max(height - image.height, 0), max(width - image.width, 0))
+        if any(lack):
+            fill = (0, 0, 0)
+            if self.crop_mode == "border":
+                fill = (
+                    round(255 * self.mean[0]),
+                    round(255 * self.mean[1]),
+                    round(255 * self.mean[2]),
+                )
+            padded = Image.new("RGB", (image.width + lack[1], image.height + lack[0]), fill)
+            padded.paste(image, (lack[1] // 2, lack[0] // 2))
+            image = padded
+        top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+        return image.crop((left, top, left + width, top + height))
+
+
+@dataclass(frozen=True, eq=False)
+class TextPreprocess:
+    """Sentences or pairs → int64 `input_ids`, `attention_mask` and, if named, `token_type_ids` [B, N].
+
+    Attributes:
+        tokenizer: Kept as a copy of our own, so that nobody else's settings reach it.
+        input_names: The arrays wanted, in the graph's order (RoBERTa has no `token_type_ids`).
+        max_length: Most tokens kept, special ones included; of a pair the longer text gives first.
+        pad_id: The padding token.
+        pad: N is that of the batch's longest text, or always `max_length`.
+    """
+
+    tokenizer: Tokenizer
+    input_names: tuple[str, ...]
+    max_length: int
+    pad_id: int
+    pad: Literal["longest", "max"] = "longest"
+
+    def __post_init__(self) -> None:
+        unknown = set(self.input_names) - {"input_ids", "attention_mask", "token_type_ids"}
+        if unknown or "input_ids" not in self.input_names:
+            raise UserError(
+                f"text preprocessing: inputs {', '.join(self.input_names)} must be input_ids with "
+                "attention_mask and token_type_ids as options."
+            )
+        own = Tokenizer.from_str(self.tokenizer.to_str())
+        own.no_padding()
+        own.enable_truncation(self.max_length, strategy="longest_first")
+        object.__setattr__(self, "tokenizer", own)
+
+    def __call__(self, raws: Sequence[Raw]) -> dict[str, NDArray[Any]]:
+        """Tokenise, truncate and pad texts.
+
+        Raises:
+            UserError: For a picture.
+        """
+        encodings = self.tokenizer.encode_batch([_text(raw) for raw in raws])
+        length = self.max_length
+        if self.pad == "longest":
+            length = max(len(encoding.ids) for encoding in encodings)
+        arrays: dict[str, NDArray[Any]] = {}
+        for name in self.input_names:
+            filler = self.pad_id if name == "input_ids" else 0
+            array = np.full((len(raws), length), filler, dtype=np.int64)
+            for row, encoding in zip(array, encodings, strict=True):
+                values = _values(encoding, name)
+                row[: len(values)] = values
+            arrays[name] = array
+        return arrays
+
+    def save(self, folder: Path) -> None:
+        """Write `preprocess.json` and `tokenizer.json` into a folder."""
+        plain = {
+            "schema": SCHEMA,
+            "kind": "text",
+            "input_names": list(self.input_names),
+            "max_length": self.max_length,
+            "pad_id": self.pad_id,
+            "pad": self.pad,
+        }
+        write_text(folder / TOKENIZER_FILE, self.tokenizer.to_str())
+        write_json(folder / FILE, plain)
+
+
+Preprocess = ImagePreprocess | TextPreprocess
+
+
+def load_preprocess(folder: Path) -> Preprocess:
+    """Read what `save` wrote.
+
+    Raises:
+        UserError: If a file is missing, damaged or of another schema.
+    """
+    path = folder / FILE
+    plain = read_json(path, "preprocessing")
+    if not isinstance(plain, dict) or plain.get("schema") != SCHEMA:
+        found = plain.get("schema") if isinstance(plain, dict) else type(plain).__name__
+        raise UserError(
+            f"{path} has schema {found!r}, this version reads {SCHEMA}: "
+            "make the file again with this version."
+        )
+    try:
+        if plain["kind"] == "image":
+            return _load_image(plain)
+        if plain["kind"] == "text":
+            return _load_text(plain, folder / TOKENIZER_FILE)
+    except (KeyError, TypeError, ValueError) as err:
+        raise UserError(f"{path} is damaged ({err!r}): take it from a sound copy.") from err
+    raise UserError(f"{path} has the unknown kind {plain['kind']!r}: expected image or text.")
+
+
+def _load_image(plain: dict[str, Any]) -> ImagePreprocess:
+    height, width = (int(edge) for edge in plain["size"])
+    red, green, blue = (float(value) for value in plain["mean"])
+    std_red, std_green, std_blue = (float(value) for value in plain["std"])
+    return ImagePreprocess(
+        size=(height, width),
+        mean=(red, green, blue),
+        std=(std_red, std_green, std_blue),
+        interpolation=str(plain["interpolation"]),
+        crop_pct=float(plain["crop_pct"]),
+        crop_mode=str(plain["crop_mode"]),
+    )
+
+
+def _load_text(plain: dict[str, Any], tokenizer_file: Path) -> TextPreprocess:
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_file.read_text(encoding="utf-8"))
+    except Exception as err:  # the Rust side raises bare Exception
+        raise UserError(
+            f"the tokenizer {tokenizer_file} cannot be read ({err}): take it from a sound copy."
+        ) from err
+    if plain["pad"] not in ("longest", "max"):
+        raise ValueError(f"pad={plain['pad']!r}")
+    return TextPreprocess(
+        tokenizer=tokenizer,
+        input_names=tuple(str(name) for name in plain["input_names"]),
+        max_length=int(plain["max_length"]),
+        pad_id=int(plain["pad_id"]),
+        pad=plain["pad"],
+    )
+
+
+def _values(encoding: Encoding, name: str) -> list[int]:
+    if name == "input_ids":
+        return encoding.ids
+    return encoding.attention_mask if name == "attention_mask" else encoding.type_ids
+
+
+def _picture(raw: Raw) -> Path | Image.Image:
+    if isinstance(raw, Path | Image.Image):
+        return raw
+    raise UserError(f"this model takes pictures, not text: given {_short(raw)}.")
+
+
+def _text(raw: Raw) -> Text:
+    if isinstance(raw, str | tuple):
+        return raw
+    raise UserError(f"this model takes text, not pictures: given {_short(raw)}.")
+
+
+def _short(raw: object) -> str:
+    shown = repr(raw)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -1,0 +1,40 @@
+"""Task names and the reader of each: a new source of data is one file and one entry here.
+
+A key is a whole task name (`glue/sst2`, `classify`), or a prefix that ends in `/` for a family
+whose members are folders of the user (`vtab/`).
+"""
+
+from typing import Protocol
+
+from mdpd_deploy.config import DataConfig
+from mdpd_deploy.data.examples import TaskData
+from mdpd_deploy.errors import UserError, unknown
+from mdpd_deploy.registry import Registry
+
+
+class Reader(Protocol):
+    """Reads one task: the name as typed, the data options, and the seed of every split made."""
+
+    def __call__(self, task: str, config: DataConfig, *, seed: int) -> TaskData: ...
+
+
+TASKS: Registry[Reader] = Registry("--task")
+
+
+def find_reader(task: str) -> Reader:
+    """Return the reader of a task; raises `UserError` with the nearest name when there is none."""
+    if task in TASKS and not task.endswith("/"):
+        return TASKS[task]
+    family, slash, member = task.partition("/")
+    if slash and family + slash in TASKS:
+        if not member:
+            raise UserError(f"--task {task!r} lacks the data set: write {family}/NAME.")
+        return TASKS[family + slash]
+    raise unknown("--task", task, (f"{n}NAME" if n.endswith("/") else n for n in TASKS))
+
+
+def refuse_options(task: str, config: DataConfig, *names: str) -> None:
+    """Raise `UserError` for a data option that this task cannot use (none is ignored in silence)."""
+    for name in names:
+        if getattr(config, name) is not None:
+            raise UserError(f"--task {task} does not use data.{name}: leave it out.")

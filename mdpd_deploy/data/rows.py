@@ -1,0 +1,49 @@
+"""What a reader finds in one split, before labels become numbers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mdpd_deploy.data.examples import Modality, Raw
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split as written.
+
+    Attributes:
+        inputs: Raw inputs; a list, or a lazy sequence.
+        labels: Labels as text, in the order of `inputs`; "" where the label is missing.
+        where: Names the place of example i for messages, e.g. `reviews.csv line 7`.
+        source: Names the split for messages, e.g. `reviews.csv`.
+    """
+
+    inputs: Sequence[Raw]
+    labels: Sequence[str]
+    where: Callable[[int], str]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Source:
+    """All splits of a task, and what is known of them.
+
+    Attributes:
+        splits: Name to rows; `train` always, `validation` where the source has one, others by name.
+        modality: text or image.
+        pair: True when text inputs are pairs.
+        names: The task's own class names in index order; None to take those of the train split.
+        all_classes: True if a class without a training example is an error.
+        columns: Input columns of a table.
+        notes: Sentences the user should see.
+    """
+
+    splits: dict[str, Rows]
+    modality: Modality
+    pair: bool = False
+    names: tuple[str, ...] | None = None
+    all_classes: bool = True
+    columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,240 @@
+"""Tables of the user's own: CSV, TSV, JSONL and Parquet with named columns.
+
+CSV and TSV are read as text, so that `NA`, `no` or `01` stay what was written. A TSV may be
+unquoted, as GLUE's are: if the fields that begin with `"` are not all well-formed quoted fields
+and every line has the right number of tabs, quotes are plain characters.
+"""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from mdpd_deploy.data.examples import Modality, Raw
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.registry import Registry
+
+_QUOTED_FIELD = re.compile(r'"(?:[^"]|"")*"')
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns of one file.
+
+    Attributes:
+        path: The file.
+        columns: Column name to cells, in file order.
+        lines: The place of each row, counted as an editor does where the format has lines.
+        unit: What `lines` counts, "line" or "row".
+    """
+
+    path: Path
+    columns: dict[str, list[Any]]
+    lines: Sequence[int]
+    unit: str
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def where(self, index: int) -> str:
+        """Name a row for a message, e.g. `reviews.csv line 7`."""
+        return f"{self.path} {self.unit} {self.lines[index]}"
+
+    def column(self, name: str, option: str) -> list[Any]:
+        """Return a column; raises `UserError` naming the columns there are."""
+        if name in self.columns:
+            return self.columns[name]
+        near = get_close_matches(name, self.columns, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"{self.path} has no column {name!r} for {option}.{hint} "
+            f"It has: {', '.join(self.columns)}."
+        )
+
+    def texts(self, name: str) -> list[str]:
+        """Return a text column; raises `UserError` for a cell without text."""
+        cells = self.column(name, "--text")
+        texts = ["" if cell is None else str(cell) for cell in cells]
+        for index, (cell, text) in enumerate(zip(cells, texts, strict=True)):
+            missing = isinstance(cell, float) and math.isnan(cell)
+            if missing or not text.strip():
+                raise UserError(
+                    f"{self.where(index)}: the text in column {name!r} is empty: "
+                    "fill it in or remove the row."
+                )
+        return texts
+
+    def pictures(self, name: str, *, must_exist: bool) -> list[Raw]:
+        """Return a column of image paths, relative ones taken from the table's folder."""
+        found: list[Raw] = []
+        for index, cell in enumerate(self.column(name, "--image")):
+            if not isinstance(cell, str) or not cell.strip():
+                raise UserError(
+                    f"{self.where(index)}: column {name!r} must hold the path of a picture, "
+                    f"found {_kind(cell)}: correct the row or remove it."
+                )
+            path = self.path.parent / cell.strip()
+            if must_exist and not path.is_file():
+                raise UserError(
+                    f"{self.where(index)}: the picture {path} does not exist: correct the path "
+                    "(relative ones start at the table's folder)."
+                )
+            found.append(path)
+        return found
+
+
+FORMATS: Registry[Callable[[Path], Table]] = Registry("table format")
+
+
+def read_table(path: Path) -> Table:
+    """Read a table by its ending.
+
+    Raises:
+        UserError: If the file is missing, of another format, damaged, or has no rows.
+    """
+    if not path.is_file():
+        raise UserError(f"the table {path} does not exist: correct the path.")
+    reader = FORMATS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(
+            f"{path} is not a table that can be read: expected one of {', '.join(FORMATS)}."
+        )
+    try:
+        table = reader(path)
+    except UnicodeDecodeError as err:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {err.start}): save it with UTF-8 encoding."
+        ) from None
+    except OSError as err:
+        raise UserError(f"{path} cannot be read ({err.strerror or err}).") from err
+    if not len(table):
+        raise UserError(f"{path} holds no rows: give a table with at least one.")
+    return table
+
+
+def read_inputs(path: Path, columns: Sequence[str], modality: Modality) -> list[Raw]:
+    """Read only the inputs of a table, for `predict`: labels need not be there.
+
+    Args:
+        path: The table.
+        columns: The columns of training (`TaskData.columns`), one or, for pairs, two.
+        modality: text or image.
+
+    Raises:
+        UserError: If a column is missing or a cell is empty.
+    """
+    table = read_table(path)
+    if modality == "image":
+        return table.pictures(columns[0], must_exist=True)
+    return table_texts(table, columns)
+
+
+def table_texts(table: Table, columns: Sequence[str]) -> list[Raw]:
+    """Return sentences of one column, or pairs of two."""
+    texts = [table.texts(name) for name in columns]
+    if len(texts) == 1:
+        return list(texts[0])
+    return list(zip(texts[0], texts[1], strict=True))
+
+
+@FORMATS.register(".csv")
+def _read_csv(path: Path) -> Table:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        header = stream.readline()
+    delimiter = ";" if "," not in header and ";" in header else ","
+    return _read_delimited(path, delimiter, csv.QUOTE_MINIMAL)
+
+
+@FORMATS.register(".tsv")
+def _read_tsv(path: Path) -> Table:
+    lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line]
+    width = lines[0].count("\t") if lines else 0
+    fits = all(line.count("\t") == width for line in lines)
+    quoted = (
+        field for line in lines for field in line.rstrip("\r").split("\t") if field[:1] == '"'
+    )
+    plain = fits and not all(_QUOTED_FIELD.fullmatch(field) for field in quoted)
+    return _read_delimited(path, "\t", csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL)
+
+
+def _read_delimited(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Table:
+    csv.field_size_limit(2**31 - 1)  # whole documents are longer than the default 131072
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            start = reader.line_num + 1
+            for row in reader:
+                if row:
+                    rows.append(row)
+                    lines.append(start)
+                start = reader.line_num + 1
+        except csv.Error as err:
+            raise UserError(
+                f"{path} line {reader.line_num} is not well-formed ({err}): "
+                "put fields with quotes or separators in quotes, and double inner quotes."
+            ) from None
+    _check_header(path, header)
+    for row, line in zip(rows, lines, strict=True):
+        if len(row) != len(header):
+            raise UserError(
+                f"{path} line {line} has {len(row)} fields, the header has {len(header)}: "
+                "put fields that contain the separator in quotes."
+            )
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    return Table(path, columns, lines, "line")
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    doubles = sorted({name for name in header if header.count(name) > 1})
+    if doubles:
+        raise UserError(f"{path} has two columns named {doubles[0]!r}: rename one of them.")
+
+
+@FORMATS.register(".jsonl", ".ndjson")
+def _read_jsonl(path: Path) -> Table:
+    records: list[dict[str, Any]] = []
+    lines: list[int] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as err:
+            raise UserError(f"{path} line {number} is not JSON ({err.msg}): correct it.") from None
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{path} line {number} is {_kind(record)}: each line must be an object "
+                'like {"text": "...", "label": "..."}.'
+            )
+        records.append(record)
+        lines.append(number)
+    names = dict.fromkeys(name for record in records for name in record)
+    return Table(
+        path, {name: [record.get(name) for record in records] for name in names}, lines, "line"
+    )
+
+
+@FORMATS.register(".parquet")
+def _read_parquet(path: Path) -> Table:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(path).read()
+    except pyarrow.ArrowException as err:
+        reason = str(err).splitlines()[0]
+        raise UserError(f"{path} is not a readable Parquet file ({reason}).") from err
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    return Table(path, columns, range(1, table.num_rows + 1), "row")
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None or value == "" else f"a {type(value).__name__}"

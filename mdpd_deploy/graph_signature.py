@@ -1,0 +1,151 @@
+"""What two ONNX graphs must share to be the same graph with other weights (D14).
+
+The exporter merges equal initialisers (on an untuned model most norms are ones and zeros), so
+weights are looked at where they are used, not by name: that un-shares them.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import external_data_helper, numpy_helper
+
+TypeAndShape = tuple[int, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One use of an initialiser.
+
+    Floating-point values may differ between two graphs of one structure; whole numbers (axes,
+    shapes, slices) are structure.
+    """
+
+    name: str
+    dtype: int
+    shape: tuple[int, ...]
+    digest: str
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """What must be equal."""
+        floating = self.dtype in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
+        return ("weight", self.dtype, self.shape, "" if floating else self.digest)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator: inputs are weights, or `("value", where it was made)`."""
+
+    name: str
+    operator: str
+    attributes: tuple[tuple[str, str], ...]
+    inputs: tuple[Weight | tuple[str, str], ...]
+    outputs: tuple[TypeAndShape | None, ...]
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """What must be equal."""
+        inputs = tuple(i.structure if isinstance(i, Weight) else i for i in self.inputs)
+        return (self.operator, self.attributes, inputs, self.outputs)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A graph with the names of its nodes and values taken away."""
+
+    inputs: tuple[tuple[str, TypeAndShape], ...]
+    outputs: tuple[tuple[str, TypeAndShape, tuple[str, str]], ...]
+    nodes: tuple[Node, ...]
+    opset: int
+
+    @property
+    def weights(self) -> list[Weight]:
+        """Every use of an initialiser, in order."""
+        return [item for node in self.nodes for item in node.inputs if isinstance(item, Weight)]
+
+
+def graph_signature(path: Path) -> Signature:
+    """Read a graph and return its signature; weights outside the file are read beside it."""
+    proto = onnx.load(path, load_external_data=False)
+    graph = proto.graph
+    weight_of = _weight_reader(graph, path.parent)
+    types = {v.name: _type_and_shape(v) for v in (*graph.value_info, *graph.input, *graph.output)}
+    made = {value.name: ("value", f"input {value.name}") for value in graph.input}
+    made[""] = ("value", "absent")
+    nodes = []
+    for index, node in enumerate(graph.node):
+        inputs = tuple(made[name] if name in made else weight_of(name) for name in node.input)
+        attributes = tuple(sorted((a.name, _attribute_text(a)) for a in node.attribute))
+        outputs = tuple(types.get(name) for name in node.output)
+        operator = f"{node.domain}:{node.op_type}"
+        nodes.append(Node(node.name, operator, attributes, inputs, outputs))
+        made.update({name: ("value", f"{index}.{i}") for i, name in enumerate(node.output) if name})
+    return Signature(
+        inputs=tuple((value.name, types[value.name]) for value in graph.input),
+        outputs=tuple((value.name, types[value.name], made[value.name]) for value in graph.output),
+        nodes=tuple(nodes),
+        opset=proto.opset_import[0].version,
+    )
+
+
+def same_structure(a: Path, b: Path) -> list[str]:
+    """Return how the structure of two graphs differs, in words; empty when it is the same.
+
+    Compared are inputs, outputs, operators with their attributes, how they are connected, and
+    shape and type of every value; never the values of floating-point weights.
+    """
+    first, second = graph_signature(a), graph_signature(b)
+    differences = [
+        f"{what}: {left} and {right}"
+        for what, left, right in (
+            ("opset", first.opset, second.opset),
+            ("inputs", first.inputs, second.inputs),
+            ("number of nodes", len(first.nodes), len(second.nodes)),
+            ("outputs", first.outputs, second.outputs),
+        )
+        if left != right
+    ]
+    for index, (left, right) in enumerate(zip(first.nodes, second.nodes, strict=False)):
+        if left.structure != right.structure:
+            differences.append(f"node {index}: {left.structure} and {right.structure}")
+            break  # what follows a first difference is only its echo
+    return differences
+
+
+def changed_weights(a: Path, b: Path) -> list[str]:
+    """Return the initialisers of `a` whose values differ in `b`, for graphs of one structure."""
+    pairs = zip(graph_signature(a).weights, graph_signature(b).weights, strict=True)
+    return list(dict.fromkeys(left.name for left, right in pairs if left.digest != right.digest))
+
+
+def _weight_reader(graph: onnx.GraphProto, folder: Path) -> Callable[[str], Weight]:
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    seen: dict[str, Weight] = {}
+
+    def weight_of(name: str) -> Weight:
+        if name not in seen:
+            tensor = tensors[name]
+            if external_data_helper.uses_external_data(tensor):
+                external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+            data = numpy_helper.to_array(tensor).tobytes()
+            digest = hashlib.sha256(data).hexdigest()
+            seen[name] = Weight(name, tensor.data_type, tuple(tensor.dims), digest)
+        return seen[name]
+
+    return weight_of
+
+
+def _type_and_shape(value: onnx.ValueInfoProto) -> TypeAndShape:
+    tensor = value.type.tensor_type
+    return tensor.elem_type, tuple(d.dim_param or str(d.dim_value) for d in tensor.shape.dim)
+
+
+def _attribute_text(attribute: onnx.AttributeProto) -> str:
+    copy = onnx.AttributeProto()
+    copy.CopyFrom(attribute)
+    copy.doc_string = ""
+    return copy.SerializeToString(deterministic=True).hex()

@@ -1,0 +1,215 @@
+"""`manifest.json`: what a bundle says of itself, written last and checked first. No torch (D27).
+
+A bundle is accepted only whole: every file listed with its SHA-256, nothing else in the folder, no
+symbolic or hard link (ONNX Runtime would follow one out of the bundle), external weights inside.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.files import read_json, sha256_file, write_json
+
+FILE = "manifest.json"
+MODEL_FILE = "model.onnx"
+EXTERNAL_FILE = f"{MODEL_FILE}.data"
+GOLDEN_FILE = "golden.safetensors"
+PARITY_FILE = "parity.json"
+BARE_FILE = "bare_norms.safetensors"
+PREPROCESSOR = "preprocessor"
+SCHEMA = "1.0"  # a reader refuses another major number, and ignores what a later minor one adds
+METADATA_PREFIX = "mdpd."
+
+
+class FileEntry(BaseModel):
+    """One listed file."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class Port(BaseModel):
+    """An input or output of the graph; named axes are dynamic."""
+
+    name: str
+    dtype: Literal["float32", "int64"]
+    shape: list[str | int]
+
+
+class AxisRange(BaseModel):
+    """The one shape spec: requests, TensorRT profiles and calibration follow it."""
+
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+
+class Engine(BaseModel):
+    """Whether a TensorRT engine belongs to the bundle."""
+
+    status: Literal["not-asked", "to-build", "built"]
+    reason: str = ""
+
+
+class Manifest(BaseModel):
+    """Everything `predict`, `eval`, the benchmark and the server need to know."""
+
+    model_config = ConfigDict(extra="allow")
+
+    schema_: str = Field(alias="schema")
+    task: str
+    kind: Literal["classify", "regress"]
+    modality: Literal["text", "image"]
+    pair: bool
+    method: str
+    faded: bool
+    labels: list[str]
+    metrics: list[str] = Field(min_length=1)
+    data: dict[str, Any]
+    preprocess: dict[str, Any]
+    inputs: list[Port] = Field(min_length=1)
+    outputs: list[Port] = Field(min_length=1, max_length=1)
+    shapes: dict[str, AxisRange]
+    precision: str
+    opset: int
+    nodes: int
+    engine: Engine
+    verification: dict[str, Any]
+    source: dict[str, Any]
+    versions: dict[str, str]
+    caches: dict[str, FileEntry]
+    files: dict[str, FileEntry]
+
+
+def seal(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write `manifest.json` with the SHA-256 of every file in the folder; return the manifest."""
+    listed = {
+        name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in sorted(_regular_files(folder))
+        if name != FILE
+    }
+    manifest = {"schema": SCHEMA, **facts, "caches": {}, "files": listed}
+    Manifest.model_validate(manifest)
+    write_json(folder / FILE, manifest)
+    return manifest
+
+
+def read_checked(folder: Path) -> tuple[dict[str, Any], Manifest]:
+    """Return the manifest of a bundle whose every byte is what was written.
+
+    Raises:
+        UserError: If the folder is no bundle, of another schema, or was changed; one sentence.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a bundle: give the folder that `mdpd export` wrote.")
+    if not (folder / FILE).is_file():
+        raise UserError(
+            f"{folder} is not a bundle (it has no {FILE}): give the folder that `mdpd export` wrote."
+        )
+    present = set(_regular_files(folder))
+    plain = read_json(folder / FILE, "bundle")
+    manifest = _parse(folder, plain)
+    listed = {**manifest.files, **manifest.caches}
+    _compare_names(folder, present - {FILE}, set(listed))
+    for name, entry in listed.items():
+        file = folder / name
+        if file.stat().st_size != entry.bytes or sha256_file(file) != entry.sha256:
+            raise _changed(folder, f"{name} is not the file that was exported")
+    for name in (MODEL_FILE, f"{PREPROCESSOR}/preprocess.json"):
+        if name not in manifest.files:
+            raise _changed(folder, f"{name} is not listed in {FILE}")
+    return plain, manifest
+
+
+def check_graph(folder: Path, manifest: Manifest) -> None:
+    """Check that the graph's weights stay in the bundle and its own notes agree with the manifest.
+
+    Raises:
+        UserError: If they do not.
+    """
+    import onnx
+    from onnx import external_data_helper
+
+    try:
+        proto = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    except Exception as err:  # protobuf's DecodeError is no stable import
+        raise _changed(folder, f"{MODEL_FILE} is not an ONNX file") from err
+    for tensor in proto.graph.initializer:
+        if not external_data_helper.uses_external_data(tensor):
+            continue
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        entry = manifest.files.get(where.get("location", ""))
+        end = int(where.get("offset", 0)) + int(where.get("length", 0))
+        if entry is None or end > entry.bytes:
+            raise _changed(folder, f"weight {tensor.name!r} lies outside the bundle's files")
+    notes = {p.key: p.value for p in proto.metadata_props if p.key.startswith(METADATA_PREFIX)}
+    if notes != graph_notes(manifest.model_dump()):
+        raise _changed(folder, f"the notes inside {MODEL_FILE} contradict {FILE}")
+
+
+def graph_notes(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the graph file itself carries, so that a lone `.onnx` can still be understood.
+
+    Args:
+        facts: The manifest; needed are task, kind, labels and preprocess.
+    """
+    return {
+        f"{METADATA_PREFIX}schema": SCHEMA.partition(".")[0],
+        f"{METADATA_PREFIX}task": facts["task"],
+        f"{METADATA_PREFIX}kind": facts["kind"],
+        f"{METADATA_PREFIX}labels": json.dumps(facts["labels"]),
+        f"{METADATA_PREFIX}preprocess": json.dumps(facts["preprocess"], sort_keys=True),
+    }
+
+
+def _regular_files(folder: Path) -> Iterator[str]:
+    """Yield every file below `folder` by POSIX name; raises `UserError` for a link or device."""
+    for root, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(root, name)
+            relative = PurePosixPath(path.relative_to(folder)).as_posix()
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                raise _changed(folder, f"{relative} is a symbolic link")
+            if name in folders:
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                raise _changed(folder, f"{relative} is not a regular file")
+            if status.st_nlink > 1:
+                raise _changed(folder, f"{relative} is a hard link")
+            yield relative
+
+
+def _parse(folder: Path, plain: Any) -> Manifest:
+    found = plain.get("schema") if isinstance(plain, dict) else None
+    if not isinstance(found, str):
+        raise UserError(f"{folder}/{FILE} is not a manifest of mdpd-deploy: export the run again.")
+    if found.partition(".")[0] != SCHEMA.partition(".")[0]:
+        raise UserError(
+            f"{folder} has bundle schema {found}, this version reads {SCHEMA}: use the mdpd-deploy "
+            "that wrote it, or export the run again."
+        )
+    try:
+        return Manifest.model_validate(plain)
+    except ValidationError as err:
+        problem = err.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        raise _changed(folder, f"{FILE} is damaged at {field!r} ({problem['msg']})") from None
+
+
+def _compare_names(folder: Path, present: set[str], listed: set[str]) -> None:
+    missing, extra = sorted(listed - present), sorted(present - listed)
+    if missing:
+        raise _changed(folder, f"{missing[0]} is missing")
+    if extra:
+        raise _changed(folder, f"{extra[0]} is not listed in {FILE}")
+
+
+def _changed(folder: Path, what: str) -> UserError:
+    return UserError(f"bundle {folder}: {what}; take a sound copy or export the run again.")

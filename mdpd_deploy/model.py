@@ -1,0 +1,83 @@
+"""The two models a run can be turned into: the deployed one, and the one with its side network."""
+
+from torch import Tensor, nn
+
+from mdpd_deploy.backbones.base import Backbone, Inputs
+from mdpd_deploy.sides.base import SideNetwork, SideOutput
+from mdpd_deploy.tasks.head import Head
+
+
+class Deployed(nn.Module):
+    """Backbone + head: all that is left after the side network has faded.
+
+    Inputs are positional, in the order of `backbone.input_names`, so that an exported graph takes
+    them in a known order; the result is one tensor [B, C].
+    """
+
+    def __init__(self, backbone: Backbone, head: Head) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.head(self.backbone(named(self.backbone, inputs)))
+
+
+class WithSide(nn.Module):
+    """Backbone + side network + side head, the rival that every inference pays for.
+
+    It runs the backbone only as far as the side network reads it (D23): a block that the side
+    network runs itself is not run twice.
+
+    Args:
+        backbone: The frozen backbone.
+        side: The side network.
+        head: The side head.
+        last_feature: The head reads s_L instead of the side output (`distill.side_head=paper`).
+    """
+
+    def __init__(
+        self, backbone: Backbone, side: SideNetwork, head: Head, *, last_feature: bool = False
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.side = side
+        self.head = head
+        self.last_feature = last_feature
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        backbone = self.backbone
+        batch = named(backbone, inputs)
+        mask = backbone.token_mask(batch)
+        taps = [backbone.embed(batch)]
+        for index in range(self.side.last_tap):
+            taps.append(backbone.run_block(index, taps[-1], mask))
+        output = self.side(taps, mask, lambda index, x: backbone.run_block(index, x, mask))
+        return self.head(pool_side(backbone, output, mask, last_feature=self.last_feature))
+
+
+def pool_side(
+    backbone: Backbone,
+    output: SideOutput,
+    mask: Tensor | None,
+    *,
+    last_feature: bool = False,
+    blocked: bool = False,
+) -> Tensor:
+    """Pool a side network's output for its head (D2).
+
+    Args:
+        backbone: Gives the final norm and the pooling.
+        output: From the side network.
+        mask: [B, N] or None.
+        last_feature: Eq. 3 literally: GAP(s_L) [B, D_S]; else pool(final_norm(tokens)) [B, D].
+        blocked: Keep gradients from the final norm (D1).
+    """
+    if last_feature:
+        return backbone.pool(output.features[backbone.depth], mask)
+    return backbone.finish(output.tokens, mask, blocked=blocked)
+
+
+def named(backbone: Backbone, inputs: tuple[Tensor, ...]) -> Inputs:
+    """Give positional inputs the backbone's input names."""
+    return dict(zip(backbone.input_names, inputs, strict=True))

@@ -1,0 +1,37 @@
+"""Side networks: one file each; adding one is a file, an import here, and a row in the tests."""
+
+from torch import nn
+
+from mdpd_deploy.backbones.base import Backbone
+from mdpd_deploy.config import SideConfig
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.sides import sherl, unipt
+from mdpd_deploy.sides.base import SIDES, SideNetwork, SideOutput, SideShape
+
+__all__ = ["SIDES", "SideNetwork", "SideOutput", "SideShape", "build_side", "sherl", "unipt"]
+
+
+def build_side(
+    backbone: Backbone, config: SideConfig, *, last_feature: bool = False
+) -> SideNetwork:
+    """Build the side network that `config` names beside a backbone, with fresh weights.
+
+    Args:
+        backbone: What it will stand beside.
+        config: Name, reduction, variant.
+        last_feature: The side head will read s_L (`distill.side_head=paper`, MDPD Eq. 3): the up
+            map would get no gradient and is left out.
+
+    Raises:
+        UserError: If the name is unknown, the reduction does not fit, or there is no s_L to read.
+    """
+    shape = SideShape(backbone.family, backbone.width, backbone.depth, text=backbone.grid is None)
+    side = SIDES.get_or_raise(config.name)(shape, config)
+    if last_feature:
+        if side.feature_layers[-1] != backbone.depth or not hasattr(side, "up"):
+            raise UserError(
+                f"distill.side_head=paper reads the side feature of the last layer, and "
+                f"--side {config.name} has none; use distill.side_head=final."
+            )
+        side.up = nn.Identity()
+    return side

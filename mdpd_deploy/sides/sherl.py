@@ -1,0 +1,147 @@
+"""SHERL: early layers are aggregated without redundancy and regulate the last, late layer.
+
+Source: "SHERL: Synthesizing High Accuracy and Efficient Memory for Resource-Limited Transfer
+Learning" (ECCV 2024) and its released code. The aggregate of b_0..b_{L-1} replaces the input of
+block L, which runs inside the side network's graph (weights frozen, norm gradients blocked).
+Everything but that block is per token, so no padding mask is needed here.
+
+`variant="reference"`: learned score Lin(d→1) of E ⊙ e, ReLU before the up map; text takes the
+VSE∞ flavour (Lin + LayerNorm per layer, LayerNorm and dropout after the up map), vision the
+CLIP-ViL flavour (the gates of Eq. 1). `variant="paper"`: Eq. 1 everywhere, dot-product score,
+no ReLU before the up map. Both gate only the old input with tanh(α/T): the released code has no
+(1 − u) on the new one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mdpd_deploy.config import SideConfig
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.sides.base import SIDES, RunBlock, SideNetwork, SideOutput, SideShape, side_width
+from mdpd_deploy.sides.unipt import init_linears
+
+TEMPERATURE = 0.1
+
+
+class GatedMap(nn.Module):
+    """Eq. 1: x = ReLU(fc1 b), F̂ = σ(fc3 x) ⊙ (fc2 x + x): [B, N, D] → [B, N, d]."""
+
+    def __init__(self, width: int, side_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, side_width)
+        self.fc2 = nn.Linear(side_width, side_width)
+        self.fc3 = nn.Linear(side_width, side_width)
+
+    def forward(self, tap: Tensor) -> Tensor:
+        x = torch.relu(self.fc1(tap))
+        return (self.fc2(x) + x) * torch.sigmoid(self.fc3(x))
+
+
+class Aggregation(nn.Module):
+    """MTSA: the shallow set E regrouped around the guide e, token by token (Eq. 2-3).
+
+    Args:
+        side_width: d.
+        learned_score: Lin(d→1) of E ⊙ e (reference) instead of the dot product (paper).
+        epsilon: Smallest divisor (1e-6; VSE 1e-8). The reference adds it; the ONNX optimiser drops
+            an added 1e-8 as a zero, so that a row of zeros became NaN.
+    """
+
+    def __init__(self, side_width: int, *, learned_score: bool, epsilon: float = 1e-6) -> None:
+        super().__init__()
+        self.score = nn.Linear(side_width, 1) if learned_score else None
+        self.epsilon = epsilon
+
+    def forward(self, shallow: Tensor, guide: Tensor) -> Tensor:
+        """shallow [B, N, n, d], guide [B, N, d] → e' [B, N, d]."""
+        return (self.weights(shallow, guide).unsqueeze(-1) * shallow).sum(dim=2) + guide
+
+    def weights(self, shallow: Tensor, guide: Tensor) -> Tensor:
+        """m [B, N, n]: scores divided by redundancy, normalised to sum 1 (or all 0)."""
+        product = shallow * guide.unsqueeze(2)
+        score = self.score(product).squeeze(-1) if self.score is not None else product.sum(dim=-1)
+        score = torch.relu(score) / self.redundancy(shallow)
+        return score / score.sum(dim=-1, keepdim=True).clamp_min(self.epsilon)
+
+    def redundancy(self, shallow: Tensor) -> Tensor:
+        """r_j = Σ_i ReLU(cos(E_i, E_j)) ∈ [1, n]: [B, N, n]."""
+        unit = shallow / shallow.norm(dim=-1, keepdim=True).clamp_min(self.epsilon)
+        return torch.relu(unit @ unit.transpose(-1, -2)).sum(dim=-1)
+
+
+class SHERL(SideNetwork):
+    """Taps b_0..b_{L-1} → aggregate → block L → side output [B, N, D].
+
+    s_l is the mapped F̂_l for l = 1..L-1; the last layer has none (D6).
+
+    Args:
+        width: D.
+        depth: L, at least 2.
+        side_width: d.
+        gated: The gates of Eq. 1 in each map; else Lin + LayerNorm (VSE∞).
+        paper: Dot-product score and no ReLU before the up map.
+        epsilon: Of the aggregation.
+        init_std: Standard deviation of the weights; None keeps PyTorch's default.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        side_width: int,
+        *,
+        gated: bool,
+        paper: bool = False,
+        epsilon: float = 1e-6,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        if depth < 2:
+            raise UserError("side.name=sherl needs a backbone of at least 2 blocks; use unipt.")
+        self.width = side_width
+        self.last_tap = depth - 1
+        self.feature_layers = tuple(range(1, depth))
+        d = side_width
+        self.maps = nn.ModuleList(
+            GatedMap(width, d) if gated else nn.Sequential(nn.Linear(width, d), nn.LayerNorm(d))
+            for _ in range(depth)
+        )
+        self.aggregate = Aggregation(d, learned_score=not paper, epsilon=epsilon)
+        up: list[nn.Module] = [] if paper else [nn.ReLU()]
+        up.append(nn.Linear(d, width))
+        if not gated:
+            up += [nn.LayerNorm(width, eps=1e-12), nn.Dropout(0.1)]
+        self.up = nn.Sequential(*up)
+        self.alpha = nn.Parameter(torch.zeros(1))
+        if init_std is not None:
+            init_linears(self, init_std)
+
+    def late_input(self, taps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return the regulated input of the late block [B, N, D] and the mapped features."""
+        mapped = [layer(tap) for layer, tap in zip(self.maps, taps, strict=True)]
+        regrouped = self.aggregate(torch.stack(mapped[:-1], dim=2), mapped[-1])
+        return self.up(regrouped) + torch.tanh(self.alpha / TEMPERATURE) * taps[-1], mapped
+
+    def forward(
+        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: RunBlock
+    ) -> SideOutput:
+        entry, mapped = self.late_input(taps[: self.last_tap + 1])
+        features = dict(enumerate(mapped[1:], start=1))
+        return SideOutput(run_block(self.last_tap, entry), features)
+
+
+@SIDES.register("sherl")
+def build(shape: SideShape, config: SideConfig) -> SHERL:
+    """Build SHERL for a backbone: VSE flavour beside text, CLIP-ViL flavour beside vision (D5)."""
+    paper = config.variant == "paper"
+    return SHERL(
+        shape.width,
+        shape.depth,
+        side_width(shape, config),
+        gated=paper or not shape.text,
+        paper=paper,
+        epsilon=1e-8 if shape.text and not paper else 1e-6,
+        init_std=None if shape.text else 0.02,
+    )

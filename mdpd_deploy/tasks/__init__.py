@@ -1,0 +1,1 @@
+"""What a task adds to a backbone: metrics (torch-free) and the head (torch)."""

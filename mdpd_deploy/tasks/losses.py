@@ -1,0 +1,63 @@
+"""Task losses and the logits-distillation loss, as sums over a batch (the caller divides once).
+
+Sums, not means: one division by the size of the whole optimiser step keeps accumulation and
+several processes exact, whatever the sizes of the parts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mdpd_deploy.config import LossConfig
+
+
+class TaskLoss:
+    """Σ over the batch of cross-entropy (classify) or squared error (regress).
+
+    Args:
+        kind: classify or regress (labels standardised by the caller).
+        class_weights: One weight per class, or None.
+        label_smoothing: Share of the target spread over all classes.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        class_weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        self.kind = kind
+        self.class_weights = None if class_weights is None else torch.tensor(list(class_weights))
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, raw: Tensor, labels: Tensor) -> Tensor:
+        """raw [B, C] (C = 1 for regression), labels [B] → a scalar."""
+        raw = raw.float()
+        if self.kind == "regress":
+            return F.mse_loss(raw.squeeze(-1), labels.float(), reduction="sum")
+        weights = None if self.class_weights is None else self.class_weights.to(raw.device)
+        return F.cross_entropy(
+            raw, labels, weights, reduction="sum", label_smoothing=self.label_smoothing
+        )
+
+
+def logits_loss(student: Tensor, teacher: Tensor, config: LossConfig) -> Tensor:
+    """Σ over the batch of the distance between two heads' outputs [B, C]; `teacher` is detached.
+
+    `mse` is MDPD Eq. 3 with φ = identity on raw outputs (classification and regression heads have
+    one width, and the paper mentions neither temperature nor softmax). `kl` is the usual
+    distillation loss, T² KL(teacher ‖ student), for users who prefer it; for one output it has no
+    meaning and falls under `mse`.
+    """
+    student, teacher = student.float(), teacher.detach().float()
+    if config.logits_form == "mse" or student.shape[-1] == 1:
+        return (student - teacher).square().sum()
+    t = config.temperature
+    return t * t * F.kl_div(
+        F.log_softmax(student / t, dim=-1),
+        F.log_softmax(teacher / t, dim=-1),
+        reduction="sum",
+        log_target=True,
+    )

@@ -1,0 +1,161 @@
+"""Task metrics from outputs and labels, by scikit-learn and scipy. No torch here (D27).
+
+Metrics of correlation and of correctness are fractions in [-1, 1] (D11); `rmse` and `mae` are in
+the label's own unit. The combined ones are GLUE's: MRPC and QQP report the mean of accuracy and
+F1, STS-B the mean of Pearson and Spearman (methods.md 6).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdpd_deploy.errors import WorkFailed
+from mdpd_deploy.registry import Registry
+
+Numbers = NDArray[np.float64]
+Metric = Callable[[Numbers, Numbers], float]
+
+LOWER_IS_BETTER = frozenset({"rmse", "mae"})
+
+# What an undefined ratio counts; scikit-learn takes numbers here but annotates its default "warn".
+_ZERO: Any = 0
+
+# Each entry maps (predictions [n], labels [n]) to a number; predictions are class indices or scores.
+METRICS: Registry[Metric] = Registry("metric")
+
+
+def compute(
+    names: Sequence[str],
+    outputs: NDArray[np.floating],
+    labels: NDArray[np.int64] | NDArray[np.float64],
+) -> dict[str, float]:
+    """Measure predictions against labels.
+
+    Args:
+        names: Names of `METRICS`, in the order wanted.
+        outputs: Logits [n, C], or scores [n, 1] in the label's unit for regression.
+        labels: Class indices [n], or scores [n].
+
+    Returns:
+        Name to value, finite plain floats.
+
+    Raises:
+        UserError: For an unknown metric name.
+        WorkFailed: If an output is NaN or infinite.
+    """
+    metrics = {name: METRICS.get_or_raise(name) for name in names}
+    if outputs.ndim != 2 or len(outputs) != len(labels) or not len(labels):
+        raise ValueError(f"outputs {outputs.shape} do not fit {len(labels)} labels")
+    wrong = int((~np.isfinite(outputs)).any(axis=1).sum())
+    if wrong:
+        raise WorkFailed(
+            f"{wrong} of {len(outputs)} outputs are not finite, so nothing can be measured: "
+            "training diverged or the precision overflowed; lower optim.lr or use fp32."
+        )
+    predictions = (
+        outputs[:, 0].astype(np.float64)
+        if outputs.shape[1] == 1
+        else outputs.argmax(axis=1).astype(np.float64)
+    )
+    truth = labels.astype(np.float64)
+    return {name: float(metric(predictions, truth)) for name, metric in metrics.items()}
+
+
+@METRICS.register("accuracy")
+def accuracy(predictions: Numbers, labels: Numbers) -> float:
+    """Share of right predictions."""
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(labels, predictions))
+
+
+@METRICS.register("balanced_accuracy")
+def balanced_accuracy(predictions: Numbers, labels: Numbers) -> float:
+    """Mean over the classes present in the labels of the share found (mean recall)."""
+    from sklearn.metrics import recall_score
+
+    return float(
+        recall_score(
+            labels, predictions, labels=np.unique(labels), average="macro", zero_division=_ZERO
+        )
+    )
+
+
+@METRICS.register("f1")
+def f1(predictions: Numbers, labels: Numbers) -> float:
+    """F1 of class 1, the positive class of a task with two classes; 0 if it never occurs."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels == 1, predictions == 1, average="binary", zero_division=_ZERO))
+
+
+@METRICS.register("f1_macro")
+def f1_macro(predictions: Numbers, labels: Numbers) -> float:
+    """Mean of the F1 of every class that occurs in the labels or the predictions."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, average="macro", zero_division=_ZERO))
+
+
+@METRICS.register("matthews")
+def matthews(predictions: Numbers, labels: Numbers) -> float:
+    """Matthews correlation; 0 when predictions or labels are all of one class."""
+    from sklearn.metrics import matthews_corrcoef
+
+    if _constant(predictions) or _constant(labels):
+        return 0.0
+    return float(matthews_corrcoef(labels, predictions))
+
+
+@METRICS.register("pearson")
+def pearson(predictions: Numbers, labels: Numbers) -> float:
+    """Pearson correlation; 0 where it is undefined (methods.md 6)."""
+    from scipy.stats import pearsonr
+
+    if _constant(predictions) or _constant(labels):
+        return 0.0
+    return _defined(pearsonr(predictions, labels)[0])
+
+
+@METRICS.register("spearman")
+def spearman(predictions: Numbers, labels: Numbers) -> float:
+    """Spearman rank correlation; 0 where it is undefined."""
+    from scipy.stats import spearmanr
+
+    if _constant(predictions) or _constant(labels):
+        return 0.0
+    return _defined(spearmanr(predictions, labels)[0])
+
+
+@METRICS.register("accuracy_f1")
+def accuracy_f1(predictions: Numbers, labels: Numbers) -> float:
+    """GLUE's figure for MRPC and QQP: the mean of accuracy and F1."""
+    return (accuracy(predictions, labels) + f1(predictions, labels)) / 2
+
+
+@METRICS.register("pearson_spearman")
+def pearson_spearman(predictions: Numbers, labels: Numbers) -> float:
+    """GLUE's figure for STS-B: the mean of Pearson and Spearman."""
+    return (pearson(predictions, labels) + spearman(predictions, labels)) / 2
+
+
+@METRICS.register("rmse")
+def rmse(predictions: Numbers, labels: Numbers) -> float:
+    """Root of the mean squared error, in the label's unit."""
+    return float(np.sqrt(np.mean((predictions - labels) ** 2)))
+
+
+@METRICS.register("mae")
+def mae(predictions: Numbers, labels: Numbers) -> float:
+    """Mean absolute error, in the label's unit."""
+    return float(np.mean(np.abs(predictions - labels)))
+
+
+def _constant(values: Numbers) -> bool:
+    return bool(np.all(values == values[0]))
+
+
+def _defined(value: Any) -> float:
+    return float(value) if np.isfinite(value) else 0.0

@@ -1,0 +1,63 @@
+"""Timing and serving deployed models. Names are loaded on first use: serving needs no torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if __name__ != "mdpd_deploy.serve":
+    raise ImportError(f"import mdpd_deploy.serve, not {__name__!r}: pyproject.toml maps the folder")
+
+if TYPE_CHECKING:
+    from mdpd_deploy.serve.benchmark import Grid, run_benchmark
+    from mdpd_deploy.serve.latency import Plan
+    from mdpd_deploy.serve.latency_chart import write_chart
+    from mdpd_deploy.serve.latency_inputs import InputSource
+    from mdpd_deploy.serve.latency_report import LatencyReport
+    from mdpd_deploy.serve.latency_table import render
+    from mdpd_deploy.serve.runtimes import RUNTIMES, choose_device
+    from mdpd_deploy.serve.variants import (
+        DEFAULT_RIVALS,
+        Variant,
+        rival_names,
+        variants_of_bundle,
+        variants_of_run,
+    )
+
+_HOME = {
+    "DEFAULT_RIVALS": "variants",
+    "RUNTIMES": "runtimes",
+    "Grid": "benchmark",
+    "InputSource": "latency_inputs",
+    "LatencyReport": "latency_report",
+    "Plan": "latency",
+    "Variant": "variants",
+    "choose_device": "runtimes",
+    "render": "latency_table",
+    "rival_names": "variants",
+    "run_benchmark": "benchmark",
+    "variants_of_bundle": "variants",
+    "variants_of_run": "variants",
+    "write_chart": "latency_chart",
+}
+
+__all__ = [
+    "DEFAULT_RIVALS",
+    "RUNTIMES",
+    "Grid",
+    "InputSource",
+    "LatencyReport",
+    "Plan",
+    "Variant",
+    "choose_device",
+    "render",
+    "rival_names",
+    "run_benchmark",
+    "variants_of_bundle",
+    "variants_of_run",
+    "write_chart",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,150 @@
+"""The benchmark as a picture: how many times longer each model takes than the deployed one.
+
+Drawn on a figure of its own (no pyplot, so no global state and no display).
+"""
+
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mdpd_deploy.serve.estimate import factor
+from mdpd_deploy.serve.latency_report import CONTROL, DEPLOYED, LatencyReport, RatioRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#0b6e4f", "#d1495b", "#3066be", "#e08d00", "#7b4fa3", "#2a9d9d")  # in rival order
+_GREY = "#8a8a8a"  # the A/A control
+_INK = "#222222"
+_DPI = 200
+
+
+def write_chart(report: LatencyReport, folder: Path) -> list[Path]:
+    """Write `latency.svg` and `latency.png` into a folder and return their paths."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = draw(report)
+    FigureCanvasAgg(figure)
+    paths = [folder / "latency.svg", folder / "latency.png"]
+    figure.savefig(paths[0], metadata={"Date": None})
+    figure.savefig(paths[1], dpi=_DPI)
+    return paths
+
+
+def draw(report: LatencyReport) -> "Figure":
+    """Return the figure: one panel per runtime, one line per model and batch, 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    runtimes = list(dict.fromkeys(ratio.runtime for ratio in report.ratios))
+    height = 2.0 + 0.32 * max(_lines(report, runtime) for runtime in runtimes)
+    figure = Figure(figsize=(5.2 * len(runtimes) + 1.6, height), layout="constrained")
+    axes = figure.subplots(1, len(runtimes), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, runtime in zip(axes, runtimes, strict=True):
+        _panel(axis, report, runtime)
+    figure.suptitle(
+        "Time of one call, relative to the deployed model",
+        x=0.012,
+        ha="left",
+        fontsize=15,
+        fontweight="bold",
+        color=_INK,
+    )
+    figure.supxlabel(_caption(report), x=0.012, ha="left", fontsize=9, color="#555555")
+    return figure
+
+
+def _caption(report: LatencyReport) -> str:
+    setting = f"{report.source['backbone']} · {report.source['task']} · {_machine(report)}"
+    words = [
+        f"{setting} · median of paired rounds with its 95 % interval",
+        "right of 1×: the deployed model is faster · grey band: counted as the same speed",
+    ]
+    if any(note.untrained for note in report.variants):
+        words[1] += " · *untrained weights, speed only"
+    return "\n".join(words)
+
+
+def _machine(report: LatencyReport) -> str:
+    if report.settings["device"] == "cuda" and report.machine.get("gpu"):
+        return str(report.machine["gpu"][0]["name"])
+    return f"{report.machine.get('cpu', 'CPU')}, {report.settings['threads']} threads"
+
+
+def _lines(report: LatencyReport, runtime: str) -> int:
+    ratios = [ratio for ratio in report.ratios if ratio.runtime == runtime]
+    return len(ratios) + len({ratio.batch for ratio in ratios})
+
+
+def _panel(axis: "Axes", report: LatencyReport, runtime: str) -> None:
+    ratios = [ratio for ratio in report.ratios if ratio.runtime == runtime]
+    colours = _colours(report)
+    untrained = {note.name for note in report.variants if note.untrained}
+    axis.axvspan(1 - report.margin, 1 + report.margin, color="#ececec", zorder=0, lw=0)
+    axis.axvline(1, color=_INK, lw=1, zorder=1)
+    labels: list[str] = []
+    for batch in dict.fromkeys(ratio.batch for ratio in ratios):
+        _reference(axis, report, runtime, batch, len(labels))
+        labels.append(f"batch {batch}")
+        for ratio in (ratio for ratio in ratios if ratio.batch == batch):
+            _interval(axis, ratio, len(labels), colours[ratio.variant])
+            labels.append(ratio.variant + "*" * (ratio.variant in untrained))
+    device, precision = ratios[0].device.upper(), ratios[0].precision.upper()
+    axis.set_title(f"{_runtime_words(runtime)} · {device} · {precision}", loc="left", fontsize=11)
+    _finish(axis, labels)
+
+
+def _colours(report: LatencyReport) -> dict[str, str]:
+    names = [note.name for note in report.variants if note.name not in (DEPLOYED, CONTROL)]
+    return {CONTROL: _GREY, **dict(zip(names, cycle(_COLOURS), strict=False))}
+
+
+def _reference(axis: "Axes", report: LatencyReport, runtime: str, batch: int, place: float) -> None:
+    """Write beside the line at 1 what 1 stands for."""
+    key = (runtime, batch, DEPLOYED)
+    row = next(r for r in report.rows if (r.runtime, r.batch, r.variant) == key)
+    axis.annotate(
+        f"deployed: {row.p50_ms:.3g} ms",
+        (1, place),
+        xytext=(7, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9.5,
+        color="#444444",
+    )
+
+
+def _interval(axis: "Axes", ratio: RatioRow, place: float, colour: str) -> None:
+    low, high = ratio.ci95
+    axis.plot([low, high], [place, place], color=colour, lw=3.2, alpha=0.45, solid_capstyle="round")
+    axis.plot([ratio.median], [place], "o", color=colour, ms=7)
+    axis.annotate(
+        factor(ratio.median),
+        (high, place),
+        xytext=(8, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9.5,
+        color=colour,
+    )
+
+
+def _finish(axis: "Axes", labels: list[str]) -> None:
+    axis.set_yticks(range(len(labels)), labels, fontsize=10)
+    for text in axis.get_yticklabels():
+        if text.get_text().startswith("batch "):
+            text.set_fontweight("bold")
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+    left, right = axis.get_xlim()
+    left, right = min(left, 0.9), max(right, 1.1)
+    axis.set_xlim(left, right + 0.08 * (right - left))  # room for the numbers
+    axis.xaxis.set_major_formatter("{x:g}×")
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", color="#dddddd", lw=0.6)
+    axis.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+
+
+def _runtime_words(runtime: str) -> str:
+    return {"onnx": "ONNX Runtime", "torch": "PyTorch eager"}.get(runtime, runtime)

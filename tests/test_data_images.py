@@ -1,0 +1,233 @@
+"""Opening pictures safely, and checking all of them before training."""
+
+import io
+import struct
+import threading
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdpd_deploy.config import DataConfig
+from mdpd_deploy.data import check_images, load_task
+from mdpd_deploy.data.images import decode_image, open_image
+from mdpd_deploy.errors import UserError
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def two_colours(width: int = 8, height: int = 4) -> Image.Image:
+    """Left half red, right half blue."""
+    image = Image.new("RGB", (width, height), RED)
+    image.paste(BLUE, (width // 2, 0, width, height))
+    return image
+
+
+def rgb(image: Image.Image, at: tuple[int, int]) -> Any:
+    return image.getpixel(at)
+
+
+def png_header_only(width: int, height: int) -> bytes:
+    """A PNG that declares a size and holds next to nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"\0" * 100)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_reads_the_three_formats(tmp_path: Path, suffix: str) -> None:
+    two_colours(32, 16).save(tmp_path / f"a.{suffix}")
+    image = open_image(tmp_path / f"a.{suffix}")
+    assert (image.mode, image.size) == ("RGB", (32, 16))
+    assert rgb(image, (2, 2))[0] > 200 and rgb(image, (30, 2))[2] > 200
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    assert open_image(two_colours().convert(mode)).mode == "RGB"
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
+    two_colours(32, 16).save(tmp_path / "a.jpg", exif=exif)
+    image = open_image(tmp_path / "a.jpg")
+    assert image.size == (16, 32)
+    assert rgb(image, (8, 2))[0] > 200 and rgb(image, (8, 30))[2] > 200
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
+    grey = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    assert np.asarray(open_image(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 1, 100, 255]
+
+
+def test_only_the_first_frame_counts(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), RED), Image.new("RGB", (4, 4), BLUE)]
+    for name in ("a.png", "a.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+        assert open_image(tmp_path / name).getpixel((1, 1)) == RED
+
+
+def test_the_picture_given_is_not_changed() -> None:
+    grey = Image.new("L", (4, 4), 7)
+    open_image(grey)
+    assert grey.mode == "L"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("edge", [6400, 9600, 14000])  # ours; where Pillow warns; where it refuses
+def test_huge_pictures_are_refused_from_the_header(edge: int) -> None:
+    with pytest.raises(UserError, match=r"^bomb\.png.* more than 40 million pixels"):
+        decode_image(io.BytesIO(png_header_only(edge, edge)), "bomb.png")
+    with pytest.raises(UserError, match="more than 40 million pixels"):
+        open_image(Image.new("1", (6400, 6400)))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.png cannot be opened \(No such file"):
+        open_image(tmp_path / "gone.png")
+    with pytest.raises(UserError, match="cannot be opened"):
+        open_image(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "not a readable JPEG, PNG or WebP"),
+        (b"hello", "not a readable JPEG, PNG or WebP"),
+        (b"GIF89a" + bytes(40), "not a readable JPEG, PNG or WebP"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=rf"x\.jpg is {words}"):
+        open_image(tmp_path / "x.jpg")
+
+
+def test_gif_is_not_on_the_list(tmp_path: Path) -> None:
+    two_colours().save(tmp_path / "x.gif")
+    with pytest.raises(UserError, match="convert it or remove it"):
+        open_image(tmp_path / "x.gif")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_truncated_pictures_are_refused_at_every_length(suffix: str) -> None:
+    pixels = np.random.RandomState(0).randint(0, 256, (40, 40, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, {"jpg": "jpeg"}.get(suffix, suffix))
+    whole = stream.getvalue()
+    for length in range(0, int(len(whole) * 0.9), max(1, len(whole) // 40)):
+        with pytest.raises(UserError, match=r"^cut (is damaged|is not a readable)"):
+            decode_image(io.BytesIO(whole[:length]), "cut")
+
+
+def test_flipped_bytes_never_escape_as_another_error() -> None:
+    stream = io.BytesIO()
+    two_colours(16, 16).save(stream, "png")
+    whole = bytearray(stream.getvalue())
+    for at in range(len(whole)):
+        broken = bytes(whole[:at]) + bytes([whole[at] ^ 0xFF]) + bytes(whole[at + 1 :])
+        try:
+            decode_image(io.BytesIO(broken), "flip")
+        except UserError as err:
+            assert str(err).startswith("flip ")
+
+
+def test_threads_see_the_same_limits() -> None:
+    bomb, refused = png_header_only(9600, 9600), []
+
+    def work() -> None:
+        for _ in range(20):
+            try:
+                decode_image(io.BytesIO(bomb), "bomb")
+            except UserError:
+                refused.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 80
+
+
+# --- check_images ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for split, count in [("train", 4), ("validation", 2)]:
+        for name in ("cat", "dog"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                two_colours().save(folder / f"{i}.png")
+    return tmp_path
+
+
+def read(root: Path, **options: Any) -> tuple[Any, DataConfig]:
+    config = DataConfig(path=str(root), **options)
+    return load_task("classify", config, seed=0), config
+
+
+def test_sound_pictures_pass_and_progress_is_told(pictures: Path) -> None:
+    data, config = read(pictures)
+    told: list[tuple[int, int]] = []
+    assert check_images(data, config, lambda done, total: told.append((done, total))) == data
+    assert told == [(i, 12) for i in range(1, 13)]
+
+
+def test_text_tasks_have_nothing_to_check() -> None:
+    data = replace(load_task("digits", DataConfig(limit=2), seed=0), modality="text")
+    assert check_images(data, DataConfig()) is data
+
+
+def test_stop_names_the_first_and_counts_all(pictures: Path) -> None:
+    (pictures / "train" / "cat" / "1.png").write_bytes(b"no picture")
+    (pictures / "train" / "dog" / "2.png").write_bytes(b"")
+    data, config = read(pictures)
+    with pytest.raises(UserError) as caught:
+        check_images(data, config)
+    assert "cat/1.png is not a readable" in str(caught.value)
+    assert "2 of the 8 in train are bad" in str(caught.value)
+    assert "data.bad_images=skip" in str(caught.value)
+
+
+def test_skip_leaves_them_out_with_a_note(pictures: Path) -> None:
+    (pictures / "train" / "cat" / "1.png").write_bytes(b"no picture")
+    (pictures / "validation" / "dog" / "0.png").write_bytes(b"")
+    data, config = read(pictures, bad_images="skip")
+    clean: Any = check_images(data, config)
+    assert [path.name for path in clean.train.inputs] == ["0.png", "2.png", "3.png"] + [
+        f"{i}.png" for i in range(4)
+    ]
+    assert clean.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert len(clean.evaluation["validation"]) == 3
+    assert len(clean.notes) == 2
+    assert clean.notes[0].startswith("train: 1 of 8 pictures could not be read")
+    assert "cat/1.png" in clean.notes[0] and "dog/0.png" in clean.notes[1]
+
+
+def test_skip_stops_when_a_class_or_a_split_is_lost(pictures: Path) -> None:
+    for i in range(4):
+        (pictures / "train" / "cat" / f"{i}.png").write_bytes(b"")
+    data, config = read(pictures, bad_images="skip")
+    with pytest.raises(UserError, match="no training picture of the class 'cat' could be read"):
+        check_images(data, config)
+    for file in (pictures / "train" / "dog").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 8 pictures in train could be read"):
+        check_images(data, config)

@@ -1,0 +1,170 @@
+"""The memory forecast against real steps, against sizes by hand, and at the size of ViT-B/16."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, PreTrainedTokenizerFast
+
+from mdpd_deploy.backbones import load_backbone
+from mdpd_deploy.config import check_config
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.train.forecast import _parts, _task, forecast, measured_step
+from mdpd_deploy.train.memory import storage_bytes
+from mdpd_deploy.train.methods import build_method
+from mdpd_deploy.train.optim import build_optimizer, clip_gradients
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}
+VIT_B = {"name": "timm:vit_base_patch16_224", "pretrained": False}
+BATCH = 16
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A small vision and a small text backbone; only their architecture is on disk."""
+    root = tmp_path_factory.mktemp("backbones")
+    (root / "vit").mkdir()
+    config = {"timm_model": "vit_tiny_patch16_224", "timm_kwargs": {**VIT, "num_classes": 0}}
+    (root / "vit" / "config.json").write_text(json.dumps(config))
+    words = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"])}
+    bert = BertConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=128, max_position_embeddings=40,
+    )  # fmt: skip
+    bert.architectures = ["BertModel"]
+    bert.save_pretrained(root / "bert")
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
+        sep_token="[SEP]", model_input_names=["input_ids", "attention_mask", "token_type_ids"],
+    ).save_pretrained(root / "bert")  # fmt: skip
+    return root
+
+
+def config_of(folder, method="mdpd", side="unipt", data=None, **train):
+    return check_config(
+        {
+            "method": method,
+            "backbone": {"name": str(folder), "pretrained": False},
+            "data": {"max_length": 32} | (data or {}),
+            "side": {"name": side, "reduction": 2},
+            "train": {"batch": BATCH} | train,
+        }
+    )
+
+
+def real_peak(config, outputs=3, kind="classify"):
+    """Measure the second step of real training on CPU."""
+    backbone = load_backbone(config.backbone, max_length=config.data.max_length)
+    method = build_method(backbone, _task(config, outputs, kind), config)
+    method.train_mode()
+    optimizer = build_optimizer(method)
+    parts = _parts(backbone, method, config, config.data.max_length)
+    for _ in range(2):
+        with measured_step(method, optimizer, parts) as peak:
+            for part in parts:
+                method.step(part)
+            clip_gradients(method, config.optim.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return peak
+
+
+ROWS = [
+    ("vit", "mdpd", "unipt", {}),
+    ("vit", "mdpd", "unipt", {"norm_grad": "full"}),
+    ("vit", "mdpd", "unipt", {"norm_grad": "late:1", "accumulate": 2}),
+    ("vit", "mdpd", "sherl", {"precision": "bf16"}),
+    ("vit", "norms", "unipt", {"class_weights": "balanced"}),
+    ("vit", "probe", "unipt", {}),
+    ("bert", "mdpd", "unipt", {}),
+    ("bert", "mdpd", "sherl", {"norm_grad": "local"}),
+    ("bert", "side", "unipt", {}),
+]
+
+
+@pytest.mark.parametrize(("family", "method", "side", "train"), ROWS)
+def test_forecast_equals_a_real_step(folders, family, method, side, train):
+    config = config_of(folders / family, method, side, **train)
+    real = real_peak(config)
+    predicted = forecast(config, outputs=3, kind="classify")
+    assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
+    for name in ("weights", "trained", "optimizer_state", "batch"):
+        assert predicted.parts.get(name) == real.parts.get(name)
+    assert sum(predicted.parts.values()) == predicted.peak_bytes
+
+
+def test_forecast_of_regression(folders):
+    config = config_of(folders / "bert")
+    real = real_peak(config, outputs=1, kind="regress")
+    predicted = forecast(config, outputs=1, kind="regress")
+    assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
+
+
+def test_parts_by_hand(folders):
+    """Linear probe: weights, a head of (64 + 1) * 3 numbers, two moments and counts, a batch."""
+    config = config_of(folders / "vit", "probe", accumulate=3)
+    parts = forecast(config, outputs=3, kind="classify").parts
+    head = (64 * 3 + 3) * 4
+    assert parts["trained"] == head
+    assert parts["optimizer_state"] == 2 * head + 2 * 4
+    assert parts["batch"] == 3 * BATCH * (3 * 32 * 32 * 4 + 8)
+    assert parts["weights"] == storage_bytes(load_backbone(config.backbone))
+
+
+def test_longer_texts_and_bigger_batches_need_more(folders):
+    def peak(length, batch):
+        config = config_of(folders / "bert", "norms", batch=batch)
+        return forecast(config, outputs=2, kind="classify", text_length=length).peak_bytes
+
+    assert peak(8, 8) < peak(16, 8) < peak(16, 16)
+
+
+def test_forecast_leaves_the_random_state_alone(folders):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    forecast(config_of(folders / "vit", "probe"), outputs=2, kind="classify")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_errors_stay_sentences(folders):
+    with pytest.raises(UserError, match=r"side\.name"):
+        forecast(config_of(folders / "vit", side="unipd"), outputs=2, kind="classify")
+
+
+@pytest.mark.parametrize(
+    ("reduction", "precision", "most"),
+    [(8, "fp32", 1.1e9), (2, "fp32", 1.5e9), (8, "bf16", 0.6e9)],
+)
+def test_the_whole_step_for_vit_b_is_small(reduction, precision, most):
+    """Paper: 2.1 GB for MDPD over UniPT on ViT-B/16, batch 32, 224², float32."""
+    config = check_config(
+        {
+            "backbone": VIT_B,
+            "side": {"name": "unipt", "reduction": reduction},
+            "train": {"batch": 32, "precision": precision},
+        }
+    )
+    predicted = forecast(config, outputs=100, kind="classify")
+    assert predicted.parts["weights"] >= 85.7e6 * (4 if precision == "fp32" else 2)
+    assert predicted.parts["weights"] < predicted.peak_bytes <= most
+
+
+def test_methods_in_order_of_need():
+    """The order, and the numbers of an independent measurement of the same shapes (±3 %)."""
+    known = {"probe": 0.58e9, "norms": 0.96e9}
+    for method, measured in known.items():
+        config = check_config({"method": method, "backbone": VIT_B, "train": {"batch": 32}})
+        assert forecast(config, outputs=100, kind="classify").peak_bytes == pytest.approx(
+            measured, rel=0.03
+        )
+    config = check_config(
+        {"method": "norms", "backbone": VIT_B, "train": {"batch": 32, "norm_grad": "full"}}
+    )
+    assert forecast(config, outputs=100, kind="classify").peak_bytes == pytest.approx(
+        2.87e9, rel=0.03
+    )

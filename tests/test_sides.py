@@ -1,0 +1,184 @@
+"""Side networks against the numerical vectors and parameter budgets of the method specification.
+
+Vectors are float64; fills: F(t, shape) = 0.5 sin(t + 0.7 i), X(l, shape) = sin(0.3 i + l).
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdpd_deploy.config import SideConfig
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.sides.base import SIDES, SideShape
+from mdpd_deploy.sides.sherl import SHERL, Aggregation, GatedMap
+from mdpd_deploy.sides.unipt import UniPT
+
+VIT_B = SideShape("vit", 768, 12, text=False)
+
+
+def fill(t: float, *shape: int) -> Tensor:
+    count = int(torch.tensor(shape).prod())
+    return 0.5 * torch.sin(t + 0.7 * torch.arange(count, dtype=torch.float64)).reshape(shape)
+
+
+def tap(layer: int, *shape: int) -> Tensor:
+    count = int(torch.tensor(shape).prod())
+    return torch.sin(0.3 * torch.arange(count, dtype=torch.float64) + layer).reshape(shape)
+
+
+def set_linear(linear: nn.Linear, weight: float, bias: float | None, *, constant: float = 0.0):
+    linear.weight.data = fill(weight, *linear.weight.shape)
+    if linear.bias is not None:
+        filled = fill(bias, *linear.bias.shape) if bias is not None else None
+        linear.bias.data = torch.full_like(linear.bias, constant) if filled is None else filled
+
+
+def close(found: Tensor, expected: list) -> None:
+    torch.testing.assert_close(
+        found.squeeze(0), torch.tensor(expected, dtype=torch.float64), atol=1e-5, rtol=0
+    )
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def no_block(index: int, x: Tensor) -> Tensor:
+    raise AssertionError("this side network runs no backbone block")
+
+
+def test_tv1a_unipt_reference():
+    side = UniPT(4, 2, 3, out_width=6).double()
+    for index, down in enumerate(side.down):
+        set_linear(down[0], 2 * index + 1, 2 * index + 2)
+    set_linear(side.project[0], 21, 22)
+    set_linear(side.up[1], 23, 24)
+    set_linear(side.gate, 25, 26)
+    taps = [tap(index, 1, 3, 4) for index in range(3)]
+    mask = torch.tensor([[1, 1, 0]])
+    down = [layer(x) for layer, x in zip(side.down, taps, strict=True)]
+    close(side._confidence(down[-1], down[:-1], mask), [0.443112, 0.556888])
+    close(
+        side(taps, mask, no_block).tokens,
+        [
+            [-0.625297, 0.025346, 0.067247, 0.242065, 0.733718, 0.280891],
+            [-1.403726, 0.967371, -0.105478, -0.525560, 1.681508, 0.091540],
+            [-0.648165, -0.217238, 0.335051, 0.214250, 0.493999, 0.550749],
+        ],
+    )
+
+
+def test_tv1b_unipt_paper():
+    side = UniPT(4, 2, 3, out_width=4, paper=True).double()
+    for index, down in enumerate(side.down):
+        set_linear(down, 2 * index + 1, 2 * index + 2)
+    set_linear(side.gate, 25, None)
+    set_linear(side.project[0], 31, None)
+    set_linear(side.project[2], 32, None)
+    set_linear(side.up, 33, 34)
+    taps = [tap(index, 1, 3, 4) for index in range(3)]
+    close(
+        side(taps, torch.tensor([[1, 1, 0]]), no_block).tokens,
+        [
+            [0.295230, -0.190405, -0.283275, -0.471139],
+            [0.209653, -0.405790, 0.019775, -0.561741],
+            [0.322693, -0.606994, 0.109889, -0.451524],
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("paper", "weights", "expected"),
+    [
+        (
+            False,
+            [[0.447713, 0.200716, 0.351567], [0.214657, 0.500858, 0.284480]],
+            [[0.256292, -0.488757, -0.520361, -0.738504], [-0.093225, -1.003707, -0.757244, -0.731546]],
+        ),
+        (
+            True,
+            [[0, 0.999995, 0], [0.333474, 0.598956, 0.067563]],
+            [[0.695826, -0.699373, -0.747237, -0.298812], [-0.073690, -1.024398, -0.755887, -0.712224]],
+        ),
+    ],
+)
+def test_tv2_sherl_gated(paper, weights, expected):
+    side = SHERL(4, 4, 3, gated=True, paper=paper).double()
+    for index, layer in enumerate(side.maps):
+        assert isinstance(layer, GatedMap)
+        set_linear(layer.fc1, 10 * index + 1, None, constant=0.3)
+        set_linear(layer.fc2, 10 * index + 3, 10 * index + 4)
+        set_linear(layer.fc3, 10 * index + 5, 10 * index + 6)
+    if side.aggregate.score is not None:
+        set_linear(side.aggregate.score, 41, None, constant=0.1)
+    set_linear(side.up[-1], 71, 72)
+    side.alpha.data.fill_(0.05)
+    taps = [tap(index, 1, 2, 4) for index in range(4)]
+    entry, mapped = side.late_input(taps)
+    shallow = torch.stack(mapped[:-1], dim=2)
+    close(side.aggregate.redundancy(shallow), [[1.498239, 0.999997, 1.498239], [1.663869, 0.999997, 1.663865]])
+    close(side.aggregate.weights(shallow, mapped[-1]), weights)
+    close(entry, expected)
+
+
+def test_tv2c_sherl_vse():
+    side = SHERL(4, 3, 3, gated=False, epsilon=1e-8).double().eval()
+    for index, layer in enumerate(side.maps):
+        set_linear(layer[0], 2 * index + 1, 2 * index + 2)
+    set_linear(side.aggregate.score, 41, 42)
+    set_linear(side.up[1], 43, 44)
+    side.alpha.data.fill_(0.05)
+    entry, _ = side.late_input([tap(index, 1, 2, 4) for index in range(3)])
+    close(entry, [[-1.278817, 0.801299, 1.117337, 0.473769], [-0.363009, 0.757538, -1.772686, 0.528188]])
+
+
+def test_a_silent_aggregation_returns_the_guide():
+    aggregate = Aggregation(3, learned_score=True).double()
+    set_linear(aggregate.score, 0, None)
+    aggregate.score.weight.data.zero_()
+    aggregate.score.bias.data.fill_(-1)
+    guide = tap(1, 1, 2, 3)
+    assert torch.equal(aggregate(tap(2, 1, 2, 4, 3), guide), guide)
+
+
+def test_budget_unipt_bert():
+    assert count(UniPT(768, 12, 512, out_width=1024)) == 5_921_281
+
+
+@pytest.mark.parametrize(("projection", "expected"), [("d-d", 4_293_505), ("auto", 4_736_641)])
+def test_budget_unipt_vit(projection, expected):
+    assert count(SIDES["unipt"](VIT_B, SideConfig(projection=projection))) == expected
+
+
+def test_budget_sherl():
+    assert count(GatedMap(768, 96)) == 92_448
+    assert count(SIDES["sherl"](VIT_B, SideConfig(name="sherl"))) == 7_387_778
+    eighth = SIDES["sherl"](VIT_B, SideConfig(name="sherl", reduction=8))
+    assert count(eighth.up) == 74_496
+
+
+def test_a_reduction_that_does_not_divide_is_refused_with_the_valid_ones():
+    with pytest.raises(UserError, match=r"side.reduction=7 .* Valid values: 1, 2, 3, 4, 6, 8"):
+        SIDES["unipt"](VIT_B, SideConfig(reduction=7))
+
+
+SIDE_ROWS = [(name, variant) for name in ("unipt", "sherl") for variant in ("reference", "paper")]
+
+
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize(("name", "variant"), SIDE_ROWS)
+def test_padding_changes_nothing_on_real_tokens(name, variant, text):
+    torch.manual_seed(0)
+    shape = SideShape("x", 16, 4, text=text)
+    side = SIDES[name](shape, SideConfig(name=name, variant=variant, reduction=2)).double().eval()
+    taps = [torch.randn(2, 5, 16, dtype=torch.float64) for _ in range(side.last_tap + 1)]
+    padded = [torch.cat([x, torch.randn(2, 3, 16, dtype=torch.float64)], dim=1) for x in taps]
+    mask = torch.ones(2, 5)
+    longer = torch.cat([mask, torch.zeros(2, 3)], dim=1)
+    plain = side(taps, mask, lambda index, x: x)
+    other = side(padded, longer, lambda index, x: x)
+    torch.testing.assert_close(other.tokens[:, :5], plain.tokens)
+    assert tuple(plain.features) == side.feature_layers
+    for layer, feature in plain.features.items():
+        torch.testing.assert_close(other.features[layer][:, :5], feature)
+        assert feature.shape[-1] == side.width

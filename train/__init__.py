@@ -1,0 +1,8 @@
+"""Fine-tuning: methods, the norm-gradient engine, the loop, and the run directory it writes."""
+
+if __name__ != "mdpd_deploy.train":
+    raise ImportError(f"import mdpd_deploy.train, not {__name__!r}: pyproject.toml maps the folder")
+
+from mdpd_deploy.train.fit import Plan, fit_run, make_plan, resume_run
+
+__all__ = ["Plan", "fit_run", "make_plan", "resume_run"]

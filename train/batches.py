@@ -1,0 +1,178 @@
+"""Which examples form which optimiser step, and how they become tensors.
+
+Everything is a function of (seed, epoch, step): any process can name the examples of any step, so
+losses are divided by the true size of the whole step, accumulation and several processes change
+nothing but the order of additions, and a resumed run sees the very batches it would have seen.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from mdpd_deploy.config import Config
+from mdpd_deploy.data.examples import Raw, Split
+from mdpd_deploy.data.images import open_image
+from mdpd_deploy.data.preprocess import ImagePreprocess, Preprocess
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.train.methods import Batch, TaskSpec
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run over n examples.
+
+    Attributes:
+        examples: n.
+        batch: Examples per process and backward pass.
+        accumulate: Backward passes per optimiser step.
+        seed: Orders the epochs.
+        world: Processes.
+    """
+
+    examples: int
+    batch: int
+    accumulate: int
+    seed: int
+    world: int = 1
+
+    @property
+    def step_size(self) -> int:
+        """Examples per optimiser step; an epoch's last step may be smaller."""
+        return self.batch * self.accumulate * self.world
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.examples / self.step_size)
+
+    def epoch(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def members(self, step: int) -> Indices:
+        """Return the positions of all examples of a step, over all processes."""
+        order = np.random.default_rng([self.seed, self.epoch(step)]).permutation(self.examples)
+        start = step % self.steps_per_epoch * self.step_size
+        return order[start : start + self.step_size]
+
+    def parts(self, step: int, rank: int) -> list[Indices]:
+        """Return one process's share of a step, one array per backward pass."""
+        mine = np.array_split(self.members(step), self.world)[rank]
+        return [mine[i : i + self.batch] for i in range(0, len(mine), self.batch)]
+
+
+class StepDataset(Dataset[list[Batch]]):
+    """Step number → the batches of this process for it."""
+
+    def __init__(
+        self,
+        split: Split,
+        preprocess: Preprocess,
+        task: TaskSpec,
+        config: Config,
+        schedule: Schedule,
+        rank: int = 0,
+    ) -> None:
+        self.split = split
+        self.preprocess = preprocess
+        self.task = task
+        self.schedule = schedule
+        self.rank = rank
+        self.augment = build_augment(config, preprocess)
+        self.seed = config.train.seed
+        self.weights = np.ones(len(split))
+        if task.class_weights is not None:
+            self.weights = np.asarray(task.class_weights)[split.labels.astype(np.int64)]
+
+    def __len__(self) -> int:
+        return 1 << 62
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        members = self.schedule.members(step)
+        count, weight = float(len(members)), float(self.weights[members].sum())
+        return [
+            Batch(self._inputs(keys, step), self._labels(keys), keys, step, count, weight)
+            for keys in self.schedule.parts(step, self.rank)
+        ]
+
+    def _labels(self, keys: Indices) -> Tensor:
+        labels = torch.from_numpy(self.split.labels[keys])
+        if self.task.scale is None:
+            return labels
+        mean, std = self.task.scale
+        return ((labels - mean) / std).float()
+
+    def _inputs(self, keys: Indices, step: int) -> dict[str, Tensor]:
+        raws = [self.split.inputs[int(key)] for key in keys]
+        if self.augment is None:
+            return to_tensors(self.preprocess, raws)
+        epoch = self.schedule.epoch(step)
+        rows = [
+            self.augment(raw, (self.seed, epoch, int(key)))
+            for raw, key in zip(raws, keys, strict=True)
+        ]
+        return {"pixel_values": torch.from_numpy(np.stack(rows))}
+
+
+def to_tensors(preprocess: Preprocess, raws: list[Raw]) -> dict[str, Tensor]:
+    """Preprocess raw inputs into named tensors."""
+    return {name: torch.from_numpy(array) for name, array in preprocess(raws).items()}
+
+
+class Augment:
+    """Random mirror, or random crop and mirror, drawn from (seed, epoch, example) alone."""
+
+    def __init__(self, kind: str, preprocess: ImagePreprocess) -> None:
+        self.preprocess = preprocess
+        self.crop = (
+            v2.RandomResizedCrop(preprocess.size, antialias=True) if kind == "crop" else None
+        )
+        self.flip = v2.RandomHorizontalFlip()
+
+    def __call__(self, raw: Raw, key: tuple[int, int, int]) -> NDArray[np.float32]:
+        assert not isinstance(raw, (str, tuple))
+        image: Image.Image = open_image(raw)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+            image = self.crop(image) if self.crop else self.preprocess.geometry(image)
+            return self.preprocess.to_array(self.flip(image))
+
+
+def build_augment(config: Config, preprocess: Preprocess) -> Augment | None:
+    """Return the training augmentation that `data.augment` asks for."""
+    if config.data.augment == "none":
+        return None
+    if not isinstance(preprocess, ImagePreprocess):
+        raise UserError(
+            f"data.augment={config.data.augment} is for images; a text task needs data.augment=none."
+        )
+    return Augment(config.data.augment, preprocess)
+
+
+def step_loader(dataset: StepDataset, start: int, stop: int, workers: int) -> Iterator[list[Batch]]:
+    """Yield the batches of steps start..stop-1 in order."""
+    steps = range(start, stop)
+    # The loader draws a base seed from the generator it is given, never from the global one,
+    # whose state is part of what a resumed run replays.
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            generator=torch.Generator().manual_seed(0),
+            collate_fn=_as_is,
+        )
+    )
+
+
+def _as_is(item: list[Batch]) -> list[Batch]:
+    return item

@@ -1,0 +1,178 @@
+"""The end of a run: write the model, measure what was written, then the summary and the report.
+
+The deployed metric is measured on the faded model, rebuilt from the files in float32, not on the
+network in memory: what is reported is what will be exported.
+"""
+
+import os
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mdpd_deploy.files import atomic_folder, write_json
+from mdpd_deploy.machine import versions
+from mdpd_deploy.model import Deployed, WithSide
+from mdpd_deploy.run import BACKBONE, DELTA, SCHEMA, SIDE, Run, read_metrics
+from mdpd_deploy.tasks.metrics import compute
+from mdpd_deploy.train.checkpoint import Progress, load_best
+from mdpd_deploy.train.evaluate import Outputs, run_over
+from mdpd_deploy.train.predictions import Predictions, pick_samples
+from mdpd_deploy.train.report import write_report
+from mdpd_deploy.train.setup import Setup
+
+
+def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]) -> Run:
+    """Turn a trained method into a completed run directory.
+
+    Args:
+        setup: From `prepare`; its method holds the last weights.
+        out: The run folder.
+        progress: From `train`.
+        forecast: `memory.forecast_bytes` and its parts.
+    """
+    if setup.config.train.keep == "best":
+        load_best(out / "checkpoints", setup.method)
+    shutil.rmtree(out / "model", ignore_errors=True)
+    with atomic_folder(out / "model") as folder:
+        write_model(setup, folder)
+    summary = describe(setup, progress, forecast)
+    run = Run(out, setup.config, summary, setup.data.label_names)
+    deployed = run.load_deployed().to(setup.state.device)
+    outputs = {name: measure(setup, deployed, name) for name in setup.data.evaluation}
+    side = {}
+    if setup.config.method == "mdpd":
+        with_side = run.load_with_side()[0].to(setup.state.device)
+        side = {name: measure(setup, with_side, name) for name in setup.data.evaluation}
+    summary["metrics"] = {"deployed": metrics_of(setup, outputs, "validation")}
+    if side:
+        summary["metrics"]["side"] = metrics_of(setup, side, "validation")
+    for name in setup.data.evaluation:
+        if name != "validation":
+            extra = {"deployed": metrics_of(setup, outputs, name)}
+            if side:
+                extra["side"] = metrics_of(setup, side, name)
+            summary[f"metrics_{name}"] = extra
+    summary["status"] = "completed"
+    report(setup, out, summary, outputs["validation"], side.get("validation"))
+    write_json(out / "summary.json", summary)
+    return run
+
+
+def write_model(setup: Setup, folder: Path) -> None:
+    """Write delta, side network, labels, preprocessing and, where needed, the backbone (D12)."""
+    state = setup.method.trained_state()
+    delta = {k: t for k, t in state.items() if k.startswith(("backbone.", "head."))}
+    side = {k: t for k, t in state.items() if k not in delta}
+    _save(delta, folder / DELTA)
+    if side:
+        _save(side, folder / SIDE)
+    write_json(folder / "labels.json", {"names": list(setup.data.label_names)})
+    setup.backbone.preprocess.save(folder)
+    if not setup.config.backbone.pretrained:
+        _save(setup.frozen_weights(), folder / BACKBONE)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: t.cpu().float().contiguous() for name, t in sorted(tensors.items())}, path)
+
+
+def measure(setup: Setup, model: nn.Module, split: str) -> Outputs:
+    """Return a rebuilt model's outputs on a split."""
+    assert isinstance(model, (Deployed, WithSide))
+    names = model.backbone.input_names
+    return run_over(
+        lambda inputs: {"output": model(*(inputs[name] for name in names))},
+        setup.data.evaluation[split],
+        setup.backbone.preprocess,
+        batch=setup.config.train.eval_batch,
+        state=setup.state,
+    )
+
+
+def metrics_of(setup: Setup, outputs: dict[str, Outputs], split: str) -> dict[str, float]:
+    labels = setup.data.evaluation[split].labels
+    return compute(setup.data.metrics, outputs[split]["output"], labels)
+
+
+def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict[str, Any]:
+    """Return summary.json but for the metrics."""
+    config, method, backbone = setup.config, setup.method, setup.backbone
+    groups = {name: sum(p.numel() for p in g.values()) for name, g in method.groups.items()}
+    deployed = groups.get("norms", 0) + groups.get("head", 0)
+    if method.deploys_side:
+        deployed = groups["side"]
+    memory = {**(progress.memory or {}), **forecast}
+    memory["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    cuda = setup.state.device.type == "cuda"
+    memory["peak_cuda_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+    rate = progress.samples / progress.train_s if progress.train_s else None
+    return {
+        "schema": SCHEMA,
+        "task": config.task,
+        "kind": setup.data.kind,
+        "method": config.method,
+        "side": config.side.name if method.uses_side else None,
+        "backbone": {
+            "name": backbone.source.name,
+            "revision": backbone.source.revision,
+            "sha256": backbone.source.sha256,
+            "pretrained": backbone.source.pretrained,
+        },
+        "primary_metric": setup.data.metrics[0],
+        "metrics": {},
+        "params": {
+            "backbone": sum(p.numel() for p in backbone.parameters()),
+            "trained": sum(groups.values()),
+            "deployed_delta": deployed,
+            "side": groups.get("side", 0),
+            "groups": groups,
+        },
+        "memory": memory,
+        "time": {
+            "train_s": round(progress.train_s, 3),
+            "samples_per_s": None if rate is None else round(rate, 2),
+        },
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "data": {
+            "train": len(setup.data.train),
+            **{name: len(split) for name, split in setup.data.evaluation.items()},
+        },
+        "notes": list(setup.data.notes),
+        "versions": versions(),
+        "device": str(setup.state.device),
+        "processes": setup.state.num_processes,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "seed": config.train.seed,
+        "status": "running",
+    }
+
+
+def report(
+    setup: Setup, out: Path, summary: dict[str, Any], deployed: Outputs, side: Outputs | None
+) -> None:
+    """Write report.html."""
+    split = setup.data.evaluation["validation"]
+    predictions = Predictions(
+        setup.data.label_names,
+        setup.data.kind,
+        split.labels,
+        deployed["output"],
+        None if side is None else side["output"],
+        pick_samples(
+            split.inputs, split.labels, np.asarray(deployed["output"]), kind=setup.data.kind
+        ),
+    )
+    write_report(
+        out / "report.html",
+        summary=summary,
+        metrics=read_metrics(out / "metrics.jsonl"),
+        predictions=predictions,
+    )

@@ -1,0 +1,157 @@
+"""A whole training run: plan it, run it, resume it."""
+
+import logging
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mdpd_deploy.config import Config, load_config
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.files import refuse_nonempty, write_text
+from mdpd_deploy.run import Run
+from mdpd_deploy.train.finish import finish
+from mdpd_deploy.train.forecast import forecast
+from mdpd_deploy.train.loop import train
+from mdpd_deploy.train.progress import ProgressBar
+from mdpd_deploy.train.setup import Setup, default_out, prepare
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, without running it."""
+
+    task: str
+    method: str
+    side: str | None
+    backbone: str
+    examples: dict[str, int]
+    classes: tuple[str, ...]
+    steps: int
+    steps_per_epoch: int
+    batch: int
+    params: dict[str, int]
+    forecast_bytes: int
+    forecast_parts: dict[str, int]
+    device: str
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(config: Config) -> Plan:
+    """Read the data and build the model, forecast the memory, and stop there.
+
+    Raises:
+        UserError: For anything in the config or the data that cannot work.
+    """
+    return _plan(prepare(config))
+
+
+def _plan(setup: Setup) -> Plan:
+    config, method = setup.config, setup.method
+    memory = _forecast(setup)
+    groups = {name: sum(p.numel() for p in g.values()) for name, g in method.groups.items()}
+    return Plan(
+        task=config.task,
+        method=config.method,
+        side=config.side.name if method.uses_side else None,
+        backbone=config.backbone.name,
+        examples={
+            "train": len(setup.data.train),
+            **{name: len(split) for name, split in setup.data.evaluation.items()},
+        },
+        classes=setup.data.label_names,
+        steps=setup.steps,
+        steps_per_epoch=setup.schedule.steps_per_epoch,
+        batch=setup.schedule.step_size,
+        params={
+            "backbone": sum(p.numel() for p in setup.backbone.parameters()),
+            "trained": sum(groups.values()),
+            **groups,
+        },
+        forecast_bytes=memory["forecast_bytes"],
+        forecast_parts=memory["forecast_parts"],
+        device=str(setup.state.device),
+        notes=setup.data.notes,
+    )
+
+
+def _forecast(setup: Setup) -> dict[str, Any]:
+    found = forecast(setup.config, outputs=setup.data.outputs, kind=setup.data.kind)
+    return {"forecast_bytes": found.peak_bytes, "forecast_parts": found.parts}
+
+
+def fit_run(config: Config, *, overwrite: bool = False, quiet: bool = False) -> Run:
+    """Train as `config` says and return the completed run.
+
+    Args:
+        config: Everything; `config.out` is the run folder (default runs/DATE-TASK-METHOD).
+        overwrite: Replace a non-empty run folder.
+        quiet: No progress on stderr.
+
+    Raises:
+        UserError: For bad input, before anything is written.
+        WorkFailed: If the run diverges or cannot be written.
+    """
+    out = Path(config.out) if config.out else _free(default_out(config, f"{datetime.now():%Y%m%d-%H%M%S}"))
+    refuse_nonempty(out, overwrite=overwrite)
+    config = config.model_copy(update={"out": str(out.resolve())})
+    setup = prepare(config)
+    if setup.state.is_main_process:
+        if overwrite:
+            _clear(out)
+        write_text(out / "config.yaml", config.to_yaml())
+    setup.state.wait_for_everyone()
+    return _go(setup, out, quiet=quiet)
+
+
+def resume_run(path: Path, *, quiet: bool = False) -> Run:
+    """Continue an interrupted run to its planned end; a completed one is returned as it is.
+
+    On CPU the result is bit-identical to that of a run that was never interrupted.
+
+    Raises:
+        UserError: If `path` is no run folder, or its checkpoint is damaged.
+    """
+    if not (path / "config.yaml").is_file():
+        raise UserError(
+            f"--resume {path}: no config.yaml there, so it is not a run folder; "
+            "name a folder that `mdpd train` wrote."
+        )
+    if (path / "summary.json").is_file():
+        return Run.open(path)
+    return _go(prepare(load_config(path / "config.yaml")), path, quiet=quiet)
+
+
+def _go(setup: Setup, out: Path, *, quiet: bool) -> Run:
+    main = setup.state.is_main_process
+    with ProgressBar(setup.steps, enabled=main and not quiet) as bar:
+        for note in setup.data.notes:
+            bar.say(note)
+        progress = train(setup, out, bar)
+    setup.state.wait_for_everyone()
+    run = finish(setup, out, progress, _forecast(setup))
+    setup.state.wait_for_everyone()
+    return run
+
+
+def _free(path: Path) -> Path:
+    """Return `path`, or the first of path-2, path-3, … that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _clear(out: Path) -> None:
+    import shutil
+
+    for name in ("checkpoints", "model", "bundles", "latency"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("summary.json", "metrics.jsonl", "report.html"):
+        (out / name).unlink(missing_ok=True)

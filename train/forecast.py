@@ -1,0 +1,117 @@
+"""What a training step will need in memory, before anything is computed or downloaded.
+
+The very code that trains runs on fake tensors: shapes and types, no memory, no values
+(`memory.fake_tensors`). The second step counts, because the first one makes the optimiser's state.
+`measured_step` is the same measurement around a real step; they agree within 2 %.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mdpd_deploy.backbones import Backbone, load_backbone
+from mdpd_deploy.config import Config
+from mdpd_deploy.train.memory import PeakBytes, fake_tensors, measure_peak
+from mdpd_deploy.train.methods import Batch, Method, TaskSpec, build_method
+from mdpd_deploy.train.optim import build_optimizer, clip_gradients
+
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class MemoryForecast:
+    """Bytes that one optimiser step needs.
+
+    Attributes:
+        peak_bytes: Weights, batch, activations, gradients and optimiser state at the peak.
+        parts: The same by part (weights, trained, optimizer_state, batch, activations).
+    """
+
+    peak_bytes: int
+    parts: dict[str, int]
+
+
+def forecast(
+    config: Config, *, outputs: int, kind: str, text_length: int | None = None
+) -> MemoryForecast:
+    """Forecast the peak of live tensor memory of a training step, on any machine.
+
+    It is the live-tensor peak of one process on CPU; a CUDA run adds its context and the
+    allocator's rounding, and its optimiser works on all tensors at once (a few copies of the
+    trained parameters).
+
+    Args:
+        config: The run. Data are not read: the batch has `train.batch` examples,
+            `train.accumulate` times.
+        outputs: C, classes or 1.
+        kind: classify or regress.
+        text_length: Tokens of the longest text in a batch; None takes `data.max_length`. Images
+            ignore it.
+
+    Raises:
+        UserError: For a backbone, side network or method that cannot be built.
+    """
+    with fake_tensors():
+        backbone = load_backbone(
+            config.backbone, max_length=config.data.max_length, pad=config.data.pad, fake=True
+        )
+        method = build_method(backbone, _task(config, outputs, kind), config)
+        method.train_mode()
+        optimizer = build_optimizer(method)
+        peak = PeakBytes()
+        parts = _parts(backbone, method, config, text_length or config.data.max_length)
+        for _ in range(STEPS):
+            with measured_step(method, optimizer, parts) as peak:
+                for part in parts:
+                    method.step(part)
+                clip_gradients(method, config.optim.clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    return MemoryForecast(peak.peak_bytes, peak.parts)
+
+
+def measured_step(
+    method: Method, optimizer: torch.optim.Optimizer, parts: Sequence[Batch]
+) -> AbstractContextManager[PeakBytes]:
+    """Measure an optimiser step in the block: all that lives in it, and all that it makes.
+
+    Args:
+        method: With its backbone's weights and what it trains.
+        optimizer: Its state counts from the second step on.
+        parts: The batches of the step, on the method's device.
+    """
+    return measure_peak(
+        weights=method.backbone,
+        trained=method.modules,
+        optimizer_state=optimizer,
+        batch=[(part.inputs, part.labels) for part in parts],
+    )
+
+
+def _task(config: Config, outputs: int, kind: str) -> TaskSpec:
+    return TaskSpec(
+        kind,
+        outputs,
+        scale=(0.0, 1.0) if kind == "regress" else None,
+        class_weights=None if config.train.class_weights == "none" else (1.0,) * outputs,
+    )
+
+
+def _parts(backbone: Backbone, method: Method, config: Config, text_length: int) -> list[Batch]:
+    size, count = config.train.batch, config.train.batch * config.train.accumulate
+    dtype = torch.float32 if method.task.kind == "regress" else torch.int64
+    tokens = text_length if backbone.grid is None else None
+    return [
+        Batch(
+            inputs=backbone.example_inputs(size, tokens),
+            labels=torch.zeros(size, dtype=dtype),
+            keys=np.arange(size, dtype=np.int64) + size * index,
+            step=0,
+            count=float(count),
+            weight=float(count),
+        )
+        for index in range(config.train.accumulate)
+    ]

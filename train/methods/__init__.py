@@ -1,0 +1,9 @@
+"""Training methods: what is trained, one step of it, and what the deployed model needs.
+
+Adding a method is one file here, an import below, and a row in the tests.
+"""
+
+from mdpd_deploy.train.methods import mdpd, norms, probe, side
+from mdpd_deploy.train.methods.base import METHODS, Batch, Method, TaskSpec, build_method
+
+__all__ = ["METHODS", "Batch", "Method", "TaskSpec", "build_method", "mdpd", "norms", "probe", "side"]

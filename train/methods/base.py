@@ -1,0 +1,178 @@
+"""The interface of a training method, and what all of them share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mdpd_deploy.backbones.base import Backbone
+from mdpd_deploy.config import Config
+from mdpd_deploy.registry import Registry
+from mdpd_deploy.tasks.head import Head
+from mdpd_deploy.tasks.losses import TaskLoss
+from mdpd_deploy.train.norm_grad import Trace
+from mdpd_deploy.train.precision import hold_in_bfloat16, side_autocast
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What a method must know of the task.
+
+    Attributes:
+        kind: classify or regress.
+        outputs: C.
+        scale: (mean, standard deviation) of the training labels, regression only.
+        class_weights: One weight per class, or None.
+    """
+
+    kind: str
+    outputs: int
+    scale: tuple[float, float] | None = None
+    class_weights: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A part of one optimiser step.
+
+    Attributes:
+        inputs: Named tensors.
+        labels: [B]; standardised for regression.
+        keys: Position of each example in the training data [B].
+        step: The optimiser step.
+        count: Examples in the whole optimiser step, over all parts and processes.
+        weight: Sum of their class weights (= count without class weights).
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    keys: NDArray[np.int64]
+    step: int
+    count: float
+    weight: float
+
+
+Parameters = dict[str, nn.Parameter]
+Parts = dict[str, Tensor]
+
+
+class Method(ABC):
+    """A way to fine-tune: which parameters move, and how one batch gives them gradients.
+
+    A method owns the backbone it is given: frozen but for the norms the method declares.
+    """
+
+    uses_side: ClassVar[bool] = False
+    deploys_side: ClassVar[bool] = False  # the side network stays at inference
+    name: str
+
+    def __init__(self, backbone: Backbone, task: TaskSpec, config: Config) -> None:
+        self.backbone = backbone
+        self.task = task
+        self.config = config
+        backbone.requires_grad_(False)
+        if config.train.precision == "bf16":
+            hold_in_bfloat16(backbone)
+        self.task_loss = TaskLoss(task.kind, task.class_weights, config.loss.label_smoothing)
+        self.modules = self.build_modules()
+        self.norms = self.trained_norms()
+        for parameter in self.norms.values():
+            parameter.requires_grad_(True)
+
+    # --- what a method provides ---------------------------------------------------------------
+
+    @abstractmethod
+    def build_modules(self) -> nn.ModuleDict:
+        """Return the trained modules by name; `head` is the deployed one, if any."""
+
+    @abstractmethod
+    def trained_norms(self) -> Parameters:
+        """Return the backbone's trained norm parameters by full name."""
+
+    @abstractmethod
+    def step(self, batch: Batch) -> Parts:
+        """Accumulate the gradients of one batch and return its detached losses by name.
+
+        Losses are sums over the batch divided by `batch.count` (or `.weight`), so that adding
+        up the parts of a step gives the step's mean.
+        """
+
+    @abstractmethod
+    def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return {"deployed": [B, C]} and, where there is one, {"side": [B, C]}, for users."""
+
+    # --- what follows from it -----------------------------------------------------------------
+
+    @property
+    def groups(self) -> dict[str, Parameters]:
+        """Trained parameters by optimiser group: side, norms, head."""
+        side: Parameters = {}
+        head: Parameters = {}
+        for name, module in self.modules.items():
+            target = head if name == "head" else side
+            target.update({f"{name}.{key}": p for key, p in module.named_parameters()})
+        named = {"side": side, "norms": {f"backbone.{k}": p for k, p in self.norms.items()}}
+        return {name: group for name, group in {**named, "head": head}.items() if group}
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return every tensor that training changes, and the modules' buffers, by full name."""
+        state = {f"backbone.{name}": p.detach() for name, p in self.norms.items()}
+        for name, module in self.modules.items():
+            state.update({f"{name}.{key}": t.detach() for key, t in module.state_dict().items()})
+        return state
+
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy values in place from `trained_state` of an equal method."""
+        own = self.trained_state()
+        if set(own) != set(state):
+            odd = sorted(set(own) ^ set(state))[0]
+            raise KeyError(odd)
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def new_head(self) -> Head:
+        """Return a fresh linear head for this task."""
+        return Head(self.backbone.width, self.task.outputs, self.task.scale)
+
+    def train_mode(self) -> None:
+        """Dropout on: in the trained parts always, in the backbone as the config says (D8)."""
+        self.backbone.train(self.config.backbone.dropout_active)
+        self.modules.train()
+
+    def eval_mode(self) -> None:
+        self.backbone.eval()
+        self.modules.eval()
+
+    def cast(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give floating inputs the dtype in which the frozen weights are held."""
+        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+    def autocast(self, x: Tensor) -> AbstractContextManager[object]:
+        """Autocast around the trained float32 parts, only in bf16 runs."""
+        return side_autocast(self.config.train.precision, x.device)
+
+    def frozen_taps(self, inputs: Mapping[str, Tensor], last: int) -> Trace:
+        """Run the backbone without a graph up to tap `last`."""
+        backbone = self.backbone
+        with torch.no_grad():
+            trace = Trace([backbone.embed(inputs)], backbone.token_mask(inputs))
+            for index in range(last):
+                trace.taps.append(backbone.run_block(index, trace.taps[-1], trace.mask))
+        return trace
+
+
+METHODS: Registry[type[Method]] = Registry("method (--method)")
+
+
+def build_method(backbone: Backbone, task: TaskSpec, config: Config) -> Method:
+    """Build the method that `config.method` names around a backbone."""
+    method = METHODS.get_or_raise(config.method)(backbone, task, config)
+    method.name = config.method
+    return method

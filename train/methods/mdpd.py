@@ -1,0 +1,166 @@
+"""MDPD: backbone and side network teach each other; then the side network fades.
+
+One step is two passes with disjoint graphs (architecture 4, D1):
+
+    side pass      task loss on Y_S + feature distillation from the detached taps
+    backbone pass  logits distillation from the detached Y_S, and `student_task_weight` × task loss
+                   on Y_B, through the norm-gradient engine
+
+Both passes add into `.grad` and one optimiser step follows: the joint reading of the paper's
+single weighted sum (methods 3.5, 2). The logits loss moves the backbone only and the feature
+losses the side network only: teachers are detached.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mdpd_deploy.backbones.base import Backbone
+from mdpd_deploy.config import Config
+from mdpd_deploy.distill import FeatureDistiller, weighted_distance
+from mdpd_deploy.model import pool_side
+from mdpd_deploy.sides import SideOutput, build_side
+from mdpd_deploy.tasks.head import Head
+from mdpd_deploy.tasks.losses import logits_loss
+from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts, TaskSpec
+from mdpd_deploy.train.norm_grad import LayerLoss, Trace, build_norm_gradient
+
+
+@METHODS.register("mdpd")
+class MDPD(Method):
+    """Trains side network, bottlenecks, generators, both heads and the backbone's norms."""
+
+    uses_side = True
+
+    def __init__(self, backbone: Backbone, task: TaskSpec, config: Config) -> None:
+        self.engine = build_norm_gradient(config.train.norm_grad, backbone)
+        super().__init__(backbone, task, config)
+
+    def build_modules(self) -> nn.ModuleDict:
+        backbone, config = self.backbone, self.config
+        self.last_feature = config.distill.side_head == "paper"
+        self.side = build_side(backbone, config.side, last_feature=self.last_feature)
+        self.distiller = FeatureDistiller(
+            width=backbone.width,
+            side_width=self.side.width,
+            layers=self.side.feature_layers,
+            grid=backbone.grid,
+            prefix=backbone.prefix_tokens,
+            protect_first=backbone.has_cls,
+            config=config.distill,
+        )
+        side_width = self.side.width if self.last_feature else backbone.width
+        side_head = Head(side_width, self.task.outputs, self.task.scale)
+        return nn.ModuleDict(
+            {
+                "side": self.side,
+                "distiller": self.distiller,
+                "side_head": side_head,
+                "head": self.new_head(),
+            }
+        )
+
+    def trained_norms(self) -> Parameters:
+        return self.engine.trained(self.side.feature_layers)
+
+    def side_forward(self, trace: Trace, blocked: bool) -> tuple[SideOutput, Tensor]:
+        """Run the side network on detached taps; return its output and pooled features."""
+        dtype = trace.taps[0].dtype
+        taps = trace.taps[: self.side.last_tap + 1]
+        with self.autocast(taps[0]):
+            output = self.side(
+                taps,
+                trace.mask,
+                lambda index, x: self.backbone.run_block(
+                    index, x.to(dtype), trace.mask, blocked=blocked
+                ),
+            )
+            pooled = pool_side(
+                self.backbone, output, trace.mask, last_feature=self.last_feature, blocked=blocked
+            )
+        return output, pooled.float()
+
+    def step(self, batch: Batch) -> Parts:
+        trace = self.engine.forward(self.cast(batch.inputs))
+        tokens = trace.taps[0].shape[1]
+        hidden = self.distiller.draw_mask(
+            batch.keys, tokens, self.config.train.seed, batch.step
+        ).to(trace.taps[0].device)
+        losses, teacher, features = self._side_pass(batch, trace, hidden)
+        student = self._backbone_pass(batch, trace, hidden, teacher, features)
+        student["loss"] += losses["loss"]
+        return losses | student
+
+    def _side_pass(
+        self, batch: Batch, trace: Trace, hidden: Tensor
+    ) -> tuple[Parts, Tensor, dict[int, Tensor]]:
+        weights = self.config.loss
+        output, pooled = self.side_forward(trace, blocked=not self.config.train.late_norm_grad)
+        raw = self.modules["side_head"].raw(pooled)
+        task = self.task_loss(raw, batch.labels) / batch.weight
+        with self.autocast(trace.taps[0]):
+            shallow, deep = self.distiller(output.features, trace.taps, hidden, trace.mask)
+        shallow, deep = shallow / batch.count, deep / batch.count
+        loss = weights.task * task + weights.shallow * shallow + weights.deep * deep
+        loss.backward()
+        losses = {"loss": loss, "loss_task": task, "loss_shallow": shallow, "loss_deep": deep}
+        kept = {}
+        if self.config.train.norm_grad == "local":
+            kept = {layer: feature.detach() for layer, feature in output.features.items()}
+        return {name: value.detach() for name, value in losses.items()}, raw.detach(), kept
+
+    def _backbone_pass(
+        self,
+        batch: Batch,
+        trace: Trace,
+        hidden: Tensor,
+        teacher: Tensor,
+        features: dict[int, Tensor],
+    ) -> Parts:
+        weights = self.config.loss
+        task_weight = self.config.train.student_task_weight
+        losses: Parts = {}
+        mask = trace.mask
+
+        def top_loss(top: Tensor) -> Tensor:
+            raw = self.modules["head"].raw(self.backbone.finish(top, mask).float())
+            distance = logits_loss(raw, teacher, weights) / batch.count
+            losses["loss_logits"] = distance.detach()
+            loss = weights.logits * distance
+            if task_weight:
+                student = self.task_loss(raw, batch.labels) / batch.weight
+                losses["loss_student"] = student.detach()
+                loss = loss + task_weight * student
+            losses["loss"] = loss.detach()
+            return loss
+
+        self.engine.backward(trace, top_loss, self._layer_loss(features, hidden, mask, batch.count))
+        return losses
+
+    def _layer_loss(
+        self, features: dict[int, Tensor], hidden: Tensor, mask: Tensor | None, count: float
+    ) -> LayerLoss:
+        """The feature loss of one layer with roles swapped, for `norm_grad=local` (D7)."""
+        distiller, weights = self.distiller, self.config.loss
+
+        def loss(layer: int, tap: Tensor) -> Tensor:
+            if layer not in features:
+                return tap.new_zeros(())
+            with torch.no_grad(), self.autocast(tap):
+                target = distiller.student(layer, features[layer], hidden, mask)
+            weight = distiller.weight(layer, tap, hidden, mask)
+            scale = weights.shallow if layer in distiller.shallow else weights.deep
+            return scale * weighted_distance(tap, target, weight) / count
+
+        return loss
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        inputs = self.cast(inputs)
+        trace = self.frozen_taps(inputs, self.backbone.depth)
+        _, pooled = self.side_forward(trace, blocked=True)
+        deployed = self.backbone.finish(trace.taps[-1], trace.mask).float()
+        return {
+            "deployed": self.modules["head"](deployed),
+            "side": self.modules["side_head"](pooled),
+        }

@@ -1,0 +1,30 @@
+"""Linear probe: the head on frozen features, the floor every other method must beat."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts
+
+
+@METHODS.register("probe")
+class Probe(Method):
+    """Trains the head only; no backbone activation is kept."""
+
+    def build_modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"head": self.new_head()})
+
+    def trained_norms(self) -> Parameters:
+        return {}
+
+    def step(self, batch: Batch) -> Parts:
+        head = self.modules["head"]
+        with torch.no_grad():
+            pooled = self.backbone(self.cast(batch.inputs))
+        loss = self.task_loss(head.raw(pooled.float()), batch.labels) / batch.weight
+        loss.backward()
+        return {"loss": loss.detach(), "loss_task": loss.detach()}
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"deployed": self.modules["head"](self.backbone(self.cast(inputs)).float())}

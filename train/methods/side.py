@@ -1,0 +1,46 @@
+"""A side network alone: trained in little memory, and paid for at every inference."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from mdpd_deploy.model import pool_side
+from mdpd_deploy.sides import build_side
+from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts
+
+
+@METHODS.register("side")
+class Side(Method):
+    """Trains the side network and its head; the backbone stays exactly as it was."""
+
+    uses_side = True
+    deploys_side = True
+
+    def build_modules(self) -> nn.ModuleDict:
+        self.side = build_side(self.backbone, self.config.side)
+        return nn.ModuleDict({"side": self.side, "side_head": self.new_head()})
+
+    def trained_norms(self) -> Parameters:
+        return {}
+
+    def pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the side network's pooled output [B, D]."""
+        trace = self.frozen_taps(self.cast(inputs), self.side.last_tap)
+        with self.autocast(trace.taps[0]):
+            output = self.side(
+                trace.taps,
+                trace.mask,
+                lambda index, x: self.backbone.run_block(
+                    index, x.to(trace.taps[0].dtype), trace.mask, blocked=True
+                ),
+            )
+            return pool_side(self.backbone, output, trace.mask, blocked=True).float()
+
+    def step(self, batch: Batch) -> Parts:
+        raw = self.modules["side_head"].raw(self.pooled(batch.inputs))
+        loss = self.task_loss(raw, batch.labels) / batch.weight
+        loss.backward()
+        return {"loss": loss.detach(), "loss_task": loss.detach()}
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"deployed": self.modules["side_head"](self.pooled(inputs))}

@@ -1,0 +1,102 @@
+"""AdamW groups, schedule and clipping.
+
+Three groups with their own learning rate and their own clip norm: `side`, `norms`, `head`. Norms
+and biases get no weight decay. Tensors that only the logits loss reaches (MDPD without a student
+task loss) see gradients scaled by 1e-4, which Adam undoes only down to its eps: they take 1e-12
+(D9).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mdpd_deploy.config import Config, OptimConfig
+from mdpd_deploy.train.methods import Method
+
+
+def build_optimizer(method: Method) -> torch.optim.AdamW:
+    """Build AdamW over the method's groups; each group carries its `name` and `peak_lr`."""
+    config = method.config
+    optim = config.optim
+    peak = {
+        "side": optim.lr,
+        "norms": optim.norm_lr or optim.lr,
+        "head": optim.head_lr or optim.lr,
+    }
+    groups = []
+    for name, parameters in method.groups.items():
+        decayed, plain = _by_decay(name, parameters)
+        for decay, tensors in ((optim.weight_decay, decayed), (0.0, plain)):
+            if tensors:
+                groups.append(
+                    {
+                        "params": list(tensors.values()),
+                        "names": list(tensors),
+                        "group": name,
+                        "lr": peak[name],
+                        "peak_lr": peak[name],
+                        "weight_decay": decay,
+                        "eps": 1e-12 if _logits_only(config, name) else 1e-8,
+                    }
+                )
+    return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2))
+
+
+def _by_decay(
+    group: str, parameters: dict[str, nn.Parameter]
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    plain = {k: p for k, p in parameters.items() if group == "norms" or p.dim() < 2}
+    return {k: p for k, p in parameters.items() if k not in plain}, plain
+
+
+def _logits_only(config: Config, group: str) -> bool:
+    return config.method == "mdpd" and group != "side" and config.train.student_task_weight == 0
+
+
+def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:
+    """Return the share of the peak learning rate at `step` (0-based) of `steps`."""
+    warmup = math.ceil(config.warmup * steps) if config.warmup else 0
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, steps - warmup)
+    return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group to `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def clip_gradients(method: Method, limit: float | None) -> dict[str, Tensor]:
+    """Clip each group's gradient norm to `limit`; return the norms before clipping."""
+    norms = {}
+    for name, parameters in method.groups.items():
+        norms[name] = nn.utils.clip_grad_norm_(parameters.values(), limit or math.inf)
+    return norms
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state as named tensors: `<parameter>/<slot>`."""
+    found = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            for slot, value in optimizer.state.get(parameter, {}).items():
+                found[f"{name}/{slot}"] = value
+    return found
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put a state from `optimizer_tensors` back, in place of whatever is there."""
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            slots = {
+                key.rpartition("/")[2]: value.clone()
+                for key, value in tensors.items()
+                if key.rpartition("/")[0] == name
+            }
+            if slots:
+                optimizer.state[parameter] = slots

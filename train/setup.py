@@ -1,0 +1,144 @@
+"""From a config to everything a run needs: data, backbone, method, optimiser, plan."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from mdpd_deploy.backbones import Backbone, load_backbone
+from mdpd_deploy.config import Config
+from mdpd_deploy.data import TaskData, check_images, load_task
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.train.batches import Schedule
+from mdpd_deploy.train.methods import Method, TaskSpec, build_method
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the loop works on."""
+
+    config: Config
+    data: TaskData
+    task: TaskSpec
+    backbone: Backbone
+    method: Method
+    schedule: Schedule
+    steps: int
+    state: PartialState
+    original: dict[str, Tensor] | None  # a backbone that cannot be loaded again (D12)
+
+    @property
+    def eval_every(self) -> int:
+        return self.config.train.eval_every or min(self.steps, self.schedule.steps_per_epoch)
+
+    @property
+    def checkpoint_every(self) -> int:
+        return self.config.checkpoint.every or self.eval_every
+
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """Return the backbone as it was before training, where it must be kept with the run."""
+        assert self.original is not None
+        return self.original
+
+
+def prepare(config: Config) -> Setup:
+    """Read the data, load the backbone and build the method, all from the seed.
+
+    Raises:
+        UserError: For anything the user gave that cannot work.
+    """
+    state = process_state(config.train.device)
+    data = load_task(config.task, config.data, seed=config.train.seed)
+    if data.modality == "image":
+        data = check_images(data, config.data)
+    task = task_spec(config, data)
+    backbone = load_backbone(
+        config.backbone, max_length=config.data.max_length, pad=config.data.pad
+    )
+    check_modality(backbone, data, config)
+    original = None
+    if not config.backbone.pretrained:
+        original = {name: t.detach().clone() for name, t in backbone.state_dict().items()}
+    torch.manual_seed(config.train.seed)
+    method = build_method(backbone, task, config)
+    backbone.to(state.device)
+    method.modules.to(state.device)
+    schedule = Schedule(
+        len(data.train),
+        config.train.batch,
+        config.train.accumulate,
+        config.train.seed,
+        state.num_processes,
+    )
+    steps = total_steps(config, schedule)
+    return Setup(config, data, task, backbone, method, schedule, steps, state, original)
+
+
+def total_steps(config: Config, schedule: Schedule) -> int:
+    """Return the optimiser steps of a run; 10 epochs when neither steps nor epochs are given."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return max(1, round((config.train.epochs or 10) * schedule.steps_per_epoch))
+
+
+def process_state(device: str) -> PartialState:
+    """Join the processes of a launch, on the device that was asked for."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError(
+            "--device cuda: no CUDA device is available here; use --device cpu, or check the "
+            "driver with `mdpd doctor`."
+        )
+    return PartialState(cpu=device == "cpu" or not available)
+
+
+def check_modality(backbone: Backbone, data: TaskData, config: Config) -> None:
+    """Refuse a vision backbone for text and the reverse."""
+    takes = "image" if backbone.grid is not None else "text"
+    if takes != data.modality:
+        example = "hf:bert-base-uncased" if data.modality == "text" else "timm:vit_base_patch16_224"
+        raise UserError(
+            f"--task {config.task} is a {data.modality} task, but --backbone {config.backbone.name} "
+            f"takes {takes}s: name one for {data.modality}s, e.g. --backbone {example} or a local "
+            "folder."
+        )
+
+
+def task_spec(config: Config, data: TaskData) -> TaskSpec:
+    """Return what the method must know of the task, scale and class weights included."""
+    labels = data.train.labels
+    if data.kind == "regress":
+        std = float(labels.std())
+        if std == 0:
+            raise UserError("all training labels are equal: there is nothing to regress.")
+        return TaskSpec("regress", 1, (float(labels.mean()), std))
+    return TaskSpec("classify", data.outputs, None, class_weights(config, data))
+
+
+def class_weights(config: Config, data: TaskData) -> tuple[float, ...] | None:
+    """Return one weight per class: as given, or inverse to its frequency (mean 1 per example)."""
+    asked = config.train.class_weights
+    if asked == "none":
+        return None
+    if asked == "balanced":
+        counts = np.bincount(data.train.labels.astype(np.int64), minlength=data.outputs)
+        return tuple(len(data.train) / (data.outputs * counts.astype(float)))
+    if len(asked) != data.outputs:
+        raise UserError(
+            f"train.class_weights has {len(asked)} values, but there are {data.outputs} classes "
+            f"({', '.join(data.label_names)})."
+        )
+    return tuple(float(weight) for weight in asked)
+
+
+def default_out(config: Config, now: str) -> Path:
+    """Return runs/DATE-TASK-METHOD (D19)."""
+    method = (
+        config.method
+        if config.method not in ("mdpd", "side")
+        else (f"{config.method}-{config.side.name}")
+    )
+    return Path("runs") / f"{now}-{config.task.replace('/', '-')}-{method}"
