@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from mdpd_deploy.bundle import batches
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.data.preprocess import Preprocess, load_preprocess
 from mdpd_deploy.errors import VerificationError
@@ -188,8 +189,8 @@ def _both_outputs(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     model.eval()
     pairs = []
-    for start in range(0, len(measured.split), measured.batch):
-        arrays = preprocess(measured.split.inputs[start : start + measured.batch])
+    for raws in batches(measured.split.inputs, measured.batch):
+        arrays = preprocess(raws)
         pairs.append((torch_outputs(model, arrays), runner(arrays)))
     return np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
 

@@ -168,10 +168,10 @@ def is_bundle(path: Path) -> bool:
     return (path / FILE).is_file()
 
 
-def batches(raws: Sequence[Raw], size: int) -> Iterator[Sequence[Raw]]:
-    """Cut inputs into batches of at most `size`."""
+def batches(raws: Sequence[Raw], size: int) -> Iterator[list[Raw]]:
+    """Cut inputs into batches of at most `size`; works for lazy sequences without slices."""
     for start in range(0, len(raws), size):
-        yield raws[start : start + size]
+        yield [raws[index] for index in range(start, min(start + size, len(raws)))]
 
 
 def run_batches(

@@ -9,12 +9,14 @@ typer and rich (D26). `main` is the one place that turns exceptions into words a
     130  interrupted
 """
 
+import contextlib
 import errno
 import logging
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
@@ -50,6 +52,7 @@ _QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+INTERRUPTED = 130
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ERROR_LINES = 12
 
@@ -118,23 +121,30 @@ def main(arguments: list[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug, words = _take_debug(words)
-    _quieten(debug=debug)
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    with _messages(debug=debug):
+        return _run(words, debug=debug)
+
+
+def _run(words: list[str], *, debug: bool) -> int:
     try:
-        code = app(words or ["--help"], prog_name="mdpd", standalone_mode=False)
+        command = typer.main.get_command(app)
+        code = command.main(words or ["--help"], prog_name="mdpd", standalone_mode=False)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+        code = stop.code
     except (KeyboardInterrupt, Abort):
-        _say("interrupted")
-        return 130
-    except BaseException as err:
+        code = INTERRUPTED
+    except Exception as err:  # noqa: BLE001 - the last door: every exception becomes words
         if debug:
             traceback.print_exc()
         code, message = _explain(err)
         if message:
             _say(message)
-        return code
+    if code == INTERRUPTED:
+        _say("interrupted")
+    return code if isinstance(code, int) else int(code is not None)
 
 
 def _take_debug(words: list[str]) -> tuple[bool, list[str]]:
@@ -144,24 +154,32 @@ def _take_debug(words: list[str]) -> tuple[bool, list[str]]:
     return len(options) < end, options + words[end:]
 
 
-def _quieten(*, debug: bool) -> None:
-    """Send our own messages to stderr and keep libraries silent unless `--debug` is given."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    if not debug and not sys.warnoptions:
-        warnings.simplefilter("ignore")
-    logging.basicConfig(
-        level=logging.WARNING if debug else logging.ERROR, format="%(message)s", force=True
-    )
-    logging.getLogger("mdpd_deploy").setLevel(logging.DEBUG if debug else logging.INFO)
+@contextlib.contextmanager
+def _messages(*, debug: bool) -> Iterator[None]:
+    """Show our own messages on stderr, and those of libraries only with `--debug`."""
+    root, ours = logging.getLogger(), logging.getLogger("mdpd_deploy")
+    before = root.level, ours.level
+    handler = logging.StreamHandler(sys.stderr)
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING if debug else logging.ERROR)
+    ours.setLevel(logging.DEBUG if debug else logging.INFO)
+    with warnings.catch_warnings():
+        if not debug and not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+            root.setLevel(before[0])
+            ours.setLevel(before[1])
 
 
-def _explain(err: BaseException) -> tuple[int, str]:
+def _explain(err: Exception) -> tuple[int, str]:
     """Return the exit code and the words for an exception that escaped a verb."""
     if isinstance(err, MdpdError):
         return err.exit_code, f"error: {err}"
     if isinstance(err, TyperException):
-        return err.exit_code, f"error: {err.format_message()}{_usage_hint(err)}"
+        return err.exit_code, f"error: {_sentence(err.format_message())}{_usage_hint(err)}"
     if isinstance(err, BrokenPipeError):  # the reader of our output went away, as `| head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at exit
         return 1, ""
@@ -169,12 +187,19 @@ def _explain(err: BaseException) -> tuple[int, str]:
         where = f" {err.filename}" if err.filename else ""
         return 1, f"error: could not write{where}: {err.strerror}. Free some space and try again."
     if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
-        return 1, "error: out of memory. Use a smaller --batch; `mdpd train --dry-run` forecasts it."
+        return (
+            1,
+            "error: out of memory. Use a smaller --batch; `mdpd train --dry-run` forecasts it.",
+        )
     reason = (str(err).strip().splitlines() or [""])[0][:300]
     return 1, (
-        f"internal error: {type(err).__name__}: {reason}. "
+        f"internal error: {type(err).__name__}: {_sentence(reason)} "
         "This is a bug of mdpd-deploy; add --debug to see where."
     )
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _usage_hint(err: TyperException) -> str:

@@ -34,13 +34,13 @@ class DataConfig(Section):
     image: str | None = None  # --image: the column of image paths
     label: str | None = None  # --label: the label column
     labels: list[str] | None = None  # class names in order; default: sorted names of the train split
-    max_length: int = Field(128, ge=4)  # tokens kept of a text
+    max_length: int = Field(default=128, ge=4)  # tokens kept of a text
     pad: Literal["longest", "max"] = "longest"  # pad a batch to its longest text, or to max_length
     augment: Literal["none", "flip", "crop"] = "none"  # training images: mirror; random crop + mirror
     bad_images: Literal["stop", "skip"] = "stop"  # an unreadable training image ends the run, or not
-    validation_fraction: float = Field(0.1, gt=0, lt=1)  # split off when there is no validation data
-    limit: int | None = Field(None, ge=1)  # use only the first N training examples (after a shuffle)
-    workers: int = Field(0, ge=0)  # loader processes
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)  # split off when there is no validation data
+    limit: int | None = Field(default=None, ge=1)  # use only the first N training examples (after a shuffle)
+    workers: int = Field(default=0, ge=0)  # loader processes
 
 
 class BackboneConfig(Section):
@@ -50,8 +50,8 @@ class BackboneConfig(Section):
     weights: str | None = None  # a local weights file for timm:NAME
     pretrained: bool = True  # false: random weights, stored with the run
     pooling: Literal["mean", "cls"] = "mean"  # D3: mean of real tokens / patch tokens, or the first
-    img_size: int | None = Field(None, ge=1)  # pixels, vision only
-    patch_size: int | None = Field(None, ge=1)  # pixels, vision only
+    img_size: int | None = Field(default=None, ge=1)  # pixels, vision only
+    patch_size: int | None = Field(default=None, ge=1)  # pixels, vision only
     dropout_active: bool = True  # keep the backbone's own dropout while training (D8)
 
 
@@ -59,7 +59,7 @@ class SideConfig(Section):
     """The side network that teaches and then fades."""
 
     name: str = "unipt"
-    reduction: int | None = Field(None, ge=1)  # r: side width = width / r; default 8 text, 2 vision
+    reduction: int | None = Field(default=None, ge=1)  # r: side width = width / r; default 8 text, 2 vision
     variant: Literal["reference", "paper"] = "reference"  # released code, or the paper's equations
     projection: Literal["auto", "d-d", "d-D-d"] = "auto"  # UniPT's map of the blend (methods 2.1.2)
 
@@ -67,12 +67,12 @@ class SideConfig(Section):
 class DistillConfig(Section):
     """MDPD's own parts: bottlenecks φ, mask, generation blocks G (paper Eq. 1-7)."""
 
-    mask_ratio: float = Field(0.5, ge=0, le=1)  # λ, Eq. 5
+    mask_ratio: float = Field(default=0.5, ge=0, le=1)  # λ, Eq. 5
     mask_level: Literal["sample", "batch"] = "sample"  # one mask per example, or per batch
-    bottleneck: int | None = Field(None, ge=1)  # d; default min(12, side width // 2)
+    bottleneck: int | None = Field(default=None, ge=1)  # d; default min(12, side width // 2)
     share_phi: bool = False  # one φ for all layers instead of one each
     share_gen: bool = False  # one G for all deep layers instead of one each
-    shallow_layers: int | None = Field(None, ge=0)  # default: the first half (rounded up)
+    shallow_layers: int | None = Field(default=None, ge=0)  # default: the first half (rounded up)
     feature_mean: bool = False  # mean over tokens and channels instead of the paper's sum
     side_head: Literal["final", "paper"] = "final"  # Y_S from the final norm, or Eq. 3 on s_L (D2)
 
@@ -80,33 +80,33 @@ class DistillConfig(Section):
 class LossConfig(Section):
     """Weights of the losses (MDPD supplementary B) and the form of the logits loss."""
 
-    task: float = Field(1.0, ge=0)
-    logits: float = Field(1e-4, ge=0)
-    deep: float = Field(6e-5, ge=0)
-    shallow: float = Field(4e-5, ge=0)
+    task: float = Field(default=1.0, ge=0)
+    logits: float = Field(default=1e-4, ge=0)
+    deep: float = Field(default=6e-5, ge=0)
+    shallow: float = Field(default=4e-5, ge=0)
     logits_form: Literal["mse", "kl"] = "mse"  # Eq. 3, or KL divergence at `temperature`
-    temperature: float = Field(2.0, gt=0)  # used by logits_form=kl
-    label_smoothing: float = Field(0.0, ge=0, lt=1)  # of the classification loss
+    temperature: float = Field(default=2.0, gt=0)  # used by logits_form=kl
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # of the classification loss
 
 
 class TrainConfig(Section):
     """Length, batches, precision and how the norms get their gradient."""
 
-    epochs: float | None = Field(None, gt=0)  # passes over the training data; default 10
-    steps: int | None = Field(None, ge=1)  # optimiser steps; overrides epochs
-    batch: int = Field(32, ge=1)  # examples per optimiser step and process, before accumulation
-    accumulate: int = Field(1, ge=1)  # batches per optimiser step
-    eval_batch: int = Field(64, ge=1)
-    eval_every: int | None = Field(None, ge=1)  # steps; default: once per epoch
-    patience: int | None = Field(None, ge=1)  # stop after this many evaluations without a gain
+    epochs: float | None = Field(default=None, gt=0)  # passes over the training data; default 10
+    steps: int | None = Field(default=None, ge=1)  # optimiser steps; overrides epochs
+    batch: int = Field(default=32, ge=1)  # examples per optimiser step and process, before accumulation
+    accumulate: int = Field(default=1, ge=1)  # batches per optimiser step
+    eval_batch: int = Field(default=64, ge=1)
+    eval_every: int | None = Field(default=None, ge=1)  # steps; default: once per epoch
+    patience: int | None = Field(default=None, ge=1)  # stop after this many evaluations without a gain
     keep: Literal["best", "last"] = "best"  # which weights become RUN/model
     norm_grad: str = "recompute"  # recompute | full | late:K | local | none
     late_norm_grad: bool = False  # let the side pass also move norms it runs through (literal joint)
-    student_task_weight: float = Field(1.0, ge=0)  # task loss on the backbone's own head
+    student_task_weight: float = Field(default=1.0, ge=0)  # task loss on the backbone's own head
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen weights held, side autocast, in bf16
     class_weights: Literal["none", "balanced"] | list[float] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _norm_grad_is_known(self) -> Self:
@@ -124,21 +124,21 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
-    lr: float = Field(1e-3, gt=0)  # side network, φ, G, side head
-    norm_lr: float | None = Field(None, gt=0)  # tuned norms; default: lr
-    head_lr: float | None = Field(None, gt=0)  # deployed head; default: lr
-    weight_decay: float = Field(0.01, ge=0)  # not on norms and biases
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    warmup: float = Field(0.1, ge=0, le=1)  # share of the steps
+    lr: float = Field(default=1e-3, gt=0)  # side network, φ, G, side head
+    norm_lr: float | None = Field(default=None, gt=0)  # tuned norms; default: lr
+    head_lr: float | None = Field(default=None, gt=0)  # deployed head; default: lr
+    weight_decay: float = Field(default=0.01, ge=0)  # not on norms and biases
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    warmup: float = Field(default=0.1, ge=0, le=1)  # share of the steps
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    clip: float | None = Field(1.0, gt=0)  # gradient norm, per group
+    clip: float | None = Field(default=1.0, gt=0)  # gradient norm, per group
 
 
 class CheckpointConfig(Section):
     """How often a run can be resumed from."""
 
-    every: int | None = Field(None, ge=1)  # steps; default: at every evaluation
+    every: int | None = Field(default=None, ge=1)  # steps; default: at every evaluation
 
 
 class TrackConfig(Section):
@@ -153,14 +153,14 @@ class Config(Section):
     task: str = "digits"
     method: str = "mdpd"
     out: str | None = None
-    data: DataConfig = DataConfig()  # pyright: ignore[reportCallIssue]
-    backbone: BackboneConfig = BackboneConfig()  # pyright: ignore[reportCallIssue]
-    side: SideConfig = SideConfig()  # pyright: ignore[reportCallIssue]
-    distill: DistillConfig = DistillConfig()  # pyright: ignore[reportCallIssue]
-    loss: LossConfig = LossConfig()  # pyright: ignore[reportCallIssue]
-    train: TrainConfig = TrainConfig()  # pyright: ignore[reportCallIssue]
-    optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
-    checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportCallIssue]
+    data: DataConfig = DataConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    side: SideConfig = SideConfig()
+    distill: DistillConfig = DistillConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
 
     def to_yaml(self) -> str:

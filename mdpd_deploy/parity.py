@@ -65,10 +65,11 @@ class Parity:
 
 
 def torch_outputs(model: Deployed | WithSide, arrays: Arrays) -> NDArray[np.float32]:
-    """Run the torch model on named arrays in its current state; outputs [B, C]."""
-    inputs = [torch.from_numpy(arrays[name]) for name in model.backbone.input_names]
+    """Run the torch model on named arrays, on its own device and in its own mode; outputs [B, C]."""
+    device = next(model.parameters()).device
+    inputs = [torch.from_numpy(arrays[name]).to(device) for name in model.backbone.input_names]
     with torch.inference_mode():
-        return np.asarray(model(*inputs).numpy(), dtype=np.float32)
+        return np.asarray(model(*inputs).cpu().numpy(), dtype=np.float32)
 
 
 def compare_with_torch(

@@ -7,7 +7,7 @@ machine, this estimator by at most 1.5 %.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,7 +119,16 @@ def factor(ratio: float) -> str:
     return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.1f}×"
 
 
-def percentiles_ms(times: NDArray[np.int64]) -> dict[str, float | None]:
+class Percentiles(TypedDict):
+    """Milliseconds; p99 is None below `P99_NEEDS` calls."""
+
+    p50_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float | None
+
+
+def percentiles_ms(times: NDArray[np.int64]) -> Percentiles:
     """Return p50, p90, p95 and (only from `P99_NEEDS` calls on) p99 of nanoseconds, in ms."""
     p50, p90, p95, p99 = (float(v) / 1e6 for v in np.percentile(times, (50, 90, 95, 99)))
     return {

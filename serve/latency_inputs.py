@@ -51,11 +51,13 @@ class InputSource:
 
 def size_of(batches: Sequence[Arrays]) -> str:
     """Write the shape of one example, e.g. `3x32x32`, or `12-37 tokens` where lengths differ."""
-    shapes = sorted({next(iter(arrays.values())).shape[1:] for arrays in batches})
+    shapes = [tuple(next(iter(arrays.values())).shape[1:]) for arrays in batches]
     if len(shapes[0]) > 1:
-        return ", ".join("x".join(map(str, shape)) for shape in shapes)
-    shortest, longest = shapes[0][0], shapes[-1][0]
-    return f"{shortest} tokens" if shortest == longest else f"{shortest}-{longest} tokens"
+        return ", ".join("x".join(map(str, shape)) for shape in sorted(set(shapes)))
+    lengths = [length for shape in shapes for length in shape]
+    if min(lengths) == max(lengths):
+        return f"{lengths[0]} tokens"
+    return f"{min(lengths)}-{max(lengths)} tokens"
 
 
 def _synthetic(preprocess: Preprocess, batch: int, rng: np.random.Generator) -> Arrays:

@@ -37,7 +37,8 @@ def count_operators(model: Deployed | WithSide, arrays: Arrays) -> int:
 
     On a GPU this is close to the number of kernels launched.
     """
-    with _OperatorCounter() as counter:
+    counter = _OperatorCounter()
+    with counter:
         _forward(model, arrays, attention="sdpa")
     return counter.count
 
@@ -46,16 +47,16 @@ def _forward(model: Deployed | WithSide, arrays: Arrays, *, attention: str) -> N
     inputs = [torch.from_numpy(arrays[name]) for name in model.backbone.input_names]
     model.backbone.set_attention(attention)
     try:
-        # Not inference_mode: the dispatch modes would see composite operators undivided.
+        # Not inference_mode: the dispatch modes would see some composite operators undivided.
         with torch.no_grad():
             model.eval()(*inputs)
     finally:
         model.backbone.set_attention("sdpa")
 
 
-class _OperatorCounter(TorchDispatchMode):
+class _OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's base
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

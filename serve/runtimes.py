@@ -25,6 +25,7 @@ class Session(Protocol):
 
     def prepare(self, batches: Sequence[Arrays]) -> "PreparedCall":
         """Put the batches where the model reads them and return the call to time."""
+        ...
 
 
 class PreparedCall(Protocol):
@@ -125,7 +126,8 @@ class _TorchCudaCall(_TorchCpuCall):
     """The device is idle before the call (the last one waited for it) and after it."""
 
     def __call__(self, index: int, /) -> object:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
         result = super().__call__(index)
         end.record()

@@ -92,13 +92,14 @@ def variants_of_run(
 
 
 def variants_of_bundle(
-    graph: Path, write_bare: Callable[[Path], None], rivals: Sequence[str]
+    graph: Path, write_bare: Callable[[Path], Path], rivals: Sequence[str]
 ) -> list[Variant]:
     """Return deployed, its control and `bare` for a bundle whose run is not there.
 
     Args:
         graph: The bundle's graph.
-        write_bare: Writes the same graph with the backbone's own norm values to a path.
+        write_bare: Writes the same graph with the backbone's own norm values to a path
+            and returns it.
         rivals: Names from `rival_names`.
 
     Raises:
@@ -112,9 +113,7 @@ def variants_of_bundle(
         )
 
     def bare_graph(folder: Path) -> Path:
-        path = folder / f"{BARE}.onnx"
-        write_bare(path)
-        return path
+        return write_bare(folder / f"{BARE}.onnx")
 
     ready = _ready(graph)
     variants = [

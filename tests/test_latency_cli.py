@@ -13,7 +13,7 @@ from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.cli import main
 from mdpd_deploy.config import check_config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.export.packing import ExportOptions, pack
+from mdpd_deploy.export import ExportOptions, pack
 from mdpd_deploy.run import Run
 from mdpd_deploy.sides import build_side
 from mdpd_deploy.tasks.head import Head

@@ -264,6 +264,7 @@ def with_other_weights(graph):
                 values = numpy_helper.to_array(tensor) * 2
                 tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
         onnx.save_model(proto, path)
+        return path
 
     return write
 
@@ -274,6 +275,7 @@ def with_another_attribute(graph):
         norm = next(node for node in proto.graph.node if node.op_type == "LayerNormalization")
         next(a for a in norm.attribute if a.name == "epsilon").f = 0.5
         onnx.save_model(proto, path)
+        return path
 
     return write
 

@@ -193,6 +193,21 @@ def test_parts_sum_to_the_peak(tensors):
     assert sum(peak.parts.values()) == peak.peak_bytes
 
 
+def test_fake_tensors_count_on_the_device_they_stand_for():
+    with fake_tensors(), measure_peak(device_type="cpu") as peak:
+        x = square()
+    assert peak.peak_bytes == MB and x.device.type == "cpu"
+
+
+def test_other_devices_can_be_left_out():
+    with measure_peak(device_type="cpu", weights=square(device="meta")) as peak:
+        x = square(device="meta")
+        assert (x + 1).device.type == "meta"
+        y = square()
+    assert peak.parts == {ACTIVATIONS: MB}
+    assert y.shape == (500, 500)
+
+
 def tiny_network():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(48, 4, 96, dropout=0.1, batch_first=True, norm_first=True)
@@ -257,10 +272,11 @@ def test_tracker_agrees_with_the_profiler():
     gc.collect()
     with torch.profiler.profile(profile_memory=True) as profile:
         run_step(model, optimizer, batch)
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
     now = highest = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
-            now += event.nbytes()
+            now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stub
             highest = max(highest, now)
     assert highest > 0
     assert peak.peak_bytes == pytest.approx(peak.start_bytes + highest, rel=0.02)

@@ -243,6 +243,11 @@ def test_a_run_that_logged_nothing_still_has_a_page(tmp_path):
     assert "Training time" not in text and "Peak memory" not in text
 
 
+def test_notes_of_the_run_are_shown(tmp_path):
+    notes = ["10 % of the training data were kept for <validation>."]
+    assert notes[0] in Reader(write(tmp_path, summary=summary_of(notes=notes))).text
+
+
 def test_a_learning_rate_for_each_group(tmp_path):
     lines = [{"step": n, "split": "train", "lr": {"side": 1e-3, "norms": 1e-4}} for n in (1, 2)]
     reader = Reader(write(tmp_path, metrics=lines))
@@ -285,6 +290,16 @@ def test_charts_take_their_colours_from_the_page():
     assert not re.search(r"#[0-9a-f]{6}\b", re.sub(r'(href|id|clip-path)="[^"]*"', "", svg))
 
 
+def test_logarithmic_scale_only_where_it_helps():
+    def labels(*values):
+        svg = charts.line_chart([charts.Series("", [1, 2], list(values))], log=True)
+        return re.findall(r"text-anchor: end[^>]*>([^<]+)</text>", svg)
+
+    assert {"1", "10", "100"} <= set(labels(1.0, 200.0))
+    assert len(labels(100.0, 120.0)) >= 4 and "110" in labels(100.0, 120.0)
+    assert len(labels(-1.0, 20.0)) >= 3
+
+
 def test_markup():
     assert tag("p", "a<b", tag("i", "c"), None, class_="x&y", hidden=True, title=None) == (
         '<p class="x&amp;y" hidden>a&lt;b<i>c</i></p>'
@@ -306,6 +321,7 @@ def test_sizes():
 
 
 def test_pictures_are_small():
-    page = picture(Image.new("RGB", (4000, 3000)))
-    data = base64.b64decode(re.search(r"base64,([^\"]+)", page).group(1))
+    found = re.search(r"base64,([^\"]+)", picture(Image.new("RGB", (4000, 3000))))
+    assert found is not None
+    data = base64.b64decode(found.group(1))
     assert Image.open(io.BytesIO(data)).size == (128, 96)

@@ -68,7 +68,7 @@ class Series:
 
 
 def line_chart(series: Sequence[Series], *, log: bool = False) -> str:
-    """Draw lines over the training step; `log` scales y where every value is positive."""
+    """Draw lines over the training step; `log` scales y where values span a factor of ten."""
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(3.6, 2.0)
         for line in series:
@@ -77,7 +77,7 @@ def line_chart(series: Sequence[Series], *, log: bool = False) -> str:
             axes.plot(x, y, color=_SERIES[line.colour - 1], marker=marker, markersize=2.6)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if log and all(value > 0 for line in series for value in line.y):
+        if log and _spans_a_decade([value for line in series for value in line.y]):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=_log_steps(axes), numticks=6))
             axes.minorticks_off()
@@ -108,6 +108,10 @@ def _figure(width_inches: float, height_inches: float) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.tick_params(length=0)
     return figure, axes
+
+
+def _spans_a_decade(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) >= 10 * min(values)
 
 
 def _log_steps(axes: Axes) -> tuple[float, ...]:

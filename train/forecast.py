@@ -18,8 +18,6 @@ from mdpd_deploy.train.memory import PeakBytes, fake_tensors, measure_peak
 from mdpd_deploy.train.methods import Batch, Method, TaskSpec, build_method
 from mdpd_deploy.train.optim import build_optimizer, clip_gradients
 
-STEPS = 2
-
 
 @dataclass(frozen=True)
 class MemoryForecast:
@@ -61,15 +59,10 @@ def forecast(
         method = build_method(backbone, _task(config, outputs, kind), config)
         method.train_mode()
         optimizer = build_optimizer(method)
-        peak = PeakBytes()
         parts = _parts(backbone, method, config, text_length or config.data.max_length)
-        for _ in range(STEPS):
-            with measured_step(method, optimizer, parts) as peak:
-                for part in parts:
-                    method.step(part)
-                clip_gradients(method, config.optim.clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+        _step(method, optimizer, parts)
+        with measured_step(method, optimizer, parts) as peak:
+            _step(method, optimizer, parts)
     return MemoryForecast(peak.peak_bytes, peak.parts)
 
 
@@ -81,14 +74,24 @@ def measured_step(
     Args:
         method: With its backbone's weights and what it trains.
         optimizer: Its state counts from the second step on.
-        parts: The batches of the step, on the method's device.
+        parts: The batches of the step; on another device than the method they do not count, but
+            their copies on its device do.
     """
     return measure_peak(
+        device_type=next(method.backbone.parameters()).device.type,
         weights=method.backbone,
         trained=method.modules,
         optimizer_state=optimizer,
         batch=[(part.inputs, part.labels) for part in parts],
     )
+
+
+def _step(method: Method, optimizer: torch.optim.Optimizer, parts: Sequence[Batch]) -> None:
+    for part in parts:
+        method.step(part)
+    clip_gradients(method, method.config.optim.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _task(config: Config, outputs: int, kind: str) -> TaskSpec:

@@ -58,16 +58,17 @@ class PeakBytes:
 
 
 @contextlib.contextmanager
-def measure_peak(**things: object) -> Iterator[PeakBytes]:
+def measure_peak(*, device_type: str | None = None, **things: object) -> Iterator[PeakBytes]:
     """Measure the peak of live tensor bytes in the block.
 
     Args:
+        device_type: Count on this kind of device only, e.g. "cuda"; None counts on all.
         things: What lives already, by part name, each anything `tensors_of` takes, e.g.
             `measure_peak(weights=model, optimizer_state=optimizer, batch=batch)`. A storage that
             is reached by two of them counts in the first.
     """
     result = PeakBytes()
-    with LiveBytes() as live:
+    with LiveBytes(device_type) as live:
         for name, thing in things.items():
             live.track(thing, name=name)
         result.start_bytes = live.now
@@ -76,7 +77,7 @@ def measure_peak(**things: object) -> Iterator[PeakBytes]:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
-    """Count the bytes of live tensor storages, on all devices together.
+    """Count the bytes of live tensor storages on one kind of device, or on all together.
 
     Storages that existed before and were not given to `track` are never counted, even when an
     operator returns a view of one.
@@ -87,8 +88,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is
         peak_parts: Bytes by part (see `part`) when `peak` was reached; parts of 0 bytes left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.device_type = device_type
         self.now = 0
         self.peak = 0
         self._by_part: dict[str, int] = {}
@@ -107,7 +109,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is
         """
         spans: dict[int, list[Interval]] = {}
         storages: dict[int, torch.UntypedStorage] = {}
-        for tensor in tensors_of(*things):
+        for tensor in filter(self._counts, tensors_of(*things)):
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage
             spans.setdefault(storage._cdata, []).append(_span(tensor))
@@ -133,7 +135,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is
         tree_map_only(Tensor, lambda t: self._see(t, given), out)
         return out
 
+    def _counts(self, tensor: Tensor) -> bool:
+        # asked of the tensor: the storage of a fake one always says "meta"
+        return self.device_type is None or tensor.device.type == self.device_type
+
     def _see(self, tensor: Tensor, given: set[int]) -> None:
+        if not self._counts(tensor):
+            return
         storage = tensor.untyped_storage()
         entry = self._live.get(storage._cdata)
         if entry is None:
@@ -145,7 +153,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is
 
     def _enter(self, storage: torch.UntypedStorage, size: int, name: str) -> None:
         key = storage._cdata
-
         # The Python object of a storage lives as long as the C++ one, so this reference dies
         # with the memory, also when only an autograd graph held it.
         reference = weakref.ref(storage, lambda _: self._leave(key))

@@ -51,6 +51,7 @@ GRADIENT_NORMS = {
 }
 METRIC_WORDS = {
     "f1": "F1",
+    "f1_macro": "macro F1",
     "matthews": "Matthews correlation",
     "pearson": "Pearson",
     "spearman": "Spearman",
@@ -59,7 +60,7 @@ METRIC_WORDS = {
     "rmse": "RMSE",
     "mae": "MAE",
 }
-IN_PERCENT = frozenset({"accuracy", "f1", "accuracy_f1"})
+IN_PERCENT = frozenset({"accuracy", "balanced_accuracy", "f1", "f1_macro", "accuracy_f1"})
 
 
 def write_report(
@@ -109,7 +110,8 @@ def _heading(summary: Line) -> Html:
     if summary.get("status") not in (None, "completed"):
         told.append(f"status: {summary['status']}")
     title = tag("h1", f"{summary['task']} · {_method(summary)}")
-    return tag("header", title, tag("p", " · ".join(told)))
+    notes = [tag("p", note) for note in summary.get("notes") or ()]
+    return tag("header", title, tag("p", " · ".join(told)), notes)
 
 
 def _device(device: object) -> str:
@@ -187,7 +189,7 @@ def _curves(metrics: Sequence[Line]) -> Html | None:
     return section(
         "Training",
         tag("div", charts, class_="charts"),
-        note="Losses and gradient norms are drawn on a logarithmic scale.",
+        note="Losses and gradient norms that span a factor of ten have a logarithmic scale.",
     )
 
 

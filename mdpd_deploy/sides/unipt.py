@@ -125,7 +125,8 @@ class UniPT(SideNetwork):
         """Softmax over layers of W₁(mean F_L ⊙ mean F_i): [B, L]."""
         query = masked_mean(guide, mask)
         means = torch.stack([masked_mean(feature, mask) for feature in features], dim=1)
-        return self.gate(query.unsqueeze(1) * means).squeeze(-1).softmax(dim=-1)
+        gates: Tensor = self.gate(query.unsqueeze(1) * means)
+        return gates.squeeze(-1).softmax(dim=-1)
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:

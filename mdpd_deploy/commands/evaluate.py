@@ -1,0 +1,195 @@
+"""`mdpd eval`: the task metrics of a run (PyTorch) or of a bundle (ONNX Runtime, no torch: D27)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from mdpd_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mdpd_deploy.data.examples import Split
+    from mdpd_deploy.data.preprocess import Preprocess
+
+    Forward = Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        source: The run or bundle.
+        task: Its task.
+        runtime: `onnx` or `torch`.
+        provider: The execution provider of ONNX Runtime, or torch's device.
+        examples: Examples by split.
+        metrics: Split → model (`deployed`, and `side` for an MDPD run) → metric → value.
+    """
+
+    source: str
+    task: str
+    runtime: str
+    provider: str
+    examples: dict[str, int]
+    metrics: dict[str, dict[str, dict[str, float]]]
+
+
+def command(
+    run_or_bundle: Annotated[
+        Path | None, typer.Argument(metavar="[RUN|BUNDLE]", help="Default: the newest run.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="File or folder to measure on. Default: the evaluation data of training."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON only.")] = False,
+) -> None:
+    """Measure a run or a bundle on data."""
+    from mdpd_deploy.bundle import is_bundle
+
+    if run_or_bundle is not None and is_bundle(run_or_bundle):
+        found = evaluate_bundle(run_or_bundle, data, batch=batch, device=device)
+    else:
+        found = evaluate_run(run_or_bundle, data, batch=batch, device=device)
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(asdict(found), indent=2))
+    else:
+        _print(found)
+
+
+def evaluate_bundle(path: Path, data: str | None, *, batch: int, device: str) -> Evaluation:
+    """Measure a bundle with ONNX Runtime.
+
+    Args:
+        path: The bundle.
+        data: A file or folder; None works where the data needs no path (`digits`, `hub:NAME`).
+        batch: Examples per run of the graph.
+        device: cpu or cuda.
+
+    Raises:
+        UserError: If the bundle or the data cannot be used.
+    """
+    from mdpd_deploy.bundle import load_bundle
+    from mdpd_deploy.config import check_config
+    from mdpd_deploy.data import load_evaluation
+
+    bundle = load_bundle(path)
+    manifest = bundle.manifest
+    options = {**manifest["data"]["options"], "eval_path": data}
+    config = check_config({"data": options}).data
+    if data is None and config.path is None and manifest["task"] != "digits":
+        raise UserError(
+            f"bundle {path} does not keep where its data lies: add --data with a file or folder "
+            f"of task {manifest['task']}."
+        )
+    splits = load_evaluation(
+        manifest["task"], config, seed=manifest["data"]["seed"], label_names=bundle.label_names
+    )
+    runner = bundle.runner(device)
+    metrics = _measure({"deployed": runner}, bundle.preprocess, splits, manifest["metrics"], batch)
+    return Evaluation(str(path), manifest["task"], "onnx", runner.provider, _sizes(splits), metrics)
+
+
+def evaluate_run(path: Path | None, data: str | None, *, batch: int, device: str) -> Evaluation:
+    """Measure a run with PyTorch: the deployed model and, for MDPD, its side network.
+
+    Args:
+        path: The run; None = the newest completed one.
+        data: A file or folder; None = the run's own evaluation data.
+        batch: Examples per forward pass.
+        device: cpu or cuda.
+
+    Raises:
+        UserError: If the run, the data or the device cannot be used.
+    """
+    from mdpd_deploy.run import Run
+
+    run = Run.open(path)
+    if path is None:
+        log.info("run: %s (the newest)", run.path)
+    splits = run.load_evaluation(data)
+    names = list(run.summary["metrics"]["deployed"])
+    metrics = _measure(_torch_models(run, device), run.preprocess, splits, names, batch)
+    return Evaluation(str(run.path), run.config.task, "torch", device, _sizes(splits), metrics)
+
+
+def _torch_models(run: Any, device: str) -> dict[str, Forward]:
+    import torch
+
+    from mdpd_deploy.parity import torch_outputs
+
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: choose one of cpu, cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
+    models = {"deployed": run.load_deployed()}
+    if run.config.method == "mdpd":
+        models["side"] = run.load_with_side()[0]
+
+    def forward_of(model: Any) -> Forward:
+        model.to(device).eval()
+        return lambda arrays: torch_outputs(model, arrays)
+
+    return {name: forward_of(model) for name, model in models.items()}
+
+
+def _measure(
+    models: dict[str, Forward],
+    preprocess: Preprocess,
+    splits: dict[str, Split],
+    names: list[str],
+    batch: int,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return split → model → metric → value; every batch is preprocessed once for all models."""
+    from mdpd_deploy.bundle import batches
+    from mdpd_deploy.tasks.metrics import compute
+
+    metrics = {}
+    for split, examples in splits.items():
+        parts: dict[str, list[NDArray[np.float32]]] = {model: [] for model in models}
+        for raws in batches(examples.inputs, batch):
+            arrays = preprocess(raws)
+            for model, forward in models.items():
+                parts[model].append(forward(arrays))
+        metrics[split] = {
+            model: compute(names, np.concatenate(found), examples.labels)
+            for model, found in parts.items()
+        }
+    return metrics
+
+
+def _sizes(splits: dict[str, Split]) -> dict[str, int]:
+    return {name: len(split) for name, split in splits.items()}
+
+
+def _print(found: Evaluation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{found.task} · {found.runtime} on {found.provider}")
+    for heading in ("split", "examples", "model", "metric", "value"):
+        table.add_column(heading)
+    for split, models in found.metrics.items():
+        for model, metrics in models.items():
+            for metric, value in metrics.items():
+                table.add_row(split, str(found.examples[split]), model, metric, f"{value:.4f}")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"measured: {found.source}")

@@ -1,0 +1,127 @@
+"""`mdpd predict`: raw inputs through a bundle. No torch is imported (D27)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mdpd_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from mdpd_deploy.bundle import Bundle, Prediction
+    from mdpd_deploy.data.examples import Raw
+
+SHOWN = 60  # characters of an input in the table
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder of `mdpd export`.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...", help="Image paths, texts, or tables with the training columns."
+        ),
+    ],
+    top: Annotated[int, typer.Option(min=1, help="Most probable classes to show.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Inputs per run of the graph.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the predictions as JSON only.")
+    ] = False,
+) -> None:
+    """Predict: a label with its probability, or a score."""
+    from mdpd_deploy.bundle import load_bundle
+
+    opened = load_bundle(bundle)
+    names, raws = read_inputs(opened, inputs)
+    runner = opened.runner(device)
+    predictions = opened.predict(raws, batch, runner=runner)
+    if json:
+        import json as encoder
+
+        rows = [
+            {"input": name, **prediction.to_json(top)}
+            for name, prediction in zip(names, predictions, strict=True)
+        ]
+        plain = {"bundle": str(bundle), "provider": runner.provider, "predictions": rows}
+        typer.echo(encoder.dumps(plain, indent=2, ensure_ascii=False))
+    else:
+        _print(names, predictions, top)
+
+
+def read_inputs(bundle: Bundle, inputs: Sequence[str]) -> tuple[list[str], list[Raw]]:
+    """Turn words of the command line into raw inputs, each with the name it is shown by.
+
+    A word is a table if it ends like one (`.csv`, `.tsv`, `.jsonl`, `.parquet`); else an image path
+    or a literal text, as the bundle takes.
+
+    Raises:
+        UserError: If a table is missing or lacks a column, or a pair is wanted and no table given.
+    """
+    from mdpd_deploy.data.table import FORMATS, read_inputs
+
+    manifest = bundle.manifest
+    columns: list[str] = manifest["data"]["columns"]
+    names: list[str] = []
+    raws: list[Raw] = []
+    for word in inputs:
+        path = Path(word)
+        if path.suffix.lower() in FORMATS and (path.is_file() or not any(map(str.isspace, word))):
+            rows = read_inputs(path, columns, manifest["modality"])
+            names += [_shown(raw) for raw in rows]
+            raws += rows
+            continue
+        if manifest["modality"] == "image":
+            raws.append(path)
+        elif manifest["pair"]:
+            raise UserError(
+                f"this model takes pairs of texts, and {word!r:.60} is one: give a table with the "
+                f"columns {', '.join(columns)}."
+            )
+        else:
+            raws.append(word)
+        names.append(word)
+    return names, raws
+
+
+def _shown(raw: Raw) -> str:
+    return " | ".join(raw) if isinstance(raw, tuple) else str(raw)
+
+
+def _print(names: Sequence[str], predictions: Sequence[Prediction], top: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("input", overflow="fold")
+    for heading in _headings(predictions[0], top):
+        table.add_column(heading)
+    for name, prediction in zip(names, predictions, strict=True):
+        shown = name if len(name) <= SHOWN else f"{name[: SHOWN - 1]}…"
+        table.add_row(_plain(shown), *_cells(prediction, top))
+    Console(highlight=False).print(table)
+
+
+def _headings(first: Prediction, top: int) -> list[str]:
+    if first.score is not None:
+        return ["score"]
+    return ["label", "probability"] if top == 1 else [f"top {min(top, len(first.probabilities))}"]
+
+
+def _cells(prediction: Prediction, top: int) -> list[Any]:
+    if prediction.score is not None:
+        return [f"{prediction.score:.4f}"]
+    best = list(prediction.probabilities.items())[:top]
+    if top == 1:
+        return [_plain(best[0][0]), f"{best[0][1]:.4f}"]
+    return [_plain("\n".join(f"{label}  {share:.4f}" for label, share in best))]
+
+
+def _plain(text: str) -> Any:
+    """Keep brackets in the user's words from being read as rich's markup."""
+    from rich.text import Text
+
+    return Text(text)

@@ -1,0 +1,307 @@
+"""The frame of the command line: help, exit codes, words on stderr, doctor (D18, D20, D26)."""
+
+import errno
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+
+from mdpd_deploy import cli
+from mdpd_deploy.commands import doctor
+from mdpd_deploy.errors import ExportError, UserError, VerificationError, WorkFailed
+
+# Counted as modules, not seconds: what typer and rich import to print any help.
+BASELINE = """
+import sys, typer
+app = typer.Typer()
+@app.callback()
+def top(flag: bool = False): "Help."
+@app.command()
+def verb(number: int = 1): "Help."
+try:
+    app(["--help"])
+finally:
+    print(len(sys.modules), file=sys.stderr)
+"""
+HELP = """
+import sys
+from mdpd_deploy.cli import main
+for verb in sys.argv[1:] or [None]:
+    assert main([verb, "--help"] if verb else ["--help"]) == 0
+print(*sys.modules, file=sys.stderr)
+"""
+HEAVY = {
+    "torch",
+    "omegaconf",
+    "numpy",
+    "yaml",
+    "timm",
+    "transformers",
+    "onnx",
+    "mdpd_deploy.config",
+}
+
+
+def run_python(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Add a verb that does what the test wants."""
+
+    def add(body):
+        def command() -> None:
+            return body()
+
+        module = types.ModuleType("mdpd_deploy.commands.trial")
+        module.command = command
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(cli.VERBS, "trial", cli.Verb("trial", "command", "A trial."))
+
+    return add
+
+
+def test_help_lists_every_verb_and_loads_none(tmp_path):
+    baseline = int(run_python("-c", BASELINE, cwd=tmp_path).stderr.split()[-1])
+    done = run_python("-c", HELP, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, verb in cli.VERBS.items():
+        assert name in done.stdout
+        assert verb.help.split()[0] in done.stdout
+    loaded = set(done.stderr.split())
+    assert not loaded & (HEAVY | {"pydantic"})
+    assert not [name for name in loaded if name.startswith("mdpd_deploy.commands.")]
+    assert len(loaded) <= 2 * baseline
+
+
+def test_the_verbs_own_help_loads_nothing_heavy(tmp_path):
+    done = run_python("-c", HELP, *cli.VERBS, cwd=tmp_path)  # typer itself loads pydantic here
+    assert done.returncode == 0, done.stderr
+    assert [f"mdpd {name} " in done.stdout for name in cli.VERBS] == [True] * len(cli.VERBS)
+    assert not set(done.stderr.split()) & HEAVY
+
+
+@pytest.mark.parametrize("verb", cli.VERBS.values(), ids=list(cli.VERBS))
+def test_every_verb_says_what_it_does(verb):
+    command = getattr(importlib.import_module(f"mdpd_deploy.commands.{verb.module}"), verb.function)
+    assert (command.__doc__ or "").strip()
+    assert verb.help.endswith(".")
+
+
+def test_without_words_the_help_is_shown(capsys):
+    assert cli.main([]) == 0
+    assert "bench-latency" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    import mdpd_deploy
+
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mdpd-deploy {mdpd_deploy.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("--fmt nope: choose onnx."), 2, "error: --fmt nope: choose onnx."),
+        (WorkFailed("it diverged."), 1, "error: it diverged."),
+        (ExportError("not traced."), 1, "error: not traced."),
+        (VerificationError("gate 2."), 1, "error: gate 2."),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+            1,
+            "error: could not write /x/y: No space left on device. Free some space and try again.",
+        ),
+        (
+            KeyError("side"),
+            1,
+            "internal error: KeyError: 'side'. "
+            + "This is a bug of mdpd-deploy; add --debug to see where.",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_become_words_and_exit_codes(verb, capsys, error, code, words):
+    def fail():
+        raise error
+
+    verb(fail)
+    assert cli.main(["trial"]) == code
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", words + "\n")
+
+
+@pytest.mark.parametrize("words", [["--debug", "trial"], ["trial", "--debug"]])
+def test_debug_shows_the_traceback_wherever_it_stands(verb, capsys, words):
+    def fail():
+        raise UserError("a mend.")
+
+    verb(fail)
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("error: a mend.\n")
+
+
+def test_debug_after_two_dashes_is_a_word_like_any_other():
+    assert cli._take_debug(["predict", "--", "--debug"]) == (False, ["predict", "--", "--debug"])
+    assert cli._take_debug(["predict", "--debug", "--"]) == (True, ["predict", "--"])
+
+
+def test_interrupted(verb, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    verb(interrupt)
+    assert cli.main(["trial"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
+def test_a_long_error_is_cut_to_twelve_lines(verb, capsys):
+    def fail():
+        raise UserError("\n".join(f"line {number}" for number in range(40)))
+
+    verb(fail)
+    assert cli.main(["trial"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 12
+    assert lines[0] == "error: line 0"
+
+
+def test_library_warnings_are_silent_and_ours_are_not(tmp_path):
+    script = """
+import logging, sys, types, warnings
+from mdpd_deploy import cli
+def command() -> None:
+    warnings.warn("noise of a library", UserWarning)
+    logging.getLogger("some.library").warning("noise of a logger")
+    logging.getLogger("mdpd_deploy.trial").info("ours")
+module = types.ModuleType("mdpd_deploy.commands.trial")
+module.command = command
+sys.modules[module.__name__] = module
+cli.VERBS["trial"] = cli.Verb("trial", "command", "A trial.")
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    assert run_python("-c", script, "trial", cwd=tmp_path).stderr == "ours\n"
+    assert run_python("-c", script, "trial", "--debug", cwd=tmp_path).stderr.count("noise") >= 2
+
+
+def test_the_callers_warnings_and_logging_are_left_as_they_were(verb):
+    verb(lambda: None)
+    before = list(logging.getLogger().handlers), logging.getLogger().level, list(warnings.filters)
+    assert cli.main(["trial"]) == 0
+    assert before == (logging.getLogger().handlers, logging.getLogger().level, warnings.filters)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["--nope"], "No such option: --nope"),
+        (["train", "--stepz", "3"], "--steps"),
+        (["train", "--steps", "many"], "'--steps'"),
+        (["train", "absent.yaml"], "the config file absent.yaml does not exist"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_exit_code_reaches_the_shell(tmp_path):
+    done = run_python("-m", "mdpd_deploy", "train", "absent.yaml", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_goes_away_causes_no_traceback(tmp_path):
+    shell = f"'{sys.executable}' -m mdpd_deploy --help | true"
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+
+
+@pytest.fixture
+def users_folder(tmp_path):
+    """A folder whose scripts bear the names of our folders and modules."""
+    for name in ("train", "export", "serve", "cli", "config", "model", "run"):
+        (tmp_path / f"{name}.py").write_text("WHOSE = 'the user'\n")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_python_m_works_beside_the_users_own_scripts(users_folder):
+    done = run_python(
+        "-m", "mdpd_deploy", "train", "--dry-run", "--json", "--steps", "2", cwd=users_folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["forecast_bytes"] > 0
+
+
+def test_users_scripts_keep_their_names(users_folder):
+    (users_folder / "work.py").write_text(
+        "import train, export, serve\n"
+        "assert {train.WHOSE, export.WHOSE, serve.WHOSE} == {'the user'}\n"
+        "import mdpd_deploy.train, mdpd_deploy.export, mdpd_deploy.serve\n"
+        "for area in ('train', 'export', 'serve'):\n"
+        "    assert getattr(mdpd_deploy, area).__name__ == 'mdpd_deploy.' + area\n"
+        "    assert not hasattr(getattr(mdpd_deploy, area), 'WHOSE')\n"
+    )
+    done = run_python("work.py", cwd=users_folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_doctor_finds_this_environment_sound(tmp_path):
+    done = run_python("-m", "mdpd_deploy", "doctor", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["ok"] is True
+    found = {(check["area"], check["name"]): check for check in report["checks"]}
+    assert found["versions", "torch"]["state"] == "ok"
+    assert found["runs", "newest run"]["state"] == "absent"
+    assert found["runs", "newest run"]["mend"]
+    assert {area for area, _ in found} == {"versions", "devices", "extras", "folders", "runs"}
+    for check in report["checks"]:
+        assert check["state"] == "ok" or check["mend"]
+
+
+def test_doctor_names_what_fails_and_the_mend(tmp_path):
+    done = run_python("-m", "mdpd_deploy", "doctor", cwd=tmp_path, HF_HOME="/proc/nobody/writes")
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if "PROBLEM" in line]
+    assert "downloaded models" in lines[place]
+    assert "mend: set HF_HOME" in lines[place + 1]
+    assert lines[-1].startswith("1 problem")
+
+
+def test_doctor_compares_versions_with_what_is_asked_for():
+    from packaging.requirements import Requirement
+
+    assert doctor._package("versions", Requirement("typer>=0.1")).state == "ok"
+    old = doctor._package("versions", Requirement("typer>=999"))
+    assert (old.state, old.mend) == ("problem", 'pip install "typer>=999"')
+    missing = doctor._package("versions", Requirement("no-such-package-of-ours>=1"))
+    assert (missing.state, missing.found) == ("problem", "missing")
