@@ -37,7 +37,7 @@ lint: $(VENV)/.ready-dev
 types: $(VENV)/.ready-dev
 	$(BIN)/python tests/typing/link_tree.py
 	$(BIN)/mypy
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 tests: $(VENV)/.ready-dev
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -30,7 +30,9 @@ for _side in ("unipt", "sherl"):
     for _mode in ("recompute", "late:2", "local", "none"):
         for _name, _extra in (("paper", PAPER), ("task", TASK)):
             VARIANTS[f"mdpd:{_side}:{_mode}:{_name}"] = (
-                "mdpd", _side, [f"train.norm_grad={_mode}", *_extra],
+                "mdpd",
+                _side,
+                [f"train.norm_grad={_mode}", *_extra],
             )
 
 
@@ -53,9 +55,17 @@ def run_one(job: dict) -> dict:
     scores = {where: values[metric] for where, values in s["metrics"].items()}
     test = {where: values[metric] for where, values in s.get("metrics_test", {}).items()}
     return {
-        "key": job["key"], "task": job["task"], "variant": job["variant"], "seed": job["seed"],
-        "steps": job["steps"], "batch": job["batch"], "set": job["set"], "metric": metric,
-        **scores, "test": test, "trained": s["params"]["trained"],
+        "key": job["key"],
+        "task": job["task"],
+        "variant": job["variant"],
+        "seed": job["seed"],
+        "steps": job["steps"],
+        "batch": job["batch"],
+        "set": job["set"],
+        "metric": metric,
+        **scores,
+        "test": test,
+        "trained": s["params"]["trained"],
         "deployed_delta": s["params"]["deployed_delta"],
         "peak_live_bytes": s["memory"].get("peak_live_bytes"),
         "train_s": s["time"]["train_s"],
@@ -77,9 +87,18 @@ def jobs_of(args: argparse.Namespace) -> list[dict]:
                     continue
                 jobs.append(
                     dict(
-                        key=key, task=task, variant=name, custom=_custom(label, extra), seed=seed,
-                        steps=args.steps, batch=args.batch, set=args.set, data=args.data,
-                        backbone=args.backbone, threads=args.threads, device=args.device,
+                        key=key,
+                        task=task,
+                        variant=name,
+                        custom=_custom(label, extra),
+                        seed=seed,
+                        steps=args.steps,
+                        batch=args.batch,
+                        set=args.set,
+                        data=args.data,
+                        backbone=args.backbone,
+                        threads=args.threads,
+                        device=args.device,
                     )
                 )
     return jobs

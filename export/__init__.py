@@ -10,17 +10,17 @@ if __name__ != "mdpd_deploy.export":
 
 if TYPE_CHECKING:
     from mdpd_deploy.export.packing import ExportOptions, Format, pack
-    from mdpd_deploy.export.recipe import SCRIPT_FILE, require_engine
+    from mdpd_deploy.export.recipe import SCRIPT_FILE, engine_unavailable
 
 _HOME = {
     "SCRIPT_FILE": "recipe",
     "ExportOptions": "packing",
     "Format": "packing",
+    "engine_unavailable": "recipe",
     "pack": "packing",
-    "require_engine": "recipe",
 }
 
-__all__ = ["SCRIPT_FILE", "ExportOptions", "Format", "pack", "require_engine"]
+__all__ = ["SCRIPT_FILE", "ExportOptions", "Format", "engine_unavailable", "pack"]
 
 
 def __getattr__(name: str) -> object:

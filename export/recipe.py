@@ -38,9 +38,9 @@ def engine_state() -> dict[str, str]:
     return {"status": "to-build", "reason": reason}
 
 
-def require_engine() -> None:
-    """Raise `ExportError` for `--require-engine`: no engine can come out of this export."""
-    raise ExportError(
+def engine_unavailable() -> ExportError:
+    """Build the error for `--require-engine`: no engine can come out of this export."""
+    return ExportError(
         f"--require-engine: no TensorRT engine can be built ({engine_state()['reason']}). Leave "
         f"the option out to get the verified ONNX bundle with {SCRIPT_FILE}, and run that where "
         "TensorRT is."

@@ -188,9 +188,10 @@ def to_prediction(outputs: NDArray[np.float32], label_names: Sequence[str]) -> P
     logits = outputs.astype(np.float64)
     shares = np.exp(logits - logits.max())
     shares /= shares.sum()
-    order = np.argsort(-shares, kind="stable")
-    ranked = {label_names[index]: float(shares[index]) for index in order}
-    return Prediction(label_names[order[0]], float(shares[order[0]]), None, ranked)
+    order = np.argsort(-logits, kind="stable")  # shares of far logits are all 0
+    ranked = {label_names[int(index)]: float(shares[index]) for index in order}
+    best = int(order[0])
+    return Prediction(label_names[best], float(shares[best]), None, ranked)
 
 
 def _check_preprocess(folder: Path, manifest: Manifest, preprocess: Preprocess) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -181,7 +181,7 @@ def load_config(
     Raises:
         UserError: For an unreadable file, an unknown option or a value of the wrong kind.
     """
-    merged = OmegaConf.create()
+    merged: DictConfig | ListConfig | TupleConfig = OmegaConf.create()
     try:
         if file is not None:
             merged = OmegaConf.merge(merged, OmegaConf.load(file))

@@ -131,7 +131,9 @@ class FeatureDistiller(nn.Module):
         if self.config.mask_level == "batch":
             keys = np.full_like(keys, -1)
         rows = [
-            np.random.Generator(np.random.Philox(key=[seed, (step << 32) + int(key) + 1])).random(tokens)
+            np.random.Generator(np.random.Philox(key=[seed, (step << 32) + int(key) + 1])).random(
+                tokens
+            )
             for key in keys
         ]
         hidden = np.stack(rows) < self.config.mask_ratio
@@ -143,7 +145,9 @@ class FeatureDistiller(nn.Module):
         projected = self.phi["shared" if self.config.share_phi else str(layer)](feature)
         if layer in self.shallow:
             return projected
-        masked = torch.where(hidden.unsqueeze(-1).bool(), self.mask_token.to(projected.dtype), projected)
+        masked = torch.where(
+            hidden.unsqueeze(-1).bool(), self.mask_token.to(projected.dtype), projected
+        )
         return self.gen["shared" if self.config.share_gen else str(layer)](masked, mask)
 
     def weight(self, layer: int, tap: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -183,8 +187,14 @@ class FeatureDistiller(nn.Module):
             total = taps[0].new_zeros((), dtype=torch.float32)
             for layer in layers:
                 total = total + checkpoint(
-                    self.layer_loss, layer, features[layer], taps[layer].detach(), hidden, mask,
-                    use_reentrant=False, preserve_rng_state=False,
+                    self.layer_loss,
+                    layer,
+                    features[layer],
+                    taps[layer].detach(),
+                    hidden,
+                    mask,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             sums.append(total)
         return sums[0], sums[1]

@@ -148,4 +148,5 @@ def _attribute_text(attribute: onnx.AttributeProto) -> str:
     copy = onnx.AttributeProto()
     copy.CopyFrom(attribute)
     copy.doc_string = ""
-    return copy.SerializeToString(deterministic=True).hex()
+    raw: bytes = copy.SerializeToString(deterministic=True)
+    return raw.hex()

@@ -93,6 +93,8 @@ class Run:
 
     def load_evaluation(self, eval_path: str | None = None) -> dict[str, Split]:
         """Read the splits to measure; `eval_path` replaces the run's own evaluation data."""
+        if eval_path is None:  # the same split as in training, also where it was made by a seed
+            return self.load_task_data().evaluation
         return load_evaluation(
             self.config.task,
             self._data_config(eval_path),

@@ -119,6 +119,11 @@ def factor(ratio: float) -> str:
     return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.1f}×"
 
 
+def milliseconds(value: float) -> str:
+    """Write a time with the digits it deserves: 2.678, 17.8, 1343."""
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
 class Percentiles(TypedDict):
     """Milliseconds; p99 is None below `P99_NEEDS` calls."""
 

@@ -33,7 +33,8 @@ class Plan:
         fewest_rounds: Measured whatever the time, so that an interval exists at all.
         warmup_calls: Least calls per variant before anything is measured.
         warmup_seconds: Least time per variant before anything is measured.
-        warmup_cap: Longest warm-up of one variant, in seconds.
+        warmup_cap: Longest warm-up of one variant, in seconds; with `seconds` below it, that long
+            or 2 s, so that a short benchmark stays short.
         agreement: Two neighbouring warm-up windows agree when their medians differ by less.
     """
 
@@ -46,6 +47,13 @@ class Plan:
     warmup_seconds: float = 1.0
     warmup_cap: float = 30.0
     agreement: float = 0.05
+
+    @property
+    def longest_warmup(self) -> float:
+        """Seconds after which a variant is measured although its times still drift."""
+        if self.seconds is None:
+            return self.warmup_cap
+        return min(self.warmup_cap, max(2.0, self.seconds))
 
     def done(self, rounds: int, elapsed: float) -> bool:
         """Whether a cell that ran `rounds` in `elapsed` seconds has measured enough."""
@@ -141,7 +149,8 @@ def warm_up(call: TimedCall, *, inputs: int, plan: Plan, clock: Clock) -> Warmup
         elapsed = (clock() - start) / 1e9
         settled = len(taken) >= 2 * window and _agree(taken, window, plan.agreement)
         enough = len(taken) >= plan.warmup_calls and elapsed >= plan.warmup_seconds
-        if (enough and settled) or elapsed >= plan.warmup_cap:
+        late = len(taken) >= plan.warmup_calls and elapsed >= plan.longest_warmup
+        if late or (enough and settled):
             return Warmup(len(taken), elapsed, settled)
 
 

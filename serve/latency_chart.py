@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdpd_deploy.serve.estimate import factor
+from mdpd_deploy.serve.estimate import factor, milliseconds
 from mdpd_deploy.serve.latency_report import CONTROL, DEPLOYED, LatencyReport, RatioRow
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def draw(report: LatencyReport) -> "Figure":
     axes = figure.subplots(1, len(runtimes), sharex=True, sharey=True, squeeze=False)[0]
     for axis, runtime in zip(axes, runtimes, strict=True):
         _panel(axis, report, runtime)
+    axes[0].set_xlim(_limits(report))  # shared by all panels
     figure.suptitle(
         "Time of one call, relative to the deployed model",
         x=0.012,
@@ -52,6 +53,14 @@ def draw(report: LatencyReport) -> "Figure":
     )
     figure.supxlabel(_caption(report), x=0.012, ha="left", fontsize=9, color="#555555")
     return figure
+
+
+def _limits(report: LatencyReport) -> tuple[float, float]:
+    """Every interval, the line at 1 and the margin, with room for the numbers on the right."""
+    left = min(1 - 2 * report.margin, *(ratio.ci95[0] for ratio in report.ratios))
+    right = max(1 + 2 * report.margin, *(ratio.ci95[1] for ratio in report.ratios))
+    room = 0.04 * (right - left)
+    return left - room, right + 4 * room
 
 
 def _caption(report: LatencyReport) -> str:
@@ -68,7 +77,8 @@ def _caption(report: LatencyReport) -> str:
 def _machine(report: LatencyReport) -> str:
     if report.settings["device"] == "cuda" and report.machine.get("gpu"):
         return str(report.machine["gpu"][0]["name"])
-    return f"{report.machine.get('cpu', 'CPU')}, {report.settings['threads']} threads"
+    count = report.settings["threads"]
+    return f"{report.machine.get('cpu', 'CPU')}, {count} thread{'s' * (count > 1)}"
 
 
 def _lines(report: LatencyReport, runtime: str) -> int:
@@ -104,7 +114,7 @@ def _reference(axis: "Axes", report: LatencyReport, runtime: str, batch: int, pl
     key = (runtime, batch, DEPLOYED)
     row = next(r for r in report.rows if (r.runtime, r.batch, r.variant) == key)
     axis.annotate(
-        f"deployed: {row.p50_ms:.3g} ms",
+        f"deployed: {milliseconds(row.p50_ms)} ms",
         (1, place),
         xytext=(7, 0),
         textcoords="offset points",
@@ -115,6 +125,8 @@ def _reference(axis: "Axes", report: LatencyReport, runtime: str, batch: int, pl
 
 
 def _interval(axis: "Axes", ratio: RatioRow, place: float, colour: str) -> None:
+    from matplotlib.patheffects import withStroke
+
     low, high = ratio.ci95
     axis.plot([low, high], [place, place], color=colour, lw=3.2, alpha=0.45, solid_capstyle="round")
     axis.plot([ratio.median], [place], "o", color=colour, ms=7)
@@ -126,6 +138,7 @@ def _interval(axis: "Axes", ratio: RatioRow, place: float, colour: str) -> None:
         va="center",
         fontsize=9.5,
         color=colour,
+        path_effects=[withStroke(linewidth=2.5, foreground="white")],
     )
 
 
@@ -135,9 +148,6 @@ def _finish(axis: "Axes", labels: list[str]) -> None:
         if text.get_text().startswith("batch "):
             text.set_fontweight("bold")
     axis.set_ylim(len(labels) - 0.4, -0.6)
-    left, right = axis.get_xlim()
-    left, right = min(left, 0.9), max(right, 1.1)
-    axis.set_xlim(left, right + 0.08 * (right - left))  # room for the numbers
     axis.xaxis.set_major_formatter("{x:g}×")
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", color="#dddddd", lw=0.6)

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mdpd_deploy.serve.estimate import Ratio, factor
+from mdpd_deploy.serve.estimate import Ratio, factor, milliseconds
 from mdpd_deploy.serve.latency_report import DEPLOYED, CellNote, LatencyReport, RatioRow, Row
 
 # A verdict speaks of the variant, the table of the deployed model.
@@ -30,7 +30,8 @@ def render(report: LatencyReport) -> RenderableType:
 
 def _table(report: LatencyReport, runtime: str) -> Table:
     rows = [row for row in report.rows if row.runtime == runtime]
-    threads = f", {report.settings['threads']} threads" if rows[0].device == "cpu" else ""
+    count = report.settings["threads"]
+    threads = f", {count} thread{'s' * (count > 1)}" if rows[0].device == "cpu" else ""
     table = Table(
         title=f"{runtime} on {rows[0].device}{threads}, {rows[0].precision}, input {rows[0].size}",
         title_justify="left",
@@ -58,10 +59,10 @@ def _table(report: LatencyReport, runtime: str) -> Table:
 def _cells(report: LatencyReport, row: Row, *, p99: bool) -> Iterator[str]:
     note = next(note for note in report.variants if note.name == row.variant)
     yield f"{row.variant}{'*' * note.untrained}"
-    yield _ms(row.p50_ms)
-    yield _ms(row.p95_ms)
+    yield milliseconds(row.p50_ms)
+    yield milliseconds(row.p95_ms)
     if p99:
-        yield "" if row.p99_ms is None else _ms(row.p99_ms)
+        yield "" if row.p99_ms is None else milliseconds(row.p99_ms)
     yield f"{row.items_per_s:,.0f}"
     ratio = _ratio_of(report, row)
     if ratio is None:
@@ -125,7 +126,3 @@ def _closing(report: LatencyReport) -> Iterator[str]:
 
 def _spread_of(control: RatioRow) -> float:
     return Ratio(control.median, *control.ci95, control.rounds).spread - 1
-
-
-def _ms(value: float) -> str:
-    return f"{value:.3f}" if value < 10 else f"{value:.1f}"

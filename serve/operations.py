@@ -54,7 +54,7 @@ def _forward(model: Deployed | WithSide, arrays: Arrays, *, attention: str) -> N
         model.backbone.set_attention("sdpa")
 
 
-class _OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's base
+class _OperatorCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0

@@ -126,8 +126,8 @@ class _TorchCudaCall(_TorchCpuCall):
     """The device is idle before the call (the last one waited for it) and after it."""
 
     def __call__(self, index: int, /) -> object:
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         result = super().__call__(index)
         end.record()

@@ -1,0 +1,167 @@
+"""Fixtures of more than one room: small real data, tiny encoders, and short real runs."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from sklearn.datasets import load_digits
+
+WORDS = "the a film was is good bad great awful boring fine dull bright warm cold slow not very".split()
+GOOD = {"good", "great", "fine", "bright", "warm"}
+
+
+def write_digit_folder(root: Path, per_class: int = 12, classes: int = 3) -> Path:
+    """Write `train/CLASS/*.png` and `validation/CLASS/*.png` from scikit-learn's digits."""
+    from PIL import Image
+
+    digits = load_digits()
+    for label in range(classes):
+        pictures = digits.images[digits.target == label]
+        for index in range(per_class + 6):
+            split = "train" if index < per_class else "validation"
+            folder = root / split / f"digit{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray((pictures[index] * 15.9).astype("uint8"))
+            picture.resize((32, 32)).save(folder / f"{index:03d}.png")
+    return root
+
+
+def write_sentences(path: Path, count: int, seed: int, *, regression: bool = False) -> Path:
+    """Write a CSV of short sentences whose label is a function of their words."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["sentence", "label"])
+        for _ in range(count):
+            words = rng.choice(WORDS, size=rng.integers(3, 9))
+            share = sum(word in GOOD for word in words) / len(words)
+            label = 3 * share if regression else ("neg", "pos")[int(share > 0.27)]
+            writer.writerow([" ".join(words), label])
+    return path
+
+
+def write_tiny_bert(folder: Path, **options: int) -> Path:
+    """Save a random two-block BERT and its word-level tokenizer, weights included."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: index for index, word in enumerate([*specials, *WORDS])}
+    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=48, **(shape | options))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )  # fmt: skip
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
+        sep_token="[SEP]", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_tiny_vit(folder: Path, **options: int) -> Path:
+    """Save a random three-block ViT of 16 × 16 images in our local-folder layout."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    kwargs = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=0)
+    kwargs |= options
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("vit_tiny_patch16_224", **kwargs)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    plain = {
+        "timm_model": "vit_tiny_patch16_224", "timm_kwargs": kwargs, "input_size": [3, 16, 16],
+        "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(plain))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory) -> Path:
+    return write_tiny_vit(tmp_path_factory.mktemp("tiny-vit"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> Path:
+    return write_tiny_bert(tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def digit_folder(tmp_path_factory) -> Path:
+    return write_digit_folder(tmp_path_factory.mktemp("digit-folder"))
+
+
+@pytest.fixture(scope="session")
+def sentence_folder(tmp_path_factory) -> Path:
+    """A folder with train.csv and validation.csv, columns sentence and label (neg, pos)."""
+    folder = tmp_path_factory.mktemp("sentences")
+    write_sentences(folder / "train.csv", 60, 0)
+    write_sentences(folder / "validation.csv", 30, 1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def score_folder(tmp_path_factory) -> Path:
+    """As `sentence_folder`, with a number for a label."""
+    folder = tmp_path_factory.mktemp("scores")
+    write_sentences(folder / "train.csv", 60, 0, regression=True)
+    write_sentences(folder / "validation.csv", 30, 1, regression=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_options(tiny_vit, digit_folder) -> dict:
+    """The words of `fit` for a short image run."""
+    return dict(task="classify", data=digit_folder, backbone=tiny_vit, steps=6, batch=8)
+
+
+@pytest.fixture(scope="session")
+def text_options(tiny_bert, sentence_folder) -> dict:
+    """The words of `fit` for a short text run."""
+    return dict(
+        task="classify", data=sentence_folder, text="sentence", backbone=tiny_bert, steps=6,
+        batch=8, set=["side.reduction=2", "data.max_length=24"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, image_options):
+    """A completed MDPD run on images (over UniPT); treat it as read-only."""
+    from mdpd_deploy import fit
+
+    return fit(out=tmp_path_factory.mktemp("runs") / "image", quiet=True, **image_options)
+
+
+@pytest.fixture(scope="session")
+def tiny_text_run(tmp_path_factory, text_options):
+    """A completed MDPD run on text (over SHERL); treat it as read-only."""
+    from mdpd_deploy import fit
+
+    out = tmp_path_factory.mktemp("runs") / "text"
+    return fit(out=out, side="sherl", quiet=True, **text_options)
+
+
+@pytest.fixture(scope="session")
+def tiny_side_run(tmp_path_factory, image_options):
+    """A completed `--method side` run on images; treat it as read-only."""
+    from mdpd_deploy import fit
+
+    out = tmp_path_factory.mktemp("runs") / "side"
+    return fit(out=out, method="side", quiet=True, **image_options)

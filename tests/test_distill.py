@@ -20,9 +20,7 @@ def tap(layer, *shape):
 
 
 def make(**options):
-    arguments = dict(
-        width=4, side_width=2, layers=[1, 2], grid=None, prefix=0, protect_first=False
-    )
+    arguments = dict(width=4, side_width=2, layers=[1, 2], grid=None, prefix=0, protect_first=False)
     config = DistillConfig(**{"bottleneck": 2, **options.pop("config", {})})
     return FeatureDistiller(**{**arguments, **options}, config=config)
 
@@ -72,8 +70,13 @@ def test_mean_option_is_the_sum_over_tokens_and_channels_divided(tv7):
 @pytest.mark.parametrize(("side_width", "expected"), [(384, 306_576), (96, 265_104)])
 def test_budget_recipe_a(side_width, expected):
     distiller = FeatureDistiller(
-        width=768, side_width=side_width, layers=range(1, 13), grid=(14, 14), prefix=1,
-        protect_first=True, config=DistillConfig(),
+        width=768,
+        side_width=side_width,
+        layers=range(1, 13),
+        grid=(14, 14),
+        prefix=1,
+        protect_first=True,
+        config=DistillConfig(),
     )
     norms = 25 * 2 * 768
     assert sum(p.numel() for p in distiller.parameters()) + norms == expected
@@ -81,7 +84,12 @@ def test_budget_recipe_a(side_width, expected):
 
 def test_sherl_layers_split_six_and_five():
     layers = FeatureDistiller(
-        width=8, side_width=8, layers=range(1, 12), grid=None, prefix=0, protect_first=True,
+        width=8,
+        side_width=8,
+        layers=range(1, 12),
+        grid=None,
+        prefix=0,
+        protect_first=True,
         config=DistillConfig(),
     )
     assert layers.shallow == (1, 2, 3, 4, 5, 6) and layers.deep == (7, 8, 9, 10, 11)
@@ -93,13 +101,15 @@ def test_padding_changes_no_loss():
     keys = np.arange(2)
     features = {layer: torch.randn(2, 5, 2, dtype=torch.float64) for layer in (1, 2)}
     taps = [torch.randn(2, 5, 4, dtype=torch.float64) for _ in range(3)]
-    pad = lambda x: torch.cat([x, torch.randn(2, 3, x.shape[-1], dtype=x.dtype)], 1)  # noqa: E731
+    pad = lambda x: torch.cat([x, torch.randn(2, 3, x.shape[-1], dtype=x.dtype)], 1)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     longer = torch.cat([mask, torch.zeros(2, 3, dtype=torch.long)], 1)
     plain = distiller(features, taps, distiller.draw_mask(keys, 5, 0, 1), mask)
     padded = distiller(
-        {layer: pad(x) for layer, x in features.items()}, [pad(x) for x in taps],
-        distiller.draw_mask(keys, 8, 0, 1), longer,
+        {layer: pad(x) for layer, x in features.items()},
+        [pad(x) for x in taps],
+        distiller.draw_mask(keys, 8, 0, 1),
+        longer,
     )
     torch.testing.assert_close(padded, plain)
 

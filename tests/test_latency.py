@@ -194,7 +194,10 @@ def test_warm_up_lasts_until_calls_settle():
     assert calls == warmup.calls + cell.rounds
 
 
-def test_warm_up_gives_up_at_the_cap_and_says_so():
+@pytest.mark.parametrize(
+    ("plan", "cap"), [(Plan(warmup_cap=5.0), 5), (Plan(seconds=0.1), 2), (Plan(seconds=4.0), 4)]
+)
+def test_warm_up_gives_up_at_the_cap_and_says_so(plan, cap):
     now = 0
     step = 1_000_000.0
 
@@ -203,10 +206,20 @@ def test_warm_up_gives_up_at_the_cap_and_says_so():
         step *= 1.02
         now += int(step)
 
-    plan = Plan(seconds=0.1, warmup_cap=5.0)
     cell = measure({"deployed": drifting}, inputs=8, plan=plan, seed=0, clock=lambda: now)
     assert not cell.warmup["deployed"].settled
-    assert cell.warmup["deployed"].seconds >= 5
+    assert cap <= cell.warmup["deployed"].seconds < 2 * cap
+
+
+def test_a_slow_model_is_still_warmed_up_ten_times():
+    now = 0
+
+    def slow(_index):
+        nonlocal now
+        now += 8_000_000_000
+
+    cell = measure({"deployed": slow}, inputs=8, plan=Plan(), seed=0, clock=lambda: now)
+    assert cell.warmup["deployed"].calls == 16  # whole rotations of the inputs
 
 
 def test_a_call_faster_than_the_clock_keeps_ratios_finite():

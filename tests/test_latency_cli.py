@@ -131,7 +131,7 @@ def test_a_bundle_alone_is_timed_against_bare(bundle, root, capsys):
     shutil.copytree(bundle, alone)
     assert call(alone, "--batch", "1,2", "--seconds", "0.05", "--threads", "1") == 0
     out = capsys.readouterr().out
-    assert "onnx on cpu, 1 threads, fp32" in out and "batch 2" in out
+    assert "onnx on cpu, 1 thread, fp32" in out and "batch 2" in out
     assert "identity: the deployed graph and the bare backbone's are the same" in out
     assert f"report and chart: {alone}-latency" in out.replace("\n", "")
     again = bench_latency(alone, **FAST)  # the bundle is still sound, the first report still there

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+from copy import deepcopy
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -37,6 +39,7 @@ from mdpd_deploy.serve import (
     write_chart,
 )
 from mdpd_deploy.serve.gpu_state import gpu_state
+from mdpd_deploy.serve.latency_chart import draw
 from mdpd_deploy.serve.latency_inputs import size_of
 from mdpd_deploy.serve.operations import count_flops, count_nodes, count_operators
 from mdpd_deploy.serve.runtimes import OnnxSession, TorchSession, torch_threads
@@ -215,6 +218,17 @@ def test_the_chart_is_a_real_svg_and_png(report, tmp_path):
         assert picture.width > 1000 and picture.height > 500
         assert len(picture.convert("RGB").resize((200, 100)).getcolors(200 * 100)) > 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latency.png", "latency.svg"]
+
+
+def test_the_chart_shows_every_interval_whole(report):
+    wide = deepcopy(report)
+    torch_ratio = next(i for i, r in enumerate(wide.ratios) if r.runtime == "torch")
+    wide.ratios[torch_ratio] = replace(wide.ratios[torch_ratio], median=3.0, ci95=(0.3, 4.5))
+    for axis in draw(wide).axes:
+        left, right = axis.get_xlim()
+        assert left < 0.3 and right > 4.5
+    labels = [text.get_text() for text in draw(wide).axes[0].get_yticklabels()]
+    assert labels[:5] == ["batch 1", "deployed (A/A)", "bare", "unipt", "sherl*"]
 
 
 def test_flops_equal_the_count_by_hand(run, source):

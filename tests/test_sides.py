@@ -93,12 +93,18 @@ def test_tv1b_unipt_paper():
         (
             False,
             [[0.447713, 0.200716, 0.351567], [0.214657, 0.500858, 0.284480]],
-            [[0.256292, -0.488757, -0.520361, -0.738504], [-0.093225, -1.003707, -0.757244, -0.731546]],
+            [
+                [0.256292, -0.488757, -0.520361, -0.738504],
+                [-0.093225, -1.003707, -0.757244, -0.731546],
+            ],
         ),
         (
             True,
             [[0, 0.999995, 0], [0.333474, 0.598956, 0.067563]],
-            [[0.695826, -0.699373, -0.747237, -0.298812], [-0.073690, -1.024398, -0.755887, -0.712224]],
+            [
+                [0.695826, -0.699373, -0.747237, -0.298812],
+                [-0.073690, -1.024398, -0.755887, -0.712224],
+            ],
         ),
     ],
 )
@@ -116,7 +122,10 @@ def test_tv2_sherl_gated(paper, weights, expected):
     taps = [tap(index, 1, 2, 4) for index in range(4)]
     entry, mapped = side.late_input(taps)
     shallow = torch.stack(mapped[:-1], dim=2)
-    close(side.aggregate.redundancy(shallow), [[1.498239, 0.999997, 1.498239], [1.663869, 0.999997, 1.663865]])
+    close(
+        side.aggregate.redundancy(shallow),
+        [[1.498239, 0.999997, 1.498239], [1.663869, 0.999997, 1.663865]],
+    )
     close(side.aggregate.weights(shallow, mapped[-1]), weights)
     close(entry, expected)
 
@@ -129,7 +138,10 @@ def test_tv2c_sherl_vse():
     set_linear(side.up[1], 43, 44)
     side.alpha.data.fill_(0.05)
     entry, _ = side.late_input([tap(index, 1, 2, 4) for index in range(3)])
-    close(entry, [[-1.278817, 0.801299, 1.117337, 0.473769], [-0.363009, 0.757538, -1.772686, 0.528188]])
+    close(
+        entry,
+        [[-1.278817, 0.801299, 1.117337, 0.473769], [-0.363009, 0.757538, -1.772686, 0.528188]],
+    )
 
 
 def test_a_silent_aggregation_returns_the_guide():

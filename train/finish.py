@@ -109,7 +109,7 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
         deployed = groups["side"]
     memory = {**(progress.memory or {}), **forecast}
     memory["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    cuda = setup.state.device.type == "cuda"
+    cuda = setup.device.type == "cuda"
     memory["peak_cuda_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
     rate = progress.samples / progress.train_s if progress.train_s else None
     return {

@@ -97,7 +97,11 @@ def fit_run(config: Config, *, overwrite: bool = False, quiet: bool = False) -> 
         UserError: For bad input, before anything is written.
         WorkFailed: If the run diverges or cannot be written.
     """
-    out = Path(config.out) if config.out else _free(default_out(config, f"{datetime.now():%Y%m%d-%H%M%S}"))
+    out = (
+        Path(config.out)
+        if config.out
+        else _free(default_out(config, f"{datetime.now():%Y%m%d-%H%M%S}"))
+    )
     refuse_nonempty(out, overwrite=overwrite)
     config = config.model_copy(update={"out": str(out.resolve())})
     setup = prepare(config)

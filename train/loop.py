@@ -84,7 +84,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
         else:
             started = time.perf_counter()
             losses, norms = one_step(setup, optimizer, parts)
-            if state.device.type == "cuda":
+            if setup.device.type == "cuda":
                 torch.cuda.synchronize()
             window.add(len(setup.schedule.members(step)), time.perf_counter() - started)
             progress.train_s += window.last_s
@@ -142,9 +142,10 @@ def sum_over_processes(setup: Setup, losses: dict[str, Tensor]) -> dict[str, Ten
     pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     names = sorted(losses)
     flat = torch.cat([*(p.flatten() for p in pieces), *(losses[n].reshape(1) for n in names)])
-    flat = reduce(flat, "sum")
+    summed = reduce(flat, "sum")
+    assert isinstance(summed, Tensor)
     sizes = [p.numel() for p in parameters]
-    chunks = flat.split([*sizes, len(names)])
+    chunks = summed.split([*sizes, len(names)])
     for parameter, chunk in zip(parameters, chunks, strict=False):
         parameter.grad = chunk.view_as(parameter).clone()
     return dict(zip(names, chunks[-1].unbind(), strict=True))
@@ -173,9 +174,8 @@ def evaluate(
             save_best(checkpoints, method)
     else:
         progress.stale += 1
-    line = {"step": progress.step, "epoch": progress.step / setup.schedule.steps_per_epoch}
-    line |= {"split": "validation", **measured}
-    log.write(line)
+    epoch = progress.step / setup.schedule.steps_per_epoch
+    log.write({"step": progress.step, "epoch": epoch, "split": "validation", **measured})
     bar.evaluated(
         progress.step, data.metrics[0], {k: m[data.metrics[0]] for k, m in measured.items()}
     )

@@ -76,7 +76,7 @@ def measure_peak(*, device_type: str | None = None, **things: object) -> Iterato
     result.peak_bytes, result.end_bytes, result.parts = live.peak, live.now, live.peak_parts
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
+class LiveBytes(TorchDispatchMode):
     """Count the bytes of live tensor storages on one kind of device, or on all together.
 
     Storages that existed before and were not given to `track` are never counted, even when an
@@ -89,7 +89,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is
     """
 
     def __init__(self, device_type: str | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        super().__init__()  # type: ignore[no-untyped-call]  # torch is untyped here
         self.device_type = device_type
         self.now = 0
         self.peak = 0
@@ -224,7 +224,7 @@ def fake_tensors() -> Iterator[None]:
         yield
 
 
-class _ReadNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as above
+class _ReadNumbers(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: Any,

@@ -36,7 +36,7 @@ def hold_in_bfloat16(backbone: Backbone) -> None:
                 f"train.precision=bf16: the norm {path} is a {type(norm).__name__}, and only "
                 "LayerNorm is known here; use train.precision=fp32."
             )
-        wide = Float32Norm(norm.normalized_shape, norm.eps, bias=norm.bias is not None)
+        wide = Float32Norm(list(norm.normalized_shape), norm.eps, bias=norm.bias is not None)
         wide.weight = nn.Parameter(kept[f"{path}.weight"], requires_grad=False)
         if norm.bias is not None:
             wide.bias = nn.Parameter(kept[f"{path}.bias"], requires_grad=False)

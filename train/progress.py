@@ -1,7 +1,7 @@
 """What a user sees while training: a bar on a terminal, plain lines in a log file."""
 
 import sys
-from typing import Any
+from typing import Any, Self
 
 import psutil
 from rich.console import Console
@@ -38,7 +38,7 @@ class ProgressBar:
         )
         self.task = self.bar.add_task("training", total=total, note="")
 
-    def __enter__(self) -> "ProgressBar":
+    def __enter__(self) -> Self:
         self.bar.start()
         return self
 

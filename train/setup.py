@@ -31,6 +31,11 @@ class Setup:
     original: dict[str, Tensor] | None  # a backbone that cannot be loaded again (D12)
 
     @property
+    def device(self) -> torch.device:
+        assert self.state.device is not None
+        return self.state.device
+
+    @property
     def eval_every(self) -> int:
         return self.config.train.eval_every or min(self.steps, self.schedule.steps_per_epoch)
 

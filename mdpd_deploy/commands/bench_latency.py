@@ -26,7 +26,7 @@ REPORT_FILE = "latency.json"
 
 def command(
     run_or_bundle: Annotated[
-        Path | None, typer.Argument(metavar="[RUN|BUNDLE]", help="Default: the newest run.")
+        Path | None, typer.Argument(metavar="RUN|BUNDLE", help="Default: the newest run.")
     ] = None,
     rivals: Annotated[
         str | None, typer.Option(help="bare and side networks. Default: bare,unipt,sherl.")

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from mdpd_deploy.data.examples import Split
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     Forward = Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]
 
 log = logging.getLogger(__name__)
+
+SELF_CONTAINED = ("digits",)  # tasks whose data comes with the package
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Evaluation:
 
 def command(
     run_or_bundle: Annotated[
-        Path | None, typer.Argument(metavar="[RUN|BUNDLE]", help="Default: the newest run.")
+        Path | None, typer.Argument(metavar="RUN|BUNDLE", help="Default: the newest run.")
     ] = None,
     data: Annotated[
         str | None,
@@ -88,20 +90,22 @@ def evaluate_bundle(path: Path, data: str | None, *, batch: int, device: str) ->
     """
     from mdpd_deploy.bundle import load_bundle
     from mdpd_deploy.config import check_config
-    from mdpd_deploy.data import load_evaluation
+    from mdpd_deploy.data import load_evaluation, load_task
 
     bundle = load_bundle(path)
     manifest = bundle.manifest
-    options = {**manifest["data"]["options"], "eval_path": data}
+    task, seed, labels = manifest["task"], manifest["data"]["seed"], bundle.label_names
+    options = {**manifest["data"]["options"], "eval_path": data, "labels": list(labels) or None}
     config = check_config({"data": options}).data
-    if data is None and config.path is None and manifest["task"] != "digits":
+    if data is not None:
+        splits = load_evaluation(task, config, seed=seed, label_names=labels)
+    elif config.path is not None or task in SELF_CONTAINED:
+        splits = load_task(task, config, seed=seed).evaluation
+    else:
         raise UserError(
             f"bundle {path} does not keep where its data lies: add --data with a file or folder "
-            f"of task {manifest['task']}."
+            f"of task {task}."
         )
-    splits = load_evaluation(
-        manifest["task"], config, seed=manifest["data"]["seed"], label_names=bundle.label_names
-    )
     runner = bundle.runner(device)
     metrics = _measure({"deployed": runner}, bundle.preprocess, splits, manifest["metrics"], batch)
     return Evaluation(str(path), manifest["task"], "onnx", runner.provider, _sizes(splits), metrics)
@@ -158,6 +162,8 @@ def _measure(
     batch: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return split → model → metric → value; every batch is preprocessed once for all models."""
+    import numpy as np
+
     from mdpd_deploy.bundle import batches
     from mdpd_deploy.tasks.metrics import compute
 

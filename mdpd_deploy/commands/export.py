@@ -24,7 +24,7 @@ GOLDEN: tuple[Golden, ...] = ("validation", "synthetic")
 
 def command(
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="Default: the newest run.")
+        Path | None, typer.Argument(metavar="RUN", help="Default: the newest run.")
     ] = None,
     fmt: Annotated[
         str, typer.Option(help="onnx; or trt: ONNX with a TensorRT build recipe.")
@@ -132,18 +132,18 @@ def export_run(
     if run is None:
         log.info("run: %s (the newest)", opened.path)
     target = Path(out) if out is not None else opened.path / "bundles" / f"{fmt}-{precision}"
-    from mdpd_deploy import export
+    from mdpd_deploy.export import ExportOptions, engine_unavailable, pack
 
     if require_engine:
-        export.require_engine()
-    options = export.ExportOptions(
+        raise engine_unavailable()
+    options = ExportOptions(
         fmt=fmt,
         eval_data=eval_data,
         metric_gate=metric_gate,
         golden=golden,
         overwrite=overwrite,
     )
-    return export.pack(opened, target, options)
+    return pack(opened, target, options)
 
 
 def _one_of(option: str, given: str, choices: tuple[Choice, ...]) -> Choice:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]")] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml")] = None,
     task: Annotated[
         str | None,
         typer.Option(help="glue/NAME, vtab/NAME, classify, regress or digits (the default)."),
@@ -40,7 +40,9 @@ def command(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random; default 0.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/DATE-TASK-METHOD.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default runs/DATE-TASK-METHOD.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any option, repeatable.")
     ] = None,
@@ -52,17 +54,28 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Fine-tune a model and write a run folder. Without arguments: the embedded digits task."""
-    flags: dict[str, Any] = dict(
-        task=task, data=data, eval_data=eval_data, text=text, image=image, label=label,
-        backbone=backbone, method=method, side=side, steps=steps, epochs=epochs, batch=batch,
-        lr=lr, seed=seed, device=device, out=out,
-    )  # fmt: skip
+    flags: dict[str, Any] = {
+        "task": task,
+        "data": data,
+        "eval_data": eval_data,
+        "text": text,
+        "image": image,
+        "label": label,
+        "backbone": backbone,
+        "method": method,
+        "side": side,
+        "steps": steps,
+        "epochs": epochs,
+        "batch": batch,
+        "lr": lr,
+        "seed": seed,
+        "device": device,
+        "out": out,
+    }
     if dry_run:
         _print_plan(plan(config, set=set_ or (), **flags), as_json=json)
         return
-    run = fit(
-        config, set=set_ or (), resume=resume, overwrite=overwrite, quiet=json, **flags
-    )
+    run = fit(config, set=set_ or (), resume=resume, overwrite=overwrite, quiet=json, **flags)
     if _is_main_process():
         _print_run(run, as_json=json)
 
@@ -98,25 +111,33 @@ def fit(
         'completed'
     """
     from mdpd_deploy.errors import UserError
-    from mdpd_deploy.train import fit_run, resume_run
 
     if resume is not None:
         if config is not None or set or any(value is not None for value in flags.values()):
             raise UserError(
                 "--resume continues a run exactly as it was planned: give no other option."
             )
+        from mdpd_deploy.train import resume_run
+
         return resume_run(Path(resume), quiet=quiet)
-    return fit_run(_config(config, set, flags), overwrite=overwrite, quiet=quiet)
+    checked = _config(config, set, flags)  # before torch: a typing mistake is answered at once
+    from mdpd_deploy.train import fit_run
+
+    return fit_run(checked, overwrite=overwrite, quiet=quiet)
 
 
-def plan(config: Path | str | Config | None = None, *, set: Sequence[str] = (), **flags: Any) -> Plan:
+def plan(
+    config: Path | str | Config | None = None, *, set: Sequence[str] = (), **flags: Any
+) -> Plan:
     """Return what `fit` with the same words would do, memory forecast included."""
     from mdpd_deploy.train import make_plan
 
     return make_plan(_config(config, set, flags))
 
 
-def _config(config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]) -> Config:
+def _config(
+    config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]
+) -> Config:
     from mdpd_deploy.config import Config, check_config, load_config
     from mdpd_deploy.errors import unknown
 
@@ -125,9 +146,8 @@ def _config(config: Path | str | Config | None, sets: Sequence[str], flags: dict
             raise unknown("fit", name, _OPTION)
     named = {_OPTION[name]: _plain(name, value) for name, value in flags.items()}
     if isinstance(config, Config):
-        base = config.model_dump()
-        loaded = load_config(None, named, list(sets)).model_dump(exclude_unset=True)
-        loaded = check_config(_merged(base, loaded))
+        given = load_config(None, named, list(sets)).model_dump(exclude_unset=True)
+        loaded = check_config(_merged(config.model_dump(), given))
     else:
         loaded = load_config(None if config is None else Path(config), named, list(sets))
     return _absolute(loaded)
@@ -238,10 +258,14 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     if plan.classes:
         names = ", ".join(plan.classes[:10]) + (" …" if len(plan.classes) > 10 else "")
         table.add_row("classes", f"{len(plan.classes)}: {names}")
-    table.add_row("steps", f"{plan.steps:,} of {plan.batch} examples, {plan.steps_per_epoch:,} an epoch")
+    table.add_row(
+        "steps", f"{plan.steps:,} of {plan.batch} examples, {plan.steps_per_epoch:,} an epoch"
+    )
     for name, count in plan.params.items():
         table.add_row(f"parameters, {name}", f"{count:,}")
-    table.add_row("memory forecast", f"{plan.forecast_bytes / 1e6:,.1f} MB (live tensors, one process)")
+    table.add_row(
+        "memory forecast", f"{plan.forecast_bytes / 1e6:,.1f} MB (live tensors, one process)"
+    )
     table.add_row("device", plan.device)
     for note in plan.notes:
         table.add_row("note", note)

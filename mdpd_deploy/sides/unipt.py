@@ -119,9 +119,7 @@ class UniPT(SideNetwork):
         )
         return result
 
-    def _confidence(
-        self, guide: Tensor, features: Sequence[Tensor], mask: Tensor | None
-    ) -> Tensor:
+    def _confidence(self, guide: Tensor, features: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         """Softmax over layers of W₁(mean F_L ⊙ mean F_i): [B, L]."""
         query = masked_mean(guide, mask)
         means = torch.stack([masked_mean(feature, mask) for feature in features], dim=1)

@@ -55,9 +55,13 @@ def logits_loss(student: Tensor, teacher: Tensor, config: LossConfig) -> Tensor:
     if config.logits_form == "mse" or student.shape[-1] == 1:
         return (student - teacher).square().sum()
     t = config.temperature
-    return t * t * F.kl_div(
-        F.log_softmax(student / t, dim=-1),
-        F.log_softmax(teacher / t, dim=-1),
-        reduction="sum",
-        log_target=True,
+    return (
+        t
+        * t
+        * F.kl_div(
+            F.log_softmax(student / t, dim=-1),
+            F.log_softmax(teacher / t, dim=-1),
+            reduction="sum",
+            log_target=True,
+        )
     )

@@ -6,4 +6,14 @@ Adding a method is one file here, an import below, and a row in the tests.
 from mdpd_deploy.train.methods import mdpd, norms, probe, side
 from mdpd_deploy.train.methods.base import METHODS, Batch, Method, TaskSpec, build_method
 
-__all__ = ["METHODS", "Batch", "Method", "TaskSpec", "build_method", "mdpd", "norms", "probe", "side"]
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Method",
+    "TaskSpec",
+    "build_method",
+    "mdpd",
+    "norms",
+    "probe",
+    "side",
+]

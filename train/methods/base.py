@@ -131,14 +131,19 @@ class Method(ABC):
         """Copy values in place from `trained_state` of an equal method."""
         own = self.trained_state()
         if set(own) != set(state):
-            odd = sorted(set(own) ^ set(state))[0]
-            raise KeyError(odd)
+            raise KeyError(min(set(own) ^ set(state)))
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
     def new_head(self) -> Head:
         """Return a fresh linear head for this task."""
         return Head(self.backbone.width, self.task.outputs, self.task.scale)
+
+    def head(self, name: str) -> Head:
+        """Return one of the trained heads: `head` of the backbone or `side_head`."""
+        head = self.modules[name]
+        assert isinstance(head, Head)
+        return head
 
     def train_mode(self) -> None:
         """Dropout on: in the trained parts always, in the backbone as the config says (D8)."""

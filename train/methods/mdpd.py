@@ -97,7 +97,7 @@ class MDPD(Method):
     ) -> tuple[Parts, Tensor, dict[int, Tensor]]:
         weights = self.config.loss
         output, pooled = self.side_forward(trace, blocked=not self.config.train.late_norm_grad)
-        raw = self.modules["side_head"].raw(pooled)
+        raw = self.head("side_head").raw(pooled)
         task = self.task_loss(raw, batch.labels) / batch.weight
         with self.autocast(trace.taps[0]):
             shallow, deep = self.distiller(output.features, trace.taps, hidden, trace.mask)
@@ -124,7 +124,7 @@ class MDPD(Method):
         mask = trace.mask
 
         def top_loss(top: Tensor) -> Tensor:
-            raw = self.modules["head"].raw(self.backbone.finish(top, mask).float())
+            raw = self.head("head").raw(self.backbone.finish(top, mask).float())
             distance = logits_loss(raw, teacher, weights) / batch.count
             losses["loss_logits"] = distance.detach()
             loss = weights.logits * distance

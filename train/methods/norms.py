@@ -40,7 +40,7 @@ class Norms(Method):
         mask = trace.mask
 
         def top_loss(top: Tensor) -> Tensor:
-            raw = self.modules["head"].raw(self.backbone.finish(top, mask).float())
+            raw = self.head("head").raw(self.backbone.finish(top, mask).float())
             loss = self.task_loss(raw, batch.labels) / batch.weight
             losses["loss"] = losses["loss_task"] = loss.detach()
             return loss

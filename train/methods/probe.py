@@ -19,10 +19,9 @@ class Probe(Method):
         return {}
 
     def step(self, batch: Batch) -> Parts:
-        head = self.modules["head"]
         with torch.no_grad():
             pooled = self.backbone(self.cast(batch.inputs))
-        loss = self.task_loss(head.raw(pooled.float()), batch.labels) / batch.weight
+        loss = self.task_loss(self.head("head").raw(pooled.float()), batch.labels) / batch.weight
         loss.backward()
         return {"loss": loss.detach(), "loss_task": loss.detach()}
 

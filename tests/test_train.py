@@ -1,0 +1,388 @@
+"""`fit` end to end: what a run leaves behind, that it learns, and that it can be interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mdpd_deploy import fit
+from mdpd_deploy.backbones import load_backbone
+from mdpd_deploy.commands.train import plan
+from mdpd_deploy.config import load_config
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.run import Run
+from mdpd_deploy.train.batches import Schedule
+
+ROWS = [("probe", "unipt"), ("norms", "unipt"), ("side", "unipt"), ("side", "sherl")]
+ROWS += [("mdpd", "unipt"), ("mdpd", "sherl")]
+
+
+def fit_in(folder, options, **more):
+    both = {**options, **more}
+    both["set"] = [*options.get("set", ()), *more.get("set", ())]
+    return fit(out=folder, quiet=True, **both)
+
+
+def test_a_run_directory_holds_the_contract(tiny_run):
+    names = {path.name for path in tiny_run.path.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "model",
+        "report.html",
+    }
+    assert {p.name for p in (tiny_run.path / "model").iterdir()} == {
+        "delta.safetensors", "side.safetensors", "labels.json", "preprocess.json",
+    }  # fmt: skip
+    summary = json.loads((tiny_run.path / "summary.json").read_text())
+    assert summary["status"] == "completed" and summary["primary_metric"] == "accuracy"
+    assert set(summary["metrics"]) == {"deployed", "side"}
+    assert set(summary["params"]) >= {"backbone", "trained", "deployed_delta", "side"}
+    assert summary["memory"]["peak_live_bytes"] == pytest.approx(
+        summary["memory"]["forecast_bytes"], rel=0.02
+    )
+    delta = load_file(tiny_run.path / "model" / "delta.safetensors")
+    assert sum(t.numel() for t in delta.values()) == summary["params"]["deployed_delta"]
+    assert "<svg" in (tiny_run.path / "report.html").read_text()
+
+
+def test_the_deployed_model_is_backbone_with_tuned_norms_and_head_alone(tiny_run):
+    """Loading the delta into a plain backbone gives the training-time Y_B (methods 3.6)."""
+    model = tiny_run.load_deployed()
+    bare = load_backbone(tiny_run.config.backbone)
+    changed = [
+        name for name, value in model.backbone.state_dict().items()
+        if not torch.equal(value, bare.state_dict()[name])
+    ]  # fmt: skip
+    assert set(changed) == set(bare.norms())
+    assert not any("side" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize(("method", "side"), ROWS)
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_each_method_changes_only_what_it_declares_and_reloads_equal(
+    method, side, modality, tmp_path, image_options, text_options
+):
+    options = image_options if modality == "image" else text_options
+    run = fit_in(tmp_path / "run", options, method=method, side=side, steps=2)
+    model = run.load_deployed()
+    fresh = load_backbone(run.config.backbone, max_length=24)
+    tuned = set(fresh.norms()) if method in ("mdpd", "norms") else set()
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name]) == (name not in tuned), name
+    reported = run.summary["metrics"]["deployed"]["accuracy"]
+    split = run.load_evaluation()["validation"]
+    arrays = run.preprocess(list(split.inputs))
+    with torch.no_grad():
+        logits = model(*(torch.from_numpy(arrays[name]) for name in model.backbone.input_names))
+    assert float((logits.argmax(-1).numpy() == split.labels).mean()) == pytest.approx(reported)
+
+
+def test_training_learns(tmp_path, text_options):
+    run = fit_in(tmp_path / "run", text_options, steps=80, lr=1e-2)
+    assert run.summary["metrics"]["deployed"]["accuracy"] >= 0.9
+    assert run.summary["metrics"]["side"]["accuracy"] >= 0.9
+
+
+def test_regression_scores_come_out_in_the_labels_unit(tmp_path, text_options, score_folder):
+    run = fit_in(
+        tmp_path / "run", text_options, task="regress", data=score_folder, steps=80, lr=1e-2
+    )
+    assert run.summary["primary_metric"] == "pearson_spearman"
+    assert run.summary["metrics"]["deployed"]["pearson_spearman"] > 0.8
+    model, split = run.load_deployed(), run.load_evaluation()["validation"]
+    arrays = run.preprocess(list(split.inputs))
+    with torch.no_grad():
+        scores = model(*(torch.from_numpy(arrays[n]) for n in model.backbone.input_names)).numpy()
+    assert abs(float(scores.mean()) - float(split.labels.mean())) < 0.3
+    assert float(np.sqrt(np.mean((scores[:, 0] - split.labels) ** 2))) < float(split.labels.std())
+
+
+def test_equal_runs_give_equal_bytes_and_another_seed_does_not(tmp_path, image_options, tiny_run):
+    again = fit_in(tmp_path / "again", image_options)
+    other = fit_in(tmp_path / "other", image_options, seed=1)
+    for file in ("delta.safetensors", "side.safetensors"):
+        first = (tiny_run.path / "model" / file).read_bytes()
+        assert (again.path / "model" / file).read_bytes() == first
+        assert (other.path / "model" / file).read_bytes() != first
+
+
+def wait_for(condition, process, seconds=240):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1].decode()[-2000:]
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def command(*words):
+    return [sys.executable, "-P", "-m", "mdpd_deploy", *map(str, words)]
+
+
+def test_kill_9_then_resume_is_bit_identical(tmp_path, tiny_bert, sentence_folder):
+    words = [
+        "train", "--task", "classify", "--data", sentence_folder, "--text", "sentence",
+        "--backbone", tiny_bert, "--steps", "160", "--batch", "8", "--side", "sherl",
+        "--set", "side.reduction=2", "--set", "data.max_length=24", "--set", "checkpoint.every=1",
+        "--set", "train.eval_every=40",
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(
+        command(*words, "--out", killed), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_for(lambda: any(killed.glob("checkpoints/step-000000[1-9]*")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "model").exists() and not (killed / "summary.json").exists()
+    with pytest.raises(UserError, match=r"is not finished: `mdpd train --resume"):
+        Run.open(killed)
+    done = [int(p.name[5:]) for p in killed.glob("checkpoints/step-*")]
+    assert 0 < max(done) < 160
+    resumed = subprocess.run(
+        command("train", "--resume", killed), env=env, capture_output=True, timeout=300
+    )
+    assert resumed.returncode == 0, resumed.stderr.decode()
+    assert b"resuming" in resumed.stderr
+    subprocess.run(command(*words, "--out", whole), env=env, check=True, capture_output=True)
+    for file in ("delta.safetensors", "side.safetensors"):
+        assert (killed / "model" / file).read_bytes() == (whole / "model" / file).read_bytes()
+    lines = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "validation"] == [40, 80, 120, 160]
+    assert Run.open(killed).summary["metrics"] == Run.open(whole).summary["metrics"]
+
+
+def test_resuming_a_completed_run_changes_nothing(tiny_run):
+    before = (tiny_run.path / "summary.json").stat().st_mtime_ns
+    assert fit(resume=tiny_run.path, quiet=True).summary == tiny_run.summary
+    assert (tiny_run.path / "summary.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="give no other option"):
+        fit(resume=tiny_run.path, lr=1.0)
+
+
+def interrupted(tmp_path, options):
+    """A run that stopped after its last checkpoint, before it was finished."""
+    import shutil
+
+    run = fit_in(tmp_path / "run", options, set=["checkpoint.every=2", "train.eval_every=2"])
+    (run.path / "summary.json").unlink()
+    shutil.rmtree(run.path / "model")
+    (checkpoint,) = run.path.glob("checkpoints/step-*")
+    return run.path, checkpoint
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, image_options):
+    path, checkpoint = interrupted(tmp_path, image_options)
+    tensors = checkpoint / "state.safetensors"
+    good = tensors.read_bytes()
+    tensors.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"is damaged \(its SHA-256 differs\); delete"):
+        fit(resume=path, quiet=True)
+    tensors.write_bytes(good)
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({**state, "schema": 99}))
+    with pytest.raises(UserError, match="was not written by this version"):
+        fit(resume=path, quiet=True)
+    (checkpoint / "state.json").write_text("{")
+    with pytest.raises(UserError, match="is not readable JSON"):
+        fit(resume=path, quiet=True)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert fit(resume=path, quiet=True).summary["status"] == "completed"
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, image_options):
+    words = [
+        "train", "--task", "classify", "--data", image_options["data"], "--backbone",
+        image_options["backbone"], "--steps", "4", "--device", "cpu", "--set",
+        "backbone.dropout_active=false", "--set", "train.keep=last",
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    alone = subprocess.run(
+        command(*words, "--batch", "8", "--out", tmp_path / "one"), env=env, capture_output=True
+    )
+    assert alone.returncode == 0, alone.stderr.decode()
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=29611",
+    ]
+    both = subprocess.run(
+        [*launch, "-m", "mdpd_deploy", *map(str, words), "--batch", "4", "--out", str(tmp_path / "two")],
+        env=env, capture_output=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert both.returncode == 0, both.stderr.decode()[-3000:]
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
+    for file in ("delta.safetensors", "side.safetensors"):
+        one = load_file(tmp_path / "one" / "model" / file)
+        two = load_file(tmp_path / "two" / "model" / file)
+        assert set(one) == set(two)
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path, image_options):
+    still = ["backbone.dropout_active=false", "train.keep=last"]
+    one = fit_in(tmp_path / "one", image_options, batch=8, steps=3, set=still)
+    many = fit_in(
+        tmp_path / "many", image_options, batch=2, steps=3, set=[*still, "train.accumulate=4"]
+    )
+    a = load_file(one.path / "model" / "delta.safetensors")
+    b = load_file(many.path / "model" / "delta.safetensors")
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_every_step_of_an_epoch_sees_every_example_once():
+    schedule = Schedule(examples=23, batch=2, accumulate=2, seed=0, world=2)
+    seen = [i for step in range(schedule.steps_per_epoch) for i in schedule.members(step)]
+    assert sorted(seen) == list(range(23))
+    assert schedule.steps_per_epoch == 3
+    for step in range(6):
+        shares = [i for rank in (0, 1) for part in schedule.parts(step, rank) for i in part]
+        assert sorted(shares) == sorted(schedule.members(step))
+    assert list(schedule.members(0)) != list(schedule.members(3))
+
+
+def test_early_stopping_and_best_weights(tmp_path, image_options):
+    sets = ["train.eval_every=1", "train.patience=2", "optim.lr=1e-9", "optim.schedule=constant"]
+    run = fit_in(tmp_path / "run", image_options, steps=50, set=sets)
+    assert run.summary["steps"] == 3 and run.summary["best_step"] == 1
+
+
+def test_class_weights_move_the_predictions(tmp_path, image_options):
+    run = fit_in(
+        tmp_path / "run", image_options, method="probe", steps=30, lr=1e-2,
+        set=["train.class_weights=[0,0,1]", "train.keep=last"],
+    )  # fmt: skip
+    split = run.load_evaluation()["validation"]
+    assert run.summary["metrics"]["deployed"]["accuracy"] == pytest.approx(
+        (split.labels == 2).mean()
+    )
+    with pytest.raises(UserError, match="has 2 values, but there are 3 classes"):
+        fit_in(tmp_path / "bad", image_options, set=["train.class_weights=[1,1]"])
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop"])
+def test_augmentation_changes_training_and_is_repeatable(tmp_path, image_options, augment):
+    sets = [f"data.augment={augment}", "data.workers=1"]
+    runs = [fit_in(tmp_path / str(i), image_options, steps=2, set=sets) for i in range(2)]
+    plain = fit_in(tmp_path / "plain", image_options, steps=2)
+    deltas = [(run.path / "model" / "delta.safetensors").read_bytes() for run in (*runs, plain)]
+    assert deltas[0] == deltas[1] != deltas[2]
+
+
+def test_bf16_and_random_backbones_train_and_reload(tmp_path, image_options):
+    run = fit_in(
+        tmp_path / "run", image_options, steps=3,
+        set=["train.precision=bf16", "backbone.pretrained=false"],
+    )  # fmt: skip
+    assert (run.path / "model" / "backbone.safetensors").is_file()
+    assert (
+        Run.open(run.path).load_deployed().backbone.source.sha256
+        == run.summary["backbone"]["sha256"]
+    )
+
+
+def test_a_backbone_that_changed_since_is_refused(tmp_path, image_options, tiny_vit):
+    import shutil
+
+    own = tmp_path / "backbone"
+    shutil.copytree(tiny_vit, own)
+    run = fit_in(tmp_path / "run", {**image_options, "backbone": own}, steps=1)
+    data = bytearray((own / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (own / "model.safetensors").write_bytes(bytes(data))
+    with pytest.raises(UserError, match="has changed since the run"):
+        Run.open(run.path).load_deployed()
+
+
+def test_divergence_stops_the_run_with_the_mend(tmp_path, text_options):
+    from mdpd_deploy.errors import WorkFailed
+
+    with pytest.raises(WorkFailed, match=r"diverged. Lower optim.lr"):
+        fit_in(
+            tmp_path / "run", text_options, steps=60, lr=1e30,
+            set=["optim.clip=null", "optim.warmup=0", "train.eval_every=60"],
+        )  # fmt: skip
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"task": "clasify"}, "Did you mean 'classify'"),
+        ({"method": "mpd"}, "Did you mean 'mdpd'"),
+        ({"side": "unipt2"}, "Did you mean 'unipt'"),
+        ({"backbone": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"data": "nowhere"}, "nowhere"),
+        ({"set": ["side.reduction=5"]}, "Valid values: 1, 2, 4"),
+        ({"set": ["optim.lrr=1"]}, "unknown option 'optim.lrr'. Did you mean 'lr'"),
+        ({"set": ["train.norm_grad=late:0"]}, "late:K"),
+        ({"set": ["optim.lr=fast"]}, "option optim.lr"),
+        ({"method": "norms", "set": ["train.norm_grad=local"]}, "use recompute, full or late:K"),
+        ({"set": ["train.norm_grad=late:9"]}, "the backbone has 3 blocks"),
+        ({"device": "cuda"}, "--device cuda: no CUDA device"),
+    ],
+)
+def test_bad_words_are_one_sentence_and_leave_nothing(tmp_path, image_options, words, message):
+    if words.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(UserError, match=message.replace("(", r"\(")) as caught:
+        fit_in(tmp_path / "run", image_options, **words)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_of_the_wrong_modality_is_refused(tmp_path, image_options, tiny_bert):
+    with pytest.raises(UserError, match="is a image task|is an image task"):
+        fit_in(tmp_path / "run", {**image_options, "backbone": tiny_bert})
+
+
+def test_a_full_folder_is_refused_and_overwrite_replaces_it(tmp_path, image_options):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty: choose another folder or add --overwrite"):
+        fit_in(out, image_options)
+    run = fit_in(out, image_options, steps=1, overwrite=True)
+    assert run.summary["steps"] == 1 and (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_plan_counts_without_training(image_options):
+    made = plan(**image_options)
+    assert made.examples["train"] == 36 and made.steps == 6 and made.steps_per_epoch == 5
+    assert made.params["trained"] == sum(made.params[k] for k in ("side", "norms", "head"))
+    assert made.forecast_bytes > 0
+
+
+def test_a_config_file_flags_and_sets_merge_in_order(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("optim:\n  lr: 1e-4\n  warmup: 0.2\ntrain: {batch: 4}\n")
+    config = load_config(file, {"train.batch": 8}, ["optim.warmup=0.3"])
+    assert (config.optim.lr, config.optim.warmup, config.train.batch) == (1e-4, 0.3, 8)
+    written = tmp_path / "w.yaml"
+    written.write_text(config.to_yaml())
+    assert load_config(written) == config
+
+
+def test_newest_run_is_found_and_named(tmp_path, monkeypatch, tiny_run):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no completed run under runs/"):
+        Run.open()
+    Path("runs").mkdir()
+    Path("runs/a").symlink_to(tiny_run.path)
+    assert Run.open().path == Path("runs/a")
+    with pytest.raises(UserError, match="is not a run directory"):
+        Run.open(tmp_path)
