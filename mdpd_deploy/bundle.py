@@ -67,10 +67,6 @@ class Prediction:
 class Bundle:
     """A verified bundle on disk.
 
-    Example:
-        >>> from mdpd_deploy import load_bundle                            # doctest: +SKIP
-        >>> load_bundle("runs/demo/bundles/onnx-fp32").predict(["fine!"])  # doctest: +SKIP
-
     Attributes:
         path: The folder.
         manifest: `manifest.json` as read.
@@ -154,6 +150,16 @@ def load_bundle(path: Path | str) -> Bundle:
 
     Raises:
         UserError: If it is no bundle, was changed, or has an unknown schema.
+
+    Example:
+        >>> from PIL import Image
+        >>> from mdpd_deploy import export_run, fit, load_bundle
+        >>> run = fit(task="digits", steps=2, out=folder / "digits", quiet=True)
+        >>> path = export_run(run.path, golden="synthetic").path
+        >>> bundle = load_bundle(path)
+        >>> (prediction,) = bundle.predict([Image.new("L", (8, 8))])
+        >>> prediction.label in bundle.label_names
+        True
     """
     folder = Path(path)
     plain, manifest = read_checked(folder)

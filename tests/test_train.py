@@ -228,7 +228,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, image_options)
         one = load_file(tmp_path / "one" / "model" / file)
         two = load_file(tmp_path / "two" / "model" / file)
         assert set(one) == set(two)
-        for name in one:
+        for name in set(one) - {"side.gate.bias"}:  # shifts a softmax: its gradient is rounding
             torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -346,8 +346,8 @@ def test_bad_words_are_one_sentence_and_leave_nothing(tmp_path, image_options, w
 
 
 def test_a_backbone_of_the_wrong_modality_is_refused(tmp_path, image_options, tiny_bert):
-    with pytest.raises(UserError, match="is a image task|is an image task"):
-        fit_in(tmp_path / "run", {**image_options, "backbone": tiny_bert})
+    with pytest.raises(UserError, match="works on images, but --backbone .* takes texts: name one"):
+        fit_in(tmp_path / "run", {**image_options, "backbone": tiny_bert}, set=["data.max_length=24"])
 
 
 def test_a_full_folder_is_refused_and_overwrite_replaces_it(tmp_path, image_options):

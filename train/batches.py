@@ -97,7 +97,8 @@ class StepDataset(Dataset[list[Batch]]):
 
     def __getitem__(self, step: int) -> list[Batch]:
         members = self.schedule.members(step)
-        count, weight = float(len(members)), float(self.weights[members].sum())
+        count = float(len(members))
+        weight = float(self.weights[members].sum()) or 1.0  # a step of unweighted classes adds 0
         return [
             Batch(self._inputs(keys, step), self._labels(keys), keys, step, count, weight)
             for keys in self.schedule.parts(step, self.rank)

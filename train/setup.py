@@ -106,7 +106,7 @@ def check_modality(backbone: Backbone, data: TaskData, config: Config) -> None:
     if takes != data.modality:
         example = "hf:bert-base-uncased" if data.modality == "text" else "timm:vit_base_patch16_224"
         raise UserError(
-            f"--task {config.task} is a {data.modality} task, but --backbone {config.backbone.name} "
+            f"--task {config.task} works on {data.modality}s, but --backbone {config.backbone.name} "
             f"takes {takes}s: name one for {data.modality}s, e.g. --backbone {example} or a local "
             "folder."
         )

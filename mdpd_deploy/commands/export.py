@@ -93,11 +93,6 @@ def export_run(
 ) -> "Bundle":
     """Turn a run into a verified bundle; the same words as `mdpd export`.
 
-    Example:
-        >>> from mdpd_deploy import export_run                # doctest: +SKIP
-        >>> bundle = export_run("runs/demo")                  # doctest: +SKIP
-        >>> bundle.manifest["verification"]["parity"]["note"]  # doctest: +SKIP
-
     Args:
         run: A run's folder; None = the newest completed run under `runs/`.
         fmt: `onnx`; or `trt`: the same bundle with the recipe for a TensorRT engine.
@@ -117,6 +112,13 @@ def export_run(
         UserError: If the run, its data or an option cannot be used.
         ExportError: If the model cannot be traced, or `require_engine` cannot be met.
         VerificationError: If a gate fails; nothing is left behind.
+
+    Example:
+        >>> from mdpd_deploy import export_run, fit
+        >>> run = fit(task="digits", steps=2, out=folder / "tuned", quiet=True)
+        >>> bundle = export_run(run.path, out=folder / "bundle")
+        >>> bundle.manifest["verification"]["identity"]["verdict"]
+        'passed'
     """
     from mdpd_deploy.run import Run
 
