@@ -153,10 +153,8 @@ def load_bundle(path: Path | str) -> Bundle:
 
     Example:
         >>> from PIL import Image
-        >>> from mdpd_deploy import export_run, fit, load_bundle
-        >>> run = fit(task="digits", steps=2, out=folder / "digits", quiet=True)
-        >>> path = export_run(run.path, golden="synthetic").path
-        >>> bundle = load_bundle(path)
+        >>> from mdpd_deploy import load_bundle
+        >>> bundle = load_bundle(folder / "bundle")
         >>> (prediction,) = bundle.predict([Image.new("L", (8, 8))])
         >>> prediction.label in bundle.label_names
         True

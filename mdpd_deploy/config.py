@@ -33,13 +33,18 @@ class DataConfig(Section):
     text: list[str] | None = None  # --text A[,B]: one or two text columns
     image: str | None = None  # --image: the column of image paths
     label: str | None = None  # --label: the label column
-    labels: list[str] | None = None  # class names in order; default: sorted names of the train split
+    # class names in order; default: sorted names of the train split
+    labels: list[str] | None = None
     max_length: int = Field(default=128, ge=4)  # tokens kept of a text
     pad: Literal["longest", "max"] = "longest"  # pad a batch to its longest text, or to max_length
-    augment: Literal["none", "flip", "crop"] = "none"  # training images: mirror; random crop + mirror
-    bad_images: Literal["stop", "skip"] = "stop"  # an unreadable training image ends the run, or not
-    validation_fraction: float = Field(default=0.1, gt=0, lt=1)  # split off when there is no validation data
-    limit: int | None = Field(default=None, ge=1)  # use only the first N training examples (after a shuffle)
+    # training images: mirror; random crop + mirror
+    augment: Literal["none", "flip", "crop"] = "none"
+    # an unreadable training image ends the run, or not
+    bad_images: Literal["stop", "skip"] = "stop"
+    # split off when there is no validation data
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
+    # use only the first N training examples (after a shuffle)
+    limit: int | None = Field(default=None, ge=1)
     workers: int = Field(default=0, ge=0)  # loader processes
 
 
@@ -59,7 +64,8 @@ class SideConfig(Section):
     """The side network that teaches and then fades."""
 
     name: str = "unipt"
-    reduction: int | None = Field(default=None, ge=1)  # r: side width = width / r; default 8 text, 2 vision
+    # r: side width = width / r; default 8 text, 2 vision
+    reduction: int | None = Field(default=None, ge=1)
     variant: Literal["reference", "paper"] = "reference"  # released code, or the paper's equations
     projection: Literal["auto", "d-d", "d-D-d"] = "auto"  # UniPT's map of the blend (methods 2.1.2)
 
@@ -94,14 +100,17 @@ class TrainConfig(Section):
 
     epochs: float | None = Field(default=None, gt=0)  # passes over the training data; default 10
     steps: int | None = Field(default=None, ge=1)  # optimiser steps; overrides epochs
-    batch: int = Field(default=32, ge=1)  # examples per optimiser step and process, before accumulation
+    # examples per optimiser step and process, before accumulation
+    batch: int = Field(default=32, ge=1)
     accumulate: int = Field(default=1, ge=1)  # batches per optimiser step
     eval_batch: int = Field(default=64, ge=1)
     eval_every: int | None = Field(default=None, ge=1)  # steps; default: once per epoch
-    patience: int | None = Field(default=None, ge=1)  # stop after this many evaluations without a gain
+    # stop after this many evaluations without a gain
+    patience: int | None = Field(default=None, ge=1)
     keep: Literal["best", "last"] = "best"  # which weights become RUN/model
     norm_grad: str = "recompute"  # recompute | full | late:K | local | none
-    late_norm_grad: bool = False  # let the side pass also move norms it runs through (literal joint)
+    # let the side pass also move norms it runs through (literal joint)
+    late_norm_grad: bool = False
     student_task_weight: float = Field(default=1.0, ge=0)  # task loss on the backbone's own head
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen weights held, side autocast, in bf16
     class_weights: Literal["none", "balanced"] | list[float] = "none"
@@ -144,7 +153,7 @@ class CheckpointConfig(Section):
 class TrackConfig(Section):
     """Trackers beside the run's own files (extra `track`)."""
 
-    to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = []
+    to: list[Literal["tensorboard", "trackio", "wandb"]] = []
 
 
 class Config(Section):

@@ -7,7 +7,26 @@ from pathlib import Path
 import pytest
 from sklearn.datasets import load_digits
 
-WORDS = "the a film was is good bad great awful boring fine dull bright warm cold slow not very".split()
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "was",
+    "is",
+    "good",
+    "bad",
+    "great",
+    "awful",
+    "boring",
+    "fine",
+    "dull",
+    "bright",
+    "warm",
+    "cold",
+    "slow",
+    "not",
+    "very",
+]
 GOOD = {"good", "great", "fine", "bright", "warm"}
 
 
@@ -118,11 +137,13 @@ def sentence_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def score_folder(tmp_path_factory) -> Path:
-    """As `sentence_folder`, with a number for a label."""
-    folder = tmp_path_factory.mktemp("scores")
-    write_sentences(folder / "train.csv", 60, 0, regression=True)
-    write_sentences(folder / "validation.csv", 30, 1, regression=True)
+def many(tmp_path_factory) -> Path:
+    """Folders `labels` and `scores` with enough sentences to learn the words of WORDS from."""
+    folder = tmp_path_factory.mktemp("many")
+    for name, regression in (("labels", False), ("scores", True)):
+        (folder / name).mkdir()
+        for seed, (split, count) in enumerate((("train", 400), ("validation", 60))):
+            write_sentences(folder / name / f"{split}.csv", count, seed, regression=regression)
     return folder
 
 

@@ -46,8 +46,8 @@ def test_tv7(tv7):
     b, s = tap(5, 1, 3, 4), tap(6, 1, 3, 2)
     hidden = torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)
     shallow, deep = tv7({1: s, 2: s}, [b, b, b], hidden, None)
-    assert float(shallow) == pytest.approx(7.209928, abs=1e-5)
-    assert float(deep) == pytest.approx(7.218394, abs=1e-5)
+    assert shallow.item() == pytest.approx(7.209928, abs=1e-5)
+    assert deep.item() == pytest.approx(7.218394, abs=1e-5)
     rows = tv7.student(2, s, hidden, None)[0]
     expected = [
         [0.495380, 0.331485, -0.150732, 0.167511],
@@ -64,7 +64,7 @@ def test_mean_option_is_the_sum_over_tokens_and_channels_divided(tv7):
     mean.load_state_dict(tv7.state_dict())
     b, s = tap(5, 1, 3, 4), tap(6, 1, 3, 2)
     shallow, _ = mean({1: s, 2: s}, [b, b, b], torch.zeros(1, 3), None)
-    assert float(shallow) == pytest.approx(0.600827, abs=1e-5)
+    assert shallow.item() == pytest.approx(0.600827, abs=1e-5)
 
 
 @pytest.mark.parametrize(("side_width", "expected"), [(384, 306_576), (96, 265_104)])

@@ -88,18 +88,20 @@ def test_each_method_changes_only_what_it_declares_and_reloads_equal(
     assert float((logits.argmax(-1).numpy() == split.labels).mean()) == pytest.approx(reported)
 
 
-def test_training_learns(tmp_path, text_options):
-    run = fit_in(tmp_path / "run", text_options, steps=80, lr=1e-2)
-    assert run.summary["metrics"]["deployed"]["accuracy"] >= 0.9
-    assert run.summary["metrics"]["side"]["accuracy"] >= 0.9
+def test_training_learns(tmp_path, text_options, many):
+    run = fit_in(tmp_path / "run", text_options, data=many / "labels", steps=150, lr=1e-2)
+    lines = [json.loads(x) for x in (run.path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss_student"] for line in lines if line["split"] == "train"]
+    assert min(losses) < 0.7 * losses[0]
+    assert run.summary["metrics"]["deployed"]["accuracy"] >= 0.75
+    assert run.summary["metrics"]["side"]["accuracy"] >= 0.75
 
 
-def test_regression_scores_come_out_in_the_labels_unit(tmp_path, text_options, score_folder):
-    run = fit_in(
-        tmp_path / "run", text_options, task="regress", data=score_folder, steps=80, lr=1e-2
-    )
+def test_regression_scores_come_out_in_the_labels_unit(tmp_path, text_options, many):
+    options = {**text_options, "task": "regress", "data": many / "scores"}
+    run = fit_in(tmp_path / "run", options, steps=150, lr=1e-2)
     assert run.summary["primary_metric"] == "pearson_spearman"
-    assert run.summary["metrics"]["deployed"]["pearson_spearman"] > 0.8
+    assert run.summary["metrics"]["deployed"]["pearson_spearman"] > 0.6
     model, split = run.load_deployed(), run.load_evaluation()["validation"]
     arrays = run.preprocess(list(split.inputs))
     with torch.no_grad():
@@ -150,7 +152,11 @@ def test_kill_9_then_resume_is_bit_identical(tmp_path, tiny_bert, sentence_folde
     done = [int(p.name[5:]) for p in killed.glob("checkpoints/step-*")]
     assert 0 < max(done) < 160
     resumed = subprocess.run(
-        command("train", "--resume", killed), env=env, capture_output=True, timeout=300
+        command("train", "--resume", killed),
+        env=env,
+        capture_output=True,
+        timeout=300,
+        check=False,
     )
     assert resumed.returncode == 0, resumed.stderr.decode()
     assert b"resuming" in resumed.stderr
@@ -208,7 +214,10 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, image_options)
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     alone = subprocess.run(
-        command(*words, "--batch", "8", "--out", tmp_path / "one"), env=env, capture_output=True
+        command(*words, "--batch", "8", "--out", tmp_path / "one"),
+        env=env,
+        capture_output=True,
+        check=False,
     )
     assert alone.returncode == 0, alone.stderr.decode()
     launch = [
@@ -220,7 +229,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, image_options)
     ]
     both = subprocess.run(
         [*launch, "-m", "mdpd_deploy", *map(str, words), "--batch", "4", "--out", str(tmp_path / "two")],
-        env=env, capture_output=True, timeout=300, cwd=tmp_path,
+        env=env, capture_output=True, timeout=300, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert both.returncode == 0, both.stderr.decode()[-3000:]
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
@@ -347,7 +356,9 @@ def test_bad_words_are_one_sentence_and_leave_nothing(tmp_path, image_options, w
 
 def test_a_backbone_of_the_wrong_modality_is_refused(tmp_path, image_options, tiny_bert):
     with pytest.raises(UserError, match="works on images, but --backbone .* takes texts: name one"):
-        fit_in(tmp_path / "run", {**image_options, "backbone": tiny_bert}, set=["data.max_length=24"])
+        fit_in(
+            tmp_path / "run", {**image_options, "backbone": tiny_bert}, set=["data.max_length=24"]
+        )
 
 
 def test_a_full_folder_is_refused_and_overwrite_replaces_it(tmp_path, image_options):
@@ -386,3 +397,23 @@ def test_newest_run_is_found_and_named(tmp_path, monkeypatch, tiny_run):
     assert Run.open().path == Path("runs/a")
     with pytest.raises(UserError, match="is not a run directory"):
         Run.open(tmp_path)
+
+
+def test_a_tracker_gets_the_numbers_or_its_absence_is_named(tmp_path, image_options):
+    import importlib.util
+
+    asked = ["track.to=[tensorboard]"]
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(UserError, match=r'pip install "mdpd-deploy\[track\]"'):
+            fit_in(tmp_path / "run", image_options, set=asked)
+        assert not (tmp_path / "run").exists()
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = fit_in(tmp_path / "run", image_options, set=asked)
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {"train/loss", "validation/deployed/accuracy", "validation/side/accuracy"}
+    last = events.Scalars("validation/deployed/accuracy")[-1]
+    assert last.step == 6

@@ -34,6 +34,7 @@ from mdpd_deploy.train.optim import (
 )
 from mdpd_deploy.train.progress import ProgressBar
 from mdpd_deploy.train.setup import Setup
+from mdpd_deploy.train.trackers import Trackers
 
 LOG_EVERY = 10  # steps
 MEASURED_STEPS = 2  # live bytes are counted on these; they are left out of timings (D30)
@@ -61,7 +62,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
         if state.process_index:  # the checkpoint holds the first process's random state
             torch.manual_seed(hash((config.train.seed, state.process_index, progress.step)))
         bar.say(f"resuming {out} at step {progress.step} of {setup.steps}")
-    log = MetricsLog(out / "metrics.jsonl", progress.step, enabled=state.is_main_process)
+    log = MetricsLog(setup, out, progress.step)
     dataset = StepDataset(
         setup.data.train,
         setup.backbone.preprocess,
@@ -107,6 +108,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
         if stop:
             bar.say(f"stopped at step {progress.step}: no gain in {progress.stale} evaluations")
             break
+    log.close()
     return progress
 
 
@@ -239,17 +241,26 @@ class Window:
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl; on a resume, lines after the checkpoint are dropped."""
+    """Appends lines to metrics.jsonl and sends them to the trackers that were asked for.
 
-    def __init__(self, path: Path, step: int, *, enabled: bool) -> None:
-        self.path = path
-        self.enabled = enabled
-        if enabled:
-            kept = read_metrics(path) if path.is_file() else []
+    On a resume, lines after the checkpoint are dropped. Only the main process writes.
+    """
+
+    def __init__(self, setup: Setup, out: Path, step: int) -> None:
+        self.path = out / "metrics.jsonl"
+        self.enabled = setup.state.is_main_process
+        if self.enabled:
+            kept = read_metrics(self.path) if self.path.is_file() else []
             text = "".join(json.dumps(line) + "\n" for line in kept if line["step"] <= step)
-            write_text(path, text)
+            write_text(self.path, text)
+            self.trackers = Trackers(setup.config.track.to, out)
 
     def write(self, line: dict[str, Any]) -> None:
         if self.enabled:
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
+            self.trackers.write(line)
+
+    def close(self) -> None:
+        if self.enabled:
+            self.trackers.close()

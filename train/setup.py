@@ -13,6 +13,7 @@ from mdpd_deploy.config import Config
 from mdpd_deploy.data import TaskData, check_images, load_task
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.train.batches import Schedule
+from mdpd_deploy.train.trackers import check_trackers
 from mdpd_deploy.train.methods import Method, TaskSpec, build_method
 
 
@@ -55,6 +56,7 @@ def prepare(config: Config) -> Setup:
     Raises:
         UserError: For anything the user gave that cannot work.
     """
+    check_trackers(config.track.to)
     state = process_state(config.train.device)
     data = load_task(config.task, config.data, seed=config.train.seed)
     if data.modality == "image":

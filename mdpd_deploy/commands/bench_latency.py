@@ -91,9 +91,11 @@ def bench_latency(
     """Time a deployed model against its rivals; the same words as `mdpd bench-latency`.
 
     Example:
-        >>> from mdpd_deploy import bench_latency                            # doctest: +SKIP
-        >>> report = bench_latency("runs/demo", rivals=["bare"], batch=[1])  # doctest: +SKIP
-        >>> report["claims"]                                                 # doctest: +SKIP
+        >>> from mdpd_deploy import bench_latency
+        >>> words = dict(rivals=["bare"], runtime=["onnx"], batch=[1], seconds=0.2)
+        >>> report = bench_latency(folder / "run", out=folder / "latency", **words)
+        >>> [ratio["variant"] for ratio in report["ratios"] if not ratio["control"]]
+        ['bare']
 
     Args:
         run_or_bundle: A run or a bundle; None = the newest completed run under `runs/`.

@@ -114,9 +114,8 @@ def export_run(
         VerificationError: If a gate fails; nothing is left behind.
 
     Example:
-        >>> from mdpd_deploy import export_run, fit
-        >>> run = fit(task="digits", steps=2, out=folder / "tuned", quiet=True)
-        >>> bundle = export_run(run.path, out=folder / "bundle")
+        >>> from mdpd_deploy import export_run
+        >>> bundle = export_run(folder / "run", out=folder / "bundle")
         >>> bundle.manifest["verification"]["identity"]["verdict"]
         'passed'
     """

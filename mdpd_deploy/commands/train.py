@@ -106,9 +106,9 @@ def fit(
 
     Example:
         >>> from mdpd_deploy import fit
-        >>> run = fit(task="digits", steps=4, out=folder / "run", quiet=True)
-        >>> run.summary["status"]
-        'completed'
+        >>> run = fit(task="classify", data=pictures, steps=4, out=folder / "run", quiet=True)
+        >>> run.summary["status"], sorted(run.summary["metrics"])
+        ('completed', ['deployed', 'side'])
     """
     from mdpd_deploy.errors import UserError
 
