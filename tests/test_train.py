@@ -355,7 +355,9 @@ def test_bad_words_are_one_sentence_and_leave_nothing(tmp_path, image_options, w
 
 
 def test_a_backbone_of_the_wrong_modality_is_refused(tmp_path, image_options, tiny_bert):
-    with pytest.raises(UserError, match="works on images, but --backbone .* takes texts: name one"):
+    with pytest.raises(
+        UserError, match=r"works on images, but --backbone .* takes texts: name one"
+    ):
         fit_in(
             tmp_path / "run", {**image_options, "backbone": tiny_bert}, set=["data.max_length=24"]
         )

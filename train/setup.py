@@ -13,8 +13,8 @@ from mdpd_deploy.config import Config
 from mdpd_deploy.data import TaskData, check_images, load_task
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.train.batches import Schedule
-from mdpd_deploy.train.trackers import check_trackers
 from mdpd_deploy.train.methods import Method, TaskSpec, build_method
+from mdpd_deploy.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,7 @@ def command(
         Path | None, typer.Option(help="Folder for all of it; default runs/demo, then demo-2, …")
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the 1,000 training digits.")] = EPOCHS,
-    seconds: Annotated[
-        float, typer.Option(help="Measuring time per latency cell.")
-    ] = SECONDS,
+    seconds: Annotated[float, typer.Option(help="Measuring time per latency cell.")] = SECONDS,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Fine-tune a small vision transformer on handwritten digits, fade, export, and time it."""
@@ -87,9 +85,7 @@ def _figures(run: "Run", probe: "Run", bundle: "Bundle", latency: dict[str, Any]
         "params": params,
         "memory": {k: run.summary["memory"][k] for k in ("peak_live_bytes", "forecast_bytes")},
         "train_s": run.summary["time"]["train_s"],
-        "gates": {
-            name: gate["verdict"] for name, gate in bundle.manifest["verification"].items()
-        },
+        "gates": {name: gate["verdict"] for name, gate in bundle.manifest["verification"].items()},
         "latency": [
             {key: ratio[key] for key in ("variant", "median", "ci95", "words")}
             for ratio in latency["ratios"]
