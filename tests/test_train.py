@@ -410,7 +410,9 @@ def test_a_tracker_gets_the_numbers_or_its_absence_is_named(tmp_path, image_opti
             fit_in(tmp_path / "run", image_options, set=asked)
         assert not (tmp_path / "run").exists()
         return
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import (  # pyright: ignore[reportMissingImports]  # the extra `track`
+        EventAccumulator,
+    )
 
     run = fit_in(tmp_path / "run", image_options, set=asked)
     events = EventAccumulator(str(run.path / "tensorboard"))

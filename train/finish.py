@@ -38,9 +38,11 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
     """
     if setup.config.train.keep == "best":
         load_best(out / "checkpoints", setup.method)
-    shutil.rmtree(out / "model", ignore_errors=True)
-    with atomic_folder(out / "model") as folder:
-        write_model(setup, folder)
+    if setup.state.is_main_process:
+        shutil.rmtree(out / "model", ignore_errors=True)
+        with atomic_folder(out / "model") as folder:
+            write_model(setup, folder)
+    setup.state.wait_for_everyone()
     summary = describe(setup, progress, forecast)
     run = Run(out, setup.config, summary, setup.data.label_names)
     deployed = run.load_deployed().to(setup.state.device)
@@ -59,8 +61,9 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
                 extra["side"] = metrics_of(setup, side, name)
             summary[f"metrics_{name}"] = extra
     summary["status"] = "completed"
-    report(setup, out, summary, outputs["validation"], side.get("validation"))
-    write_json(out / "summary.json", summary)
+    if setup.state.is_main_process:
+        report(setup, out, summary, outputs["validation"], side.get("validation"))
+        write_json(out / "summary.json", summary)
     return run
 
 
