@@ -134,8 +134,9 @@ class OptimConfig(Section):
     """AdamW and its schedule."""
 
     lr: float = Field(default=1e-3, gt=0)  # side network, φ, G, side head
-    norm_lr: float | None = Field(default=None, gt=0)  # tuned norms; default: lr
-    head_lr: float | None = Field(default=None, gt=0)  # deployed head; default: lr
+    # tuned norms; default: lr, and 10 lr beside a side network that teaches (--method mdpd)
+    norm_lr: float | None = Field(default=None, gt=0)
+    head_lr: float | None = Field(default=None, gt=0)  # deployed head; default: as norm_lr's
     weight_decay: float = Field(default=0.01, ge=0)  # not on norms and biases
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -153,7 +154,7 @@ class CheckpointConfig(Section):
 class TrackConfig(Section):
     """Trackers beside the run's own files (extra `track`)."""
 
-    to: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    to: list[Literal["tensorboard", "trackio"]] = []
 
 
 class Config(Section):

@@ -48,7 +48,7 @@ class ProgressBar:
     def say(self, text: str) -> None:
         """Print one line above the bar."""
         if self.enabled:
-            self.bar.console.print(text, highlight=False, markup=False)
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, step: int, line: dict[str, Any]) -> None:
         """Show the newest log line."""

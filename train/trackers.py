@@ -6,11 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker
 
 from mdpd_deploy.errors import missing_extra
 
-PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
+PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio"}
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ class Trackers:
 def _tracker(name: str, out: Path) -> GeneralTracker:
     if name == "tensorboard":
         return TensorBoardTracker("tensorboard", str(out))
-    return (TrackioTracker if name == "trackio" else WandBTracker)("mdpd", name=out.name)
+    return TrackioTracker("mdpd", name=out.name)
 
 
 def _numbers(line: dict[str, Any], prefix: str) -> list[tuple[str, float]]:

@@ -58,7 +58,9 @@ def demo(
     say("1/4  MDPD: backbone and side network teach each other (1,000 digits, frozen ViT)")
     run = fit(task="digits", epochs=epochs, out=folder, quiet=quiet)
     say("2/4  linear probe on the same frozen backbone, for comparison")
-    probe = fit(task="digits", method="probe", epochs=epochs, out=folder / "probe", quiet=quiet)
+    probe = fit(
+        task="digits", method="probe", lr=1e-2, epochs=epochs, out=folder / "probe", quiet=quiet
+    )
     say("3/4  the side network fades: export to ONNX, through every gate")
     bundle = export_run(run.path)
     say("4/4  latency in ONNX Runtime, batch 1: deployed, bare backbone, side-network rivals")
@@ -125,8 +127,8 @@ def _print(result: dict[str, Any]) -> None:
         console.print(f"{name:8}{result[name]}", highlight=False, soft_wrap=True)
     console.print(f"latency {result['latency_folder']}", highlight=False, soft_wrap=True)
     console.print(
-        "\nThe same on your own data (an image folder with train/CLASS/*.jpg; or a table: add\n"
-        "--text COLUMN --label COLUMN --backbone hf:NAME):\n"
+        "\nThe same on your own data, an image folder with train/CLASS/*.jpg\n"
+        "(or a table: add --text COLUMN --label COLUMN --backbone hf:NAME):\n"
         "  mdpd train --task classify --data FOLDER\n"
         "  mdpd export --fmt onnx\n"
         "  mdpd bench-latency",
