@@ -91,6 +91,15 @@ def refuse_nonempty(folder: Path, *, overwrite: bool) -> None:
         )
 
 
+def free_path(path: Path) -> Path:
+    """Return `path`, or the first of path-2, path-3, … that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:

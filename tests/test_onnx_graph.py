@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -108,7 +109,14 @@ def test_axes_and_names_are_the_declared_ones(exported):
 def test_graph_carries_nothing_of_the_machine_that_made_it(exported):
     _, graph = exported
     raw = graph.path.read_bytes()
-    for trace in (b"/home/", b"/work/", b"/tmp/", b".py", b"site-packages", b"stack"):
+    for trace in (
+        b"/home/",
+        str(Path(__file__).parents[1]).encode(),
+        b"/tmp/",
+        b".py",
+        b"site-packages",
+        b"stack",
+    ):
         assert trace not in raw
     proto = onnx.load(graph.path)
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 20)]

@@ -1,6 +1,6 @@
 """A whole training run: plan it, run it, resume it."""
 
-import logging
+import shutil
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -8,15 +8,13 @@ from typing import Any
 
 from mdpd_deploy.config import Config, load_config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.files import refuse_nonempty, write_text
+from mdpd_deploy.files import free_path, refuse_nonempty, write_text
 from mdpd_deploy.run import Run
 from mdpd_deploy.train.finish import finish
 from mdpd_deploy.train.forecast import forecast
 from mdpd_deploy.train.loop import train
 from mdpd_deploy.train.progress import ProgressBar
 from mdpd_deploy.train.setup import Setup, default_out, prepare
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def fit_run(config: Config, *, overwrite: bool = False, quiet: bool = False) -> 
     out = (
         Path(config.out)
         if config.out
-        else _free(default_out(config, f"{datetime.now():%Y%m%d-%H%M%S}"))
+        else free_path(default_out(config, f"{datetime.now():%Y%m%d-%H%M%S}"))
     )
     refuse_nonempty(out, overwrite=overwrite)
     config = config.model_copy(update={"out": str(out.resolve())})
@@ -143,18 +141,7 @@ def _go(setup: Setup, out: Path, *, quiet: bool) -> Run:
     return run
 
 
-def _free(path: Path) -> Path:
-    """Return `path`, or the first of path-2, path-3, … that does not exist."""
-    candidate, number = path, 1
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
-
-
 def _clear(out: Path) -> None:
-    import shutil
-
     for name in ("checkpoints", "model", "bundles", "latency"):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("summary.json", "metrics.jsonl", "report.html"):

@@ -49,12 +49,13 @@ def demo(
     from mdpd_deploy.commands.bench_latency import bench_latency
     from mdpd_deploy.commands.export import export_run
     from mdpd_deploy.commands.train import fit
+    from mdpd_deploy.files import free_path
 
     def say(text: str) -> None:
         if not quiet:
             typer.echo(text, err=True)
 
-    folder = Path(out) if out is not None else _free(Path("runs/demo"))
+    folder = Path(out) if out is not None else free_path(Path("runs/demo"))
     say("1/4  MDPD: backbone and side network teach each other (1,000 digits, frozen ViT)")
     run = fit(task="digits", epochs=epochs, out=folder, quiet=quiet)
     say("2/4  linear probe on the same frozen backbone, for comparison")
@@ -66,14 +67,6 @@ def demo(
     say("4/4  latency in ONNX Runtime, batch 1: deployed, bare backbone, side-network rivals")
     latency = bench_latency(run.path, runtime=["onnx"], batch=[1], seconds=seconds)
     return _figures(run, probe, bundle, latency)
-
-
-def _free(path: Path) -> Path:
-    candidate, number = path, 1
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
 
 
 def _figures(run: "Run", probe: "Run", bundle: "Bundle", latency: dict[str, Any]) -> dict[str, Any]:
