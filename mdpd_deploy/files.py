@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from mdpd_deploy.errors import UserError, WorkFailed
 
 
@@ -32,11 +34,15 @@ def saying_disk_full(path: Path) -> Iterator[None]:
     """Turn a failed write into one sentence that names the place."""
     try:
         yield
-    except OSError as err:
-        if err.filename is None and err.errno is None:
+    except (OSError, SafetensorError) as err:
+        if isinstance(err, SafetensorError):  # it wraps a failed write in words of its own
+            reason = str(err).rpartition("I/O error: ")[2]
+        elif err.errno is None:
             raise
+        else:
+            reason = err.strerror or str(err)
         raise WorkFailed(
-            f"could not write {path}: {err.strerror or err}. "
+            f"could not write {path}: {reason}. "
             "Free some space or choose another --out; nothing half-written was left behind."
         ) from err
 

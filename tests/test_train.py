@@ -421,3 +421,19 @@ def test_a_tracker_gets_the_numbers_or_its_absence_is_named(tmp_path, image_opti
     assert tags >= {"train/loss", "validation/deployed/accuracy", "validation/side/accuracy"}
     last = events.Scalars("validation/deployed/accuracy")[-1]
     assert last.step == 6
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(tmp_path, image_options):
+    """A limit on file sizes stands in for a full disk: the checkpoint does not fit."""
+    import shlex
+
+    out = tmp_path / "run"
+    words = ["train", "--task", "classify", "--data", image_options["data"], "--backbone"]
+    words += [image_options["backbone"], "--steps", "4", "--batch", "8", "--out", out]
+    line = f"ulimit -f 30; {shlex.join(command(*words))}"
+    full = subprocess.run(["bash", "-c", line], check=False, capture_output=True, timeout=300)
+    assert full.returncode == 1
+    assert b"could not write" in full.stderr and b"Free some space" in full.stderr
+    assert b"Traceback" not in full.stderr
+    assert not list(out.glob("checkpoints/*")) and not (out / "model").exists()
+    assert fit(resume=out, quiet=True).summary["status"] == "completed"
