@@ -51,8 +51,6 @@ class Trace:
 class NormGradient(ABC):
     """One of the five ways; `trained` names the norm parameters that it moves."""
 
-    exact = True
-
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
 
@@ -146,8 +144,6 @@ class Full(NormGradient):
 class Local(NormGradient):
     """Each block's norms follow their own layer's feature loss."""
 
-    exact = False
-
     def trained(self, feature_layers: tuple[int, ...]) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}
         for layer in sorted({*feature_layers, self.backbone.depth}):
@@ -176,8 +172,6 @@ class Local(NormGradient):
 
 class Nothing(NormGradient):
     """No norm is trained; the loss reaches the head only."""
-
-    exact = False
 
     def trained(self, feature_layers: tuple[int, ...]) -> dict[str, nn.Parameter]:
         return {}

@@ -23,6 +23,7 @@ from mdpd_deploy.model import pool_side
 from mdpd_deploy.sides import SideOutput, build_side
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.tasks.losses import logits_loss
+from mdpd_deploy.train.memory import part
 from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts, TaskSpec
 from mdpd_deploy.train.norm_grad import LayerLoss, Trace, build_norm_gradient
 
@@ -82,13 +83,16 @@ class MDPD(Method):
         return output, pooled.float()
 
     def step(self, batch: Batch) -> Parts:
-        trace = self.engine.forward(self.cast(batch.inputs))
+        with part("taps"):
+            trace = self.engine.forward(self.cast(batch.inputs))
         tokens = trace.taps[0].shape[1]
         hidden = self.distiller.draw_mask(
             batch.keys, tokens, self.config.train.seed, batch.step
         ).to(trace.taps[0].device)
-        losses, teacher, features = self._side_pass(batch, trace, hidden)
-        student = self._backbone_pass(batch, trace, hidden, teacher, features)
+        with part("side pass"):
+            losses, teacher, features = self._side_pass(batch, trace, hidden)
+        with part("backbone pass"):
+            student = self._backbone_pass(batch, trace, hidden, teacher, features)
         student["loss"] += losses["loss"]
         return losses | student
 
