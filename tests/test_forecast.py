@@ -132,16 +132,17 @@ def test_errors_stay_sentences(folders):
         forecast(config_of(folders / "vit", side="unipd"), outputs=2, kind="classify")
 
 
+@pytest.mark.parametrize("side", ["unipt", "sherl"])
 @pytest.mark.parametrize(
     ("reduction", "precision", "most"),
     [(8, "fp32", 1.1e9), (2, "fp32", 1.5e9), (8, "bf16", 0.6e9)],
 )
-def test_the_whole_step_for_vit_b_is_small(reduction, precision, most):
-    """Paper: 2.1 GB for MDPD over UniPT on ViT-B/16, batch 32, 224², float32."""
+def test_the_whole_step_for_vit_b_is_small(side, reduction, precision, most):
+    """Paper: 2.1 GB for MDPD on ViT-B/16, batch 32, 224², float32."""
     config = check_config(
         {
             "backbone": VIT_B,
-            "side": {"name": "unipt", "reduction": reduction},
+            "side": {"name": side, "reduction": reduction},
             "train": {"batch": 32, "precision": precision},
         }
     )

@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
@@ -66,6 +68,18 @@ class SideNetwork(nn.Module, ABC):
             run_block: Runs a backbone block with blocked norm gradients, for side networks whose
                 graph contains late blocks.
         """
+
+    def kept_small(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        """Call a function without dropout; in training it keeps no tensor of its own.
+
+        What it would keep is computed again in the backward pass.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return function(*inputs)
+        result: Tensor = checkpoint(
+            function, *inputs, use_reentrant=False, preserve_rng_state=False
+        )
+        return result
 
 
 SIDES: Registry[Callable[[SideShape, SideConfig], SideNetwork]] = Registry("side.name (--side)")

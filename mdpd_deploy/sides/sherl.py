@@ -55,20 +55,26 @@ class Aggregation(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, shallow: Tensor, guide: Tensor) -> Tensor:
-        """shallow [B, N, n, d], guide [B, N, d] → e' [B, N, d]."""
-        return (self.weights(shallow, guide).unsqueeze(-1) * shallow).sum(dim=2) + guide
+        """shallow [B, N, n, d], guide [B, N, d] → e' [B, N, d].
+
+        Products are contracted at once, so that no second [B, N, n, d] tensor is made.
+        """
+        return (self.weights(shallow, guide).unsqueeze(-2) @ shallow).squeeze(-2) + guide
 
     def weights(self, shallow: Tensor, guide: Tensor) -> Tensor:
         """m [B, N, n]: scores divided by redundancy, normalised to sum 1 (or all 0)."""
-        product = shallow * guide.unsqueeze(2)
-        score = self.score(product).squeeze(-1) if self.score is not None else product.sum(dim=-1)
+        query = guide if self.score is None else guide * self.score.weight.squeeze(0)
+        score = (shallow @ query.unsqueeze(-1)).squeeze(-1)
+        if self.score is not None:
+            score = score + self.score.bias
         score = torch.relu(score) / self.redundancy(shallow)
         return score / score.sum(dim=-1, keepdim=True).clamp_min(self.epsilon)
 
     def redundancy(self, shallow: Tensor) -> Tensor:
         """r_j = Σ_i ReLU(cos(E_i, E_j)) ∈ [1, n]: [B, N, n]."""
-        unit = shallow / shallow.norm(dim=-1, keepdim=True).clamp_min(self.epsilon)
-        return torch.relu(unit @ unit.transpose(-1, -2)).sum(dim=-1)
+        norm = shallow.norm(dim=-1).clamp_min(self.epsilon)
+        cosine = shallow @ shallow.transpose(-1, -2) / norm.unsqueeze(-1) / norm.unsqueeze(-2)
+        return torch.relu(cosine).sum(dim=-1)
 
 
 class SHERL(SideNetwork):
@@ -120,9 +126,12 @@ class SHERL(SideNetwork):
 
     def late_input(self, taps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the regulated input of the late block [B, N, D] and the mapped features."""
-        mapped = [layer(tap) for layer, tap in zip(self.maps, taps, strict=True)]
-        regrouped = self.aggregate(torch.stack(mapped[:-1], dim=2), mapped[-1])
+        mapped = [self.kept_small(layer, tap) for layer, tap in zip(self.maps, taps, strict=True)]
+        regrouped = self.kept_small(self._regroup, mapped[-1], *mapped[:-1])
         return self.up(regrouped) + torch.tanh(self.alpha / TEMPERATURE) * taps[-1], mapped
+
+    def _regroup(self, guide: Tensor, *shallow: Tensor) -> Tensor:
+        return self.aggregate(torch.stack(shallow, dim=2), guide)
 
     def forward(
         self, taps: Sequence[Tensor], mask: Tensor | None, run_block: RunBlock
