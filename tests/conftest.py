@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,21 @@ def write_tiny_vit(folder: Path, **options: int) -> Path:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(plain))
     return folder
+
+
+def start_python(
+    *words: str, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run this Python with the words and variables given; what it printed comes back."""
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    return start_python
 
 
 @pytest.fixture(scope="session")

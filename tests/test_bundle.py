@@ -7,12 +7,10 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-import timm
 import torch
 from onnx import numpy_helper
 from PIL import Image
 from safetensors.numpy import save_file
-from safetensors.torch import save_file as save_torch
 
 from mdpd_deploy import load_bundle
 from mdpd_deploy.backbones import load_backbone
@@ -34,16 +32,9 @@ PORT = {"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, 16, 16
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vit")
-    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    shape["num_classes"] = 0
+def model(tiny_vit):
     torch.manual_seed(0)
-    state = timm.create_model("vit_tiny_patch16_224", **shape).state_dict()
-    save_torch(state, folder / "model.safetensors")
-    plain = {"timm_model": "vit_tiny_patch16_224", "timm_kwargs": shape}
-    (folder / "config.json").write_text(json.dumps(plain))
-    backbone = load_backbone(BackboneConfig(name=str(folder)))
+    backbone = load_backbone(BackboneConfig(name=str(tiny_vit)))
     for parameter in backbone.norms().values():
         parameter.data += 0.1 * torch.randn_like(parameter)
     made = Deployed(backbone, Head(32, 3)).eval()

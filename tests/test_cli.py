@@ -4,12 +4,10 @@ import errno
 import importlib
 import json
 import logging
-import os
 import subprocess
 import sys
 import types
 import warnings
-from pathlib import Path
 
 import pytest
 
@@ -49,18 +47,6 @@ HEAVY = {
 }
 
 
-def run_python(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 @pytest.fixture
 def verb(monkeypatch):
     """Add a verb that does what the test wants."""
@@ -77,7 +63,7 @@ def verb(monkeypatch):
     return add
 
 
-def test_help_lists_every_verb_and_loads_none(tmp_path):
+def test_help_lists_every_verb_and_loads_none(tmp_path, run_python):
     baseline = int(run_python("-c", BASELINE, cwd=tmp_path).stderr.split()[-1])
     done = run_python("-c", HELP, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -90,7 +76,7 @@ def test_help_lists_every_verb_and_loads_none(tmp_path):
     assert len(loaded) <= 2 * baseline
 
 
-def test_the_verbs_own_help_loads_nothing_heavy(tmp_path):
+def test_the_verbs_own_help_loads_nothing_heavy(tmp_path, run_python):
     done = run_python("-c", HELP, *cli.VERBS, cwd=tmp_path)  # typer itself loads pydantic here
     assert done.returncode == 0, done.stderr
     assert [f"mdpd {name} " in done.stdout for name in cli.VERBS] == [True] * len(cli.VERBS)
@@ -184,11 +170,11 @@ def test_a_long_error_is_cut_to_twelve_lines(verb, capsys):
     assert lines[0] == "error: line 0"
 
 
-def test_library_warnings_are_silent_and_ours_are_not(tmp_path):
+def test_library_warnings_are_silent_and_ours_are_not(tmp_path, run_python):
     script = """
 import logging, sys, types, warnings
 from mdpd_deploy import cli
-def command() -> None:
+def command(run_python) -> None:
     warnings.warn("noise of a library", UserWarning)
     logging.getLogger("some.library").warning("noise of a logger")
     logging.getLogger("mdpd_deploy.trial").info("ours")
@@ -229,7 +215,7 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(words, said, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_exit_code_reaches_the_shell(tmp_path):
+def test_the_exit_code_reaches_the_shell(tmp_path, run_python):
     done = run_python("-m", "mdpd_deploy", "train", "absent.yaml", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
@@ -252,7 +238,7 @@ def users_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_python_m_works_beside_the_users_own_scripts(users_folder):
+def test_python_m_works_beside_the_users_own_scripts(users_folder, run_python):
     done = run_python(
         "-m", "mdpd_deploy", "train", "--dry-run", "--json", "--steps", "2", cwd=users_folder
     )
@@ -260,7 +246,7 @@ def test_python_m_works_beside_the_users_own_scripts(users_folder):
     assert json.loads(done.stdout)["forecast_bytes"] > 0
 
 
-def test_users_scripts_keep_their_names(users_folder):
+def test_users_scripts_keep_their_names(users_folder, run_python):
     (users_folder / "work.py").write_text(
         "import train, export, serve\n"
         "assert {train.WHOSE, export.WHOSE, serve.WHOSE} == {'the user'}\n"
@@ -273,7 +259,7 @@ def test_users_scripts_keep_their_names(users_folder):
     assert done.returncode == 0, done.stderr
 
 
-def test_doctor_finds_this_environment_sound(tmp_path):
+def test_doctor_finds_this_environment_sound(tmp_path, run_python):
     done = run_python("-m", "mdpd_deploy", "doctor", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -287,7 +273,7 @@ def test_doctor_finds_this_environment_sound(tmp_path):
         assert check["state"] == "ok" or check["mend"]
 
 
-def test_doctor_names_what_fails_and_the_mend(tmp_path):
+def test_doctor_names_what_fails_and_the_mend(tmp_path, run_python):
     done = run_python("-m", "mdpd_deploy", "doctor", cwd=tmp_path, HF_HOME="/proc/nobody/writes")
     assert done.returncode == 1
     lines = done.stdout.splitlines()

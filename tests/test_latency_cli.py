@@ -4,21 +4,12 @@ import json
 import shutil
 
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 
-from mdpd_deploy import bench_latency
-from mdpd_deploy.backbones import load_backbone
+from mdpd_deploy import bench_latency, export_run, fit
 from mdpd_deploy.cli import main
-from mdpd_deploy.config import check_config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.export import ExportOptions, pack
-from mdpd_deploy.run import Run
-from mdpd_deploy.sides import build_side
-from mdpd_deploy.tasks.head import Head
 
-DIGITS = tuple(str(digit) for digit in range(10))
 FAST = {"batch": [1], "seconds": 0.05, "threads": 1}
 
 
@@ -28,66 +19,22 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(root):
-    """A run folder on the digits: two ViT blocks of width 32 with tuned norms and a UniPT."""
-    return write_run(root / "runs" / "tiny", root / "vit-2x32")
+def run(root, tiny_vit):
+    """The folder of a short run on the digits."""
+    out = root / "runs" / "tiny"
+    return fit(task="digits", backbone=tiny_vit, steps=2, batch=8, out=out, quiet=True).path
 
 
 @pytest.fixture(scope="module")
 def bundle(run):
-    return pack(
-        Run.open(run),
-        run / "bundles" / "onnx-fp32",
-        ExportOptions(metric_gate=False, golden="synthetic"),
-    ).path
-
-
-def write_run(folder, backbone_folder):
-    torch.manual_seed(0)
-    backbone_folder.mkdir()
-    shape = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 4}
-    shape["num_classes"] = 0
-    vit = timm.create_model("vit_tiny_patch16_224", **shape)
-    save_file(vit.state_dict(), backbone_folder / "model.safetensors")
-    plain = {"timm_model": "vit_tiny_patch16_224", "timm_kwargs": shape}
-    (backbone_folder / "config.json").write_text(json.dumps(plain))
-
-    config = check_config({"task": "digits", "backbone": {"name": str(backbone_folder)}})
-    backbone = load_backbone(config.backbone)
-    model = folder / "model"
-    model.mkdir(parents=True)
-    (folder / "config.yaml").write_text(config.to_yaml())
-    (model / "labels.json").write_text(json.dumps({"names": DIGITS}))
-    backbone.preprocess.save(model)
-    norms = {
-        f"backbone.{name}": value.detach() + 0.1 * torch.randn_like(value)
-        for name, value in backbone.norms().items()
-    }
-    save_file({**norms, **head_tensors("head.")}, model / "delta.safetensors")
-    side = {f"side.{k}": v for k, v in build_side(backbone, config.side).state_dict().items()}
-    save_file({**side, **head_tensors("side_head.")}, model / "side.safetensors")
-    summary = {
-        "schema": 1,
-        "task": "digits",
-        "method": "mdpd",
-        "side": "unipt",
-        "status": "completed",
-        "backbone": {"name": str(backbone_folder), "sha256": backbone.source.sha256},
-        "metrics": {"deployed": {"accuracy": 0.1}},
-    }
-    (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
-
-
-def head_tensors(prefix):
-    return {prefix + name: value for name, value in Head(32, len(DIGITS)).state_dict().items()}
+    return export_run(run, metric_gate=False, golden="synthetic").path
 
 
 def call(*words):
     return main(["bench-latency", *map(str, words)])
 
 
-def test_a_run_is_timed_in_both_runtimes(run, capsys):
+def test_a_run_is_timed_in_both_runtimes(run, tiny_vit, capsys):
     options = ["--batch", "1", "--seconds", "0.05", "--threads", "1"]
     assert call(run, "--rivals", "bare,sherl", *options, "--json") == 0
     printed = capsys.readouterr()
@@ -104,7 +51,7 @@ def test_a_run_is_timed_in_both_runtimes(run, capsys):
         "task": "digits",
         "method": "mdpd",
         "side": "unipt",
-        "backbone": "vit-2x32",
+        "backbone": tiny_vit.name,
     }
     assert report["settings"]["inputs"] == "validation examples of the run"
     untrained = {note["name"]: note["untrained"] for note in report["variants"]}
@@ -126,7 +73,7 @@ def test_a_bundle_in_its_run_is_timed_against_the_runs_side_networks(bundle, roo
     assert (root / "named" / "latency.svg").is_file()
 
 
-def test_a_bundle_alone_is_timed_against_bare(bundle, root, capsys):
+def test_a_bundle_alone_is_timed_against_bare(bundle, root, tiny_vit, capsys):
     alone = root / "elsewhere" / "model"
     shutil.copytree(bundle, alone)
     assert call(alone, "--batch", "1,2", "--seconds", "0.05", "--threads", "1") == 0
@@ -136,7 +83,7 @@ def test_a_bundle_alone_is_timed_against_bare(bundle, root, capsys):
     assert f"report and chart: {alone}-latency" in out.replace("\n", "")
     again = bench_latency(alone, **FAST)  # the bundle is still sound, the first report still there
     assert again["folder"] == f"{alone}-latency-2"
-    assert again["source"]["backbone"] == "vit-2x32"
+    assert again["source"]["backbone"] == tiny_vit.name
     with pytest.raises(UserError, match="--rivals unipt: a bundle without its run"):
         bench_latency(alone, rivals=["bare", "unipt"], **FAST)
     with pytest.raises(UserError, match=r"--runtime torch: .* is a bundle without its run"):

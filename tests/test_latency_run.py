@@ -10,22 +10,17 @@ from xml.etree import ElementTree
 import numpy as np
 import onnx
 import pytest
-import timm
 import torch
 from onnx import numpy_helper
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
-from mdpd_deploy.backbones import load_backbone
-from mdpd_deploy.config import BackboneConfig, SideConfig
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.model import Deployed, WithSide
 from mdpd_deploy.serve import (
     Grid,
     InputSource,
@@ -43,42 +38,9 @@ from mdpd_deploy.serve.latency_chart import draw
 from mdpd_deploy.serve.latency_inputs import size_of
 from mdpd_deploy.serve.operations import count_flops, count_nodes, count_operators
 from mdpd_deploy.serve.runtimes import OnnxSession, TorchSession, torch_threads
-from mdpd_deploy.sides import build_side
-from mdpd_deploy.tasks.head import Head
 
 BRIEF = Plan(seconds=0.05, warmup_seconds=0.0, warmup_cap=0.0)
 CLASSES = 3
-
-
-class TinyRun:
-    """Models as a run gives them: tuned norms, and a trained UniPT; two blocks of width 32."""
-
-    def __init__(self, folder):
-        self.config = BackboneConfig(name=str(folder))
-
-    def _backbone(self):
-        return load_backbone(self.config)
-
-    def _head(self, width):
-        torch.manual_seed(1)
-        return Head(width, CLASSES)
-
-    def load_bare(self):
-        backbone = self._backbone()
-        return Deployed(backbone, self._head(backbone.width)).eval()
-
-    def load_deployed(self):
-        model = self.load_bare()
-        torch.manual_seed(2)
-        with torch.no_grad():
-            for parameter in model.backbone.norms().values():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        return model
-
-    def load_with_side(self, name=None):
-        backbone = self._backbone()
-        side = build_side(backbone, SideConfig(name=name))
-        return WithSide(backbone, side, self._head(backbone.width)).eval(), name == "unipt"
 
 
 def pictures(count):
@@ -90,35 +52,19 @@ def pictures(count):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vit")
-    shape = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 4}
-    shape["num_classes"] = 0
-    torch.manual_seed(0)
-    save_file(
-        timm.create_model("vit_tiny_patch16_224", **shape).state_dict(),
-        folder / "model.safetensors",
-    )
-    plain = {"timm_model": "vit_tiny_patch16_224", "timm_kwargs": shape}
-    (folder / "config.json").write_text(json.dumps(plain))
-    return TinyRun(folder)
-
-
-@pytest.fixture(scope="module")
 def graphs(tmp_path_factory):
     return tmp_path_factory.mktemp("graphs")
 
 
 @pytest.fixture(scope="module")
-def source(run):
-    backbone = load_backbone(run.config)
-    return InputSource("test pictures", backbone.preprocess, CLASSES, pictures(20))
+def source(tiny_run):
+    return InputSource("test pictures", tiny_run.preprocess, CLASSES, pictures(20))
 
 
 @pytest.fixture(scope="module")
-def report(run, source, graphs):
+def report(tiny_run, source, graphs):
     grid = Grid(("onnx", "torch"), (1, 2), "cpu", 1, BRIEF, seed=0)
-    variants = variants_of_run(run, rival_names(["bare", "unipt", "sherl"]))
+    variants = variants_of_run(tiny_run, rival_names(["bare", "unipt", "sherl"]))
     about = {
         "kind": "run",
         "name": "tiny",
@@ -145,7 +91,7 @@ def test_every_cell_has_every_variant_and_enough_times(report):
         assert row.p50_ms == pytest.approx(np.median(times) / 1e6)
         assert row.items_per_s == pytest.approx(row.batch * row.n / (sum(times) / 1e9))
         assert row.p50_ms <= row.p90_ms <= row.p95_ms
-        assert row.size == "3x32x32" and row.warmup["calls"] >= 8
+        assert row.size == "3x16x16" and row.warmup["calls"] >= 8
 
 
 def test_ratios_stay_inside_their_cell(report):
@@ -231,8 +177,8 @@ def test_the_chart_shows_every_interval_whole(report):
     assert labels[:5] == ["batch 1", "deployed (A/A)", "bare", "unipt", "sherl*"]
 
 
-def test_flops_equal_the_count_by_hand(run, source):
-    model = run.load_deployed()
+def test_flops_equal_the_count_by_hand(tiny_run, source):
+    model = tiny_run.load_deployed()
     arrays = source.batches(2, seed=0)[0]
     macs = 0
 
@@ -248,21 +194,22 @@ def test_flops_equal_the_count_by_hand(run, source):
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.register_forward_hook(add)
     flops = count_flops(model, arrays)
-    tokens = 4 + model.backbone.prefix_tokens
+    rows, columns = model.backbone.grid
+    tokens = rows * columns + model.backbone.prefix_tokens
     attention = 2 * 2 * tokens * tokens * model.backbone.width * model.backbone.depth  # QKᵀ and ·V
     assert flops == 2 * (macs + attention)
 
 
-def test_operators_do_not_grow_with_the_batch(run, source):
-    model = run.load_deployed()
+def test_operators_do_not_grow_with_the_batch(tiny_run, source):
+    model = tiny_run.load_deployed()
     one, two = (count_operators(model, source.batches(size, seed=0)[0]) for size in (1, 2))
     # A ViT block runs 2 norms, 4 products, 1 attention, 1 activation, 2 sums at the least.
     assert one == two >= 10 * model.backbone.depth
 
 
-def test_both_runtimes_time_the_same_computation(run, source, report, graphs):
+def test_both_runtimes_time_the_same_computation(tiny_run, source, report, graphs):
     batches = source.batches(2, seed=0)
-    model = run.load_deployed()
+    model = tiny_run.load_deployed()
     onnx_call = OnnxSession(graphs / "deployed.onnx", device="cpu", threads=1).prepare(batches)
     torch_call = TorchSession(model, ("pixel_values",), device="cpu").prepare(batches)
     for index in range(len(batches)):
@@ -320,7 +267,7 @@ def test_rival_names():
 
 def test_real_inputs_are_distinct_and_repeat_only_when_they_must(source):
     batches = source.batches(2, seed=0, sets=8)
-    assert [batch["pixel_values"].shape for batch in batches] == [(2, 3, 32, 32)] * 8
+    assert [batch["pixel_values"].shape for batch in batches] == [(2, 3, 16, 16)] * 8
     pixels = np.concatenate([batch["pixel_values"] for batch in batches])
     assert len(np.unique(pixels.reshape(16, -1), axis=0)) == 16
     assert len(np.concatenate([b["pixel_values"] for b in source.batches(32, seed=0)])) == 8 * 32
@@ -331,7 +278,7 @@ def test_real_inputs_are_distinct_and_repeat_only_when_they_must(source):
 def test_synthetic_pictures_look_normalised(source):
     batches = InputSource("random", source.preprocess, CLASSES).batches(16, seed=0)
     pixels = np.concatenate([batch["pixel_values"] for batch in batches])
-    assert pixels.dtype == np.float32 and pixels.shape == (128, 3, 32, 32)
+    assert pixels.dtype == np.float32 and pixels.shape == (128, 3, 16, 16)
     assert abs(pixels.mean()) < 0.02 and abs(pixels.std() - 1) < 0.02
 
 

@@ -7,10 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import BackboneConfig, SideConfig
@@ -25,44 +22,11 @@ from mdpd_deploy.tasks.head import Head
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "the", "very"]
-
 
 @pytest.fixture(scope="module")
-def vit_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vit")
-    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    shape["num_classes"] = 0
-    torch.manual_seed(0)
-    state = timm.create_model("vit_tiny_patch16_224", **shape).state_dict()
-    save_file(state, folder / "model.safetensors")
-    plain = {"timm_model": "vit_tiny_patch16_224", "timm_kwargs": shape}
-    (folder / "config.json").write_text(json.dumps(plain))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bert_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bert")
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=24,
-    )
-    BertModel(config).save_pretrained(folder)
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def backbone_of(vit_folder, bert_folder):
+def backbone_of(tiny_vit, tiny_bert):
     def load(kind):
-        folder = {"vit": vit_folder, "bert": bert_folder}[kind]
+        folder = {"vit": tiny_vit, "bert": tiny_bert}[kind]
         return load_backbone(BackboneConfig(name=str(folder)), max_length=20)
 
     return load

@@ -3,10 +3,8 @@
 import ast
 import doctest
 import importlib
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 import zipfile
@@ -89,20 +87,6 @@ def imports(module: str, *, only_at_import_time: bool = False) -> set[str]:
     return found
 
 
-def run_python(
-    *words: str, cwd: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def test_every_package_folder_is_listed():
     packages = {
         ".".join((name, *init.parent.relative_to(ROOT / folder).parts))
@@ -118,7 +102,7 @@ def test_every_folder_with_modules_is_a_package():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def wheel(tmp_path_factory, run_python) -> Path:
     """Build from a copy, so that no leftover of the checkout gets in and none is left in it."""
     copy = tmp_path_factory.mktemp("sources")
     for folder in MAPPING.values():
@@ -149,7 +133,7 @@ def test_the_wheel_holds_every_module_and_asset(wheel):
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
 
 
-def test_the_wheel_imports_away_from_the_checkout(wheel, tmp_path):
+def test_the_wheel_imports_away_from_the_checkout(wheel, tmp_path, run_python):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
@@ -166,20 +150,20 @@ def test_the_wheel_imports_away_from_the_checkout(wheel, tmp_path):
 
 
 @pytest.mark.parametrize("folder", [MAPPING[area] for area in AREAS])
-def test_a_bare_import_of_an_area_is_refused(folder):
+def test_a_bare_import_of_an_area_is_refused(folder, run_python):
     done = run_python("-c", f"import {folder}", cwd=ROOT)
     assert done.returncode == 1
     assert f"ImportError: import mdpd_deploy.{folder}, not '{folder}'" in done.stderr
 
 
-def test_a_checkout_that_is_not_installed_says_so():
+def test_a_checkout_that_is_not_installed_says_so(run_python):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mdpd_deploy"
     done = run_python("-I", "-S", "-c", code)  # -S: no site-packages, so nothing is installed
     assert done.returncode == 1
     assert "not installed: run `pip install -e .`" in done.stderr
 
 
-def test_every_module_imports_without_any_extra():
+def test_every_module_imports_without_any_extra(run_python):
     """What `pip install mdpd-deploy` alone gives must import, with no optional package about."""
     names = sorted(set(MODULES) - {"mdpd_deploy.__main__"})
     code = f"""
@@ -206,7 +190,7 @@ sys.exit(bool(failed))
     assert done.returncode == 0, done.stdout
 
 
-def test_the_inference_path_loads_no_torch():
+def test_the_inference_path_loads_no_torch(run_python):
     code = f"""
 import importlib, sys
 for name in {TORCH_FREE!r}:
@@ -217,7 +201,7 @@ for name in {TORCH_FREE!r}:
     assert done.returncode == 0, done.stderr
 
 
-def test_importing_the_package_loads_nothing():
+def test_importing_the_package_loads_nothing(run_python):
     code = "import sys, mdpd_deploy; print(sorted(n for n in sys.modules if 'mdpd' in n))"
     loaded = ast.literal_eval(run_python("-c", code).stdout)
     assert [name for name in loaded if not name.startswith("__editable__")] == ["mdpd_deploy"]
@@ -258,7 +242,7 @@ def test_every_foreign_import_is_a_declared_dependency():
         assert not strangers, f"{module} imports {strangers}, which pyproject.toml does not name"
 
 
-def test_no_import_path_is_installed_but_ours():
+def test_no_import_path_is_installed_but_ours(run_python):
     """Nothing of the checkout besides mdpd_deploy may be importable by its bare name."""
     code = "from importlib.util import find_spec as f; print([f(n) for n in ('train', 'export', 'serve')])"
     assert run_python("-P", "-c", code).stdout.strip() == "[None, None, None]"
