@@ -1,6 +1,5 @@
 """What a bundle's manifest says of a run: no absolute path of the training machine gets in (D16)."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ def describe_run(
         "nodes": graph.nodes,
         "source": {
             "run": run.path.resolve().name,
-            "config_sha256": hashlib.sha256(run.config.to_yaml().encode()).hexdigest(),
+            "config_sha256": run.config.sha256(),
             "backbone": _without_paths(run.summary["backbone"]),
             "side": _without_paths(run.summary.get("side")),
             "seed": run.config.train.seed,

@@ -5,6 +5,7 @@ once; nothing past this module sees an OmegaConf object. Flags override YAML, YA
 defaults below.
 """
 
+import hashlib
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -176,6 +177,10 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Return the config as YAML that `load_config` reads back unchanged."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def sha256(self) -> str:
+        """Return the hash of `to_yaml`, by which a bundle knows its run."""
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()
 
 
 def load_config(

@@ -174,7 +174,7 @@ def test_library_warnings_are_silent_and_ours_are_not(tmp_path, run_python):
     script = """
 import logging, sys, types, warnings
 from mdpd_deploy import cli
-def command(run_python) -> None:
+def command() -> None:
     warnings.warn("noise of a library", UserWarning)
     logging.getLogger("some.library").warning("noise of a logger")
     logging.getLogger("mdpd_deploy.trial").info("ours")

@@ -1,6 +1,5 @@
 """`mdpd bench-latency`: time a deployed model against its bare backbone and side-network rivals."""
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from mdpd_deploy.bundle import Bundle
-    from mdpd_deploy.config import Config
     from mdpd_deploy.run import Run
     from mdpd_deploy.serve import Grid, InputSource, LatencyReport, Variant
 
@@ -190,18 +188,13 @@ def _open(path: Path | None) -> _Subject:
     if home.name != "bundles" or not (home.parent / "summary.json").is_file():
         return _Subject(path, None, bundle)
     run = Run.open(home.parent)
-    if bundle.manifest["source"].get("config_sha256") != _sha256(run.config):
+    if bundle.manifest["source"].get("config_sha256") != run.config.sha256():
         raise UserError(
             f"bundle {path} was not exported from the run it lies in ({run.path}): "
             "export that run again, or move the bundle elsewhere to time it alone."
         )
     log.info("run of this bundle: %s", run.path)
     return _Subject(path, run, bundle)
-
-
-def _sha256(config: "Config") -> str:
-    """As export writes it into the manifest."""
-    return hashlib.sha256(config.to_yaml().encode()).hexdigest()
 
 
 def _grid(
