@@ -69,6 +69,9 @@ class SideConfig(Section):
     reduction: int | None = Field(default=None, ge=1)
     variant: Literal["reference", "paper"] = "reference"  # released code, or the paper's equations
     projection: Literal["auto", "d-d", "d-D-d"] = "auto"  # UniPT's map of the blend (methods 2.1.2)
+    late_layers: int = Field(default=1, ge=1)  # SHERL: blocks that it enters anew
+    # LST's first weights: the backbone's largest, its most important for the task, or random
+    init: Literal["magnitude", "fisher", "random"] = "magnitude"
 
 
 class DistillConfig(Section):

@@ -133,11 +133,11 @@ def _trace(model: Deployed | WithSide) -> Any:
 @contextlib.contextmanager
 def _eager_attention(model: Deployed | WithSide) -> Iterator[None]:
     """Spell attention out: fused attention adds a third more nodes at this opset."""
-    model.backbone.set_attention("eager")
+    model.backbone.set_attention("eager", model)
     try:
         yield
     finally:
-        model.backbone.set_attention("sdpa")
+        model.backbone.set_attention("sdpa", model)
 
 
 def _strip_notes(proto: onnx.ModelProto) -> None:

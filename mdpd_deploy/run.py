@@ -160,7 +160,7 @@ class Run:
         import torch
 
         from mdpd_deploy.model import WithSide
-        from mdpd_deploy.sides import build_side
+        from mdpd_deploy.sides import build_side, other_side
 
         backbone = self.load_backbone()
         config = self.config.side
@@ -170,7 +170,7 @@ class Run:
             torch.manual_seed(0)
             side = build_side(
                 backbone,
-                config.model_copy(update={"name": name or config.name}),
+                other_side(config, name) if name else config,
                 last_feature=last_feature,
             )
             head = self._head(side.width if last_feature else backbone.width)

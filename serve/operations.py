@@ -45,13 +45,13 @@ def count_operators(model: Deployed | WithSide, arrays: Arrays) -> int:
 
 def _forward(model: Deployed | WithSide, arrays: Arrays, *, attention: str) -> None:
     inputs = [torch.from_numpy(arrays[name]) for name in model.backbone.input_names]
-    model.backbone.set_attention(attention)
+    model.backbone.set_attention(attention, model)
     try:
         # Not inference_mode: the dispatch modes would see some composite operators undivided.
         with torch.no_grad():
             model.eval()(*inputs)
     finally:
-        model.backbone.set_attention("sdpa")
+        model.backbone.set_attention("sdpa", model)
 
 
 class _OperatorCounter(TorchDispatchMode):

@@ -12,6 +12,7 @@ from transformers import BertConfig, PreTrainedTokenizerFast
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import check_config
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.sides import SIDES
 from mdpd_deploy.train.forecast import _parts, _step, _task, forecast, measured_step
 from mdpd_deploy.train.memory import storage_bytes
 from mdpd_deploy.train.methods import build_method
@@ -79,7 +80,7 @@ ROWS = [
     ("vit", "probe", "unipt", {}),
     ("bert", "mdpd", "unipt", {}),
     ("bert", "mdpd", "sherl", {"norm_grad": "local"}),
-    ("bert", "side", "unipt", {}),
+    *((family, "side", side, {}) for family in ("vit", "bert") for side in sorted(SIDES)),
 ]
 
 

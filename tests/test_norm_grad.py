@@ -9,6 +9,7 @@ import torch
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import BackboneConfig, load_config
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.sides import SIDES
 from mdpd_deploy.train.methods import Batch, TaskSpec, build_method
 from mdpd_deploy.train.norm_grad import build_norm_gradient
 
@@ -51,7 +52,7 @@ def gradients(method, batch, seed=5):
     return found, losses
 
 
-@pytest.mark.parametrize("side", ["unipt", "sherl"])
+@pytest.mark.parametrize("side", sorted(SIDES))
 @pytest.mark.parametrize("dropout", [True, False])
 @pytest.mark.parametrize("method", ["mdpd", "norms"])
 def test_recompute_equals_full_for_every_trained_tensor(backbone, method, side, dropout):
@@ -101,7 +102,7 @@ def test_the_walk_leaves_the_random_state_as_the_forward_left_it(backbone):
 
 
 @pytest.mark.parametrize("mode", ["recompute", "full", "late:1", "late:2", "local", "none"])
-@pytest.mark.parametrize("side", ["unipt", "sherl"])
+@pytest.mark.parametrize("side", sorted(SIDES))
 def test_every_declared_tensor_has_a_gradient_and_no_other_has(backbone, side, mode):
     method = make(backbone, "mdpd", side, f"train.norm_grad={mode}")
     found, _ = gradients(method, batch_for(backbone))
@@ -119,7 +120,7 @@ def test_every_declared_tensor_has_a_gradient_and_no_other_has(backbone, side, m
         )
 
 
-@pytest.mark.parametrize("side", ["unipt", "sherl"])
+@pytest.mark.parametrize("side", sorted(SIDES))
 def test_the_side_pass_moves_no_backbone_tensor_and_the_backbone_pass_no_side_tensor(
     backbone, side
 ):

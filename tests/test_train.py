@@ -19,10 +19,11 @@ from mdpd_deploy.commands.train import plan
 from mdpd_deploy.config import load_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.run import Run
+from mdpd_deploy.sides import SIDES
 from mdpd_deploy.train.batches import Schedule
 
-ROWS = [("probe", "unipt"), ("norms", "unipt"), ("side", "unipt"), ("side", "sherl")]
-ROWS += [("mdpd", "unipt"), ("mdpd", "sherl")]
+ROWS = [("probe", "unipt"), ("norms", "unipt")]
+ROWS += [(method, side) for method in ("side", "mdpd") for side in sorted(SIDES)]
 
 
 def fit_in(folder, options, **more):

@@ -24,6 +24,7 @@ from mdpd_deploy.train.checkpoint import (
     save_checkpoint,
 )
 from mdpd_deploy.train.evaluate import run_over
+from mdpd_deploy.train.fisher import inherit_important
 from mdpd_deploy.train.forecast import measured_step
 from mdpd_deploy.train.methods import Batch, Method
 from mdpd_deploy.train.optim import (
@@ -62,6 +63,8 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
         if state.process_index:  # the checkpoint holds the first process's random state
             torch.manual_seed(hash((config.train.seed, state.process_index, progress.step)))
         bar.say(f"resuming {out} at step {progress.step} of {setup.steps}")
+    else:
+        inherit_important(setup, bar.say)
     log = MetricsLog(setup, out, progress.step)
     dataset = StepDataset(
         setup.data.train,

@@ -30,6 +30,21 @@ class BackboneSource:
     pretrained: bool
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer or a norm of a block, as a copy with fewer units must know it.
+
+    Attributes:
+        paths: Modules of the block that read the same inputs and keep the same units.
+        stacked: Maps that one weight holds, one below the other (3 in a fused qkv).
+        linear: False for a norm, which has as many units as inputs.
+    """
+
+    paths: tuple[str, ...]
+    stacked: int = 1
+    linear: bool = True
+
+
 class Backbone(nn.Module, ABC):
     """A frozen encoder seen as embedding → blocks → final norm → pooling.
 
@@ -42,6 +57,7 @@ class Backbone(nn.Module, ABC):
         grid: (rows, columns) of the patch tokens, or None for text.
         input_names: The graph's inputs in order, e.g. ("pixel_values",).
         pooling: "mean" over real tokens without prefix tokens, or "cls" (D3).
+        heads: Attention heads of each block.
         preprocess: Raw inputs → arrays named `input_names`.
     """
 
@@ -53,6 +69,7 @@ class Backbone(nn.Module, ABC):
     grid: tuple[int, int] | None
     input_names: tuple[str, ...]
     pooling: str
+    heads: int
     preprocess: Preprocess
     source: BackboneSource
 
@@ -66,9 +83,10 @@ class Backbone(nn.Module, ABC):
     def block(self, index: int) -> nn.Module:
         """Return the module of block `index` (0-based: it maps b_index to b_{index+1})."""
 
+    @staticmethod
     @abstractmethod
-    def apply_block(self, module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Run a block (or a functional stand-in of it) on x [B, N, D] → [B, N, D]."""
+    def apply_block(module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Run a block (or a stand-in, or a thin copy of it) on x [B, N, D] → [B, N, D]."""
 
     @abstractmethod
     def final_norm(self) -> nn.Module | None:
@@ -83,8 +101,26 @@ class Backbone(nn.Module, ABC):
         """Return well-formed random inputs; `tokens` is the sequence length, text only."""
 
     @abstractmethod
-    def set_attention(self, kind: str) -> None:
-        """Choose "sdpa" (training) or "eager" (export, see deployment facts on the SDPA graph)."""
+    def thin_block(self, index: int, reduction: int) -> nn.Module:
+        """Return a fresh block like block `index`, every width but the heads' number divided."""
+
+    @abstractmethod
+    def layers(self, index: int) -> tuple[Layer, ...]:
+        """Return the layers of one block in the order in which a token passes them."""
+
+    @abstractmethod
+    def embedding_weight(self) -> tuple[nn.Parameter, int]:
+        """Return the weight that makes tokens, and its axis of length D."""
+
+    @abstractmethod
+    def set_attention(self, kind: str, within: nn.Module | None = None) -> None:
+        """Choose "sdpa" (training) or "eager" (export, see deployment facts on the SDPA graph).
+
+        Args:
+            kind: "sdpa" or "eager".
+            within: A module whose blocks of this family are meant, a side network's thin ones
+                included; None means the backbone's own.
+        """
 
     def token_mask(self, inputs: Inputs) -> Tensor | None:
         """Return [B, N], 1 for real tokens and 0 for padding; None when there is no padding."""

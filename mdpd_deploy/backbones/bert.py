@@ -4,13 +4,14 @@ All are post-norm: each block ends in a LayerNorm, there is no final norm, and t
 is never tuned (D3). The pooler is not loaded; texts are pooled over their real tokens.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mdpd_deploy.backbones.base import Backbone, Inputs, norm_parameters_of
+from mdpd_deploy.backbones.base import Backbone, Inputs, Layer, norm_parameters_of
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import unknown
 
@@ -25,7 +26,9 @@ class Layout:
     Attributes:
         blocks: Path of the list of blocks.
         norms: Paths of the two norms inside a block.
+        maps: Paths of query, key, value, output, and of the two feed-forward maps.
         width: Config entry of D.
+        hidden: Config entry of the feed-forward width.
         pooler: Whether the model takes `add_pooling_layer`.
         offset: Whether positions start behind the padding index, as in RoBERTa.
         segments: Whether the embeddings take `token_type_ids`.
@@ -33,7 +36,16 @@ class Layout:
 
     blocks: str = "encoder.layer"
     norms: tuple[str, str] = ("attention.output.LayerNorm", "output.LayerNorm")
+    maps: tuple[str, ...] = (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    )
     width: str = "hidden_size"
+    hidden: str = "intermediate_size"
     pooler: bool = True
     offset: bool = False
     segments: bool = True
@@ -46,7 +58,16 @@ LAYOUTS = {
     "distilbert": Layout(
         blocks="transformer.layer",
         norms=("sa_layer_norm", "output_layer_norm"),
+        maps=(
+            "attention.q_lin",
+            "attention.k_lin",
+            "attention.v_lin",
+            "attention.out_lin",
+            "ffn.lin1",
+            "ffn.lin2",
+        ),
         width="dim",
+        hidden="hidden_dim",
         pooler=False,
         segments=False,
     ),
@@ -72,6 +93,7 @@ class BertBackbone(Backbone):
         self.layout = LAYOUTS[model.config.model_type]
         self.width = getattr(model.config, self.layout.width)
         self.depth = len(self._blocks())
+        self.heads = model.config.num_attention_heads
         self.input_names = preprocess.input_names
         self.preprocess = preprocess
         self.max_length = preprocess.max_length
@@ -94,7 +116,8 @@ class BertBackbone(Backbone):
         """Return the module of block `index` (0-based)."""
         return self._blocks()[index]
 
-    def apply_block(self, module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    @staticmethod
+    def apply_block(module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
         """Run a block on x [B, N, D]; tokens with mask 0 are never attended to.
 
         The mask becomes an additive one [B, 1, 1, N], which means the same to "sdpa" and "eager".
@@ -138,11 +161,44 @@ class BertBackbone(Backbone):
         device = next(self.parameters()).device
         return {name: made[name].to(device) for name in self.input_names}
 
-    def set_attention(self, kind: str) -> None:
-        """Choose "sdpa" or "eager" for this instance only."""
+    def thin_block(self, index: int, reduction: int) -> nn.Module:
+        """Return a fresh transformers layer of width D / reduction with as many heads."""
+        layout = self.layout
+        config = copy.deepcopy(self.model.config)
+        for name in (layout.width, layout.hidden):
+            setattr(config, name, getattr(config, name) // reduction)
+        config._attn_implementation = "sdpa"
+        make: Any = type(self.block(index))
+        made: nn.Module = make(config)
+        return made
+
+    def layers(self, index: int) -> tuple[Layer, ...]:
+        """Return attention, norm, feed-forward, norm: the family is post-norm."""
+        maps, norms = self.layout.maps, self.layout.norms
+        return (
+            Layer(maps[:3]),
+            Layer(maps[3:4]),
+            Layer(norms[:1], linear=False),
+            Layer(maps[4:5]),
+            Layer(maps[5:6]),
+            Layer(norms[1:], linear=False),
+        )
+
+    def embedding_weight(self) -> tuple[nn.Parameter, int]:
+        """Return the word embeddings [V, D]."""
+        words = self.model.get_submodule("embeddings.word_embeddings")
+        assert isinstance(words, nn.Embedding)
+        return words.weight, 1
+
+    def set_attention(self, kind: str, within: nn.Module | None = None) -> None:
+        """Choose "sdpa" or "eager" for this instance, or within a module, only."""
         if kind not in ("sdpa", "eager"):
             raise unknown("attention", kind, ("sdpa", "eager"))
         self.model.set_attn_implementation(kind)
+        for part in () if within is None else within.modules():
+            if hasattr(part, "config"):
+                attention: Any = part
+                attention.config._attn_implementation = kind
 
     def _blocks(self) -> nn.ModuleList:
         blocks = self.model.get_submodule(self.layout.blocks)

@@ -6,12 +6,13 @@ kept where the weights have it (D3): before the pooling (`norm`), or, for weight
 timm's average pooling, after it (`fc_norm`).
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mdpd_deploy.backbones.base import Backbone, Inputs, norm_parameters_of
+from mdpd_deploy.backbones.base import Backbone, Inputs, Layer, norm_parameters_of
 from mdpd_deploy.data.preprocess import ImagePreprocess
 from mdpd_deploy.errors import UserError, unknown
 
@@ -41,6 +42,7 @@ class VitBackbone(Backbone):
         self.model = model
         self.width = model.embed_dim
         self.depth = len(model.blocks)
+        self.heads = model.blocks[0].get_submodule("attn").num_heads
         self.prefix_tokens = model.num_prefix_tokens
         self.has_cls = model.cls_token is not None
         rows, columns = model.patch_embed.grid_size
@@ -62,7 +64,8 @@ class VitBackbone(Backbone):
         """Return the module of block `index` (0-based)."""
         return self.model.blocks[index]
 
-    def apply_block(self, module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    @staticmethod
+    def apply_block(module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
         """Run a block on x [B, N, D]; pictures have no padding, so `mask` is always None."""
         out: Tensor = module(x)
         return out
@@ -92,13 +95,50 @@ class VitBackbone(Backbone):
         pixels = torch.randn(batch, 3, height, width, generator=generator)
         return {"pixel_values": pixels.to(weight.device)}
 
-    def set_attention(self, kind: str) -> None:
-        """Choose "sdpa" or "eager" for this instance only."""
+    def thin_block(self, index: int, reduction: int) -> nn.Module:
+        """Return a fresh timm block of width D / reduction with the same number of heads."""
+        old: Any = self.block(index)
+        width = self.width // reduction
+        hidden = old.mlp.fc1.out_features // reduction
+        made: nn.Module = type(old)(
+            width,
+            self.heads,
+            mlp_ratio=(hidden + 0.5) / width,  # timm takes the whole part of width × ratio
+            qkv_bias=old.attn.qkv.bias is not None,
+            qk_norm=not isinstance(old.attn.q_norm, nn.Identity),
+            proj_bias=old.attn.proj.bias is not None,
+            init_values=None if isinstance(old.ls1, nn.Identity) else 1.0,
+            act_layer=type(old.mlp.act),
+            norm_layer=partial(type(old.norm1), eps=old.norm1.eps),
+            mlp_layer=type(old.mlp),
+        )
+        return made
+
+    def layers(self, index: int) -> tuple[Layer, ...]:
+        """Return norm, attention, norm, MLP; in a `ResPostBlock` the norms come second."""
+        from timm.models.vision_transformer import ResPostBlock
+
+        block: Any = self.block(index)
+        gated = block.mlp.fc1.out_features // block.mlp.fc2.in_features  # 2 with SwiGLU
+        attention = (Layer(("attn.qkv",), stacked=3), Layer(("attn.proj",)))
+        mlp = (Layer(("mlp.fc1",), stacked=gated), Layer(("mlp.fc2",)))
+        first, second = Layer(("norm1",), linear=False), Layer(("norm2",), linear=False)
+        if isinstance(block, ResPostBlock):
+            return (*attention, first, *mlp, second)
+        return (first, *attention, second, *mlp)
+
+    def embedding_weight(self) -> tuple[nn.Parameter, int]:
+        """Return the patch projection [D, 3, patch, patch]."""
+        return self.model.patch_embed.proj.weight, 0
+
+    def set_attention(self, kind: str, within: nn.Module | None = None) -> None:
+        """Choose "sdpa" or "eager" for this instance, or within a module, only."""
         if kind not in ("sdpa", "eager"):
             raise unknown("attention", kind, ("sdpa", "eager"))
-        for block in self.model.blocks:
-            attention: Any = block.get_submodule("attn")
-            attention.fused_attn = kind == "sdpa"
+        for part in (within or self.model).modules():
+            if hasattr(part, "fused_attn"):
+                attention: Any = part
+                attention.fused_attn = kind == "sdpa"
 
 
 def check_plain(model: nn.Module, name: str) -> None:

@@ -5,10 +5,27 @@ from torch import nn
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.sides import sherl, unipt
-from mdpd_deploy.sides.base import SIDES, SideNetwork, SideOutput, SideShape
+from mdpd_deploy.sides import lst, sherl, unipt
+from mdpd_deploy.sides.base import (
+    SIDES,
+    SideNetwork,
+    SideOutput,
+    SideShape,
+    check_options,
+    other_side,
+)
 
-__all__ = ["SIDES", "SideNetwork", "SideOutput", "SideShape", "build_side", "sherl", "unipt"]
+__all__ = [
+    "SIDES",
+    "SideNetwork",
+    "SideOutput",
+    "SideShape",
+    "build_side",
+    "lst",
+    "other_side",
+    "sherl",
+    "unipt",
+]
 
 
 def build_side(
@@ -23,10 +40,18 @@ def build_side(
             map would get no gradient and is left out.
 
     Raises:
-        UserError: If the name is unknown, the reduction does not fit, or there is no s_L to read.
+        UserError: If the name is unknown, an option does not fit, or there is no s_L to read.
     """
-    shape = SideShape(backbone.family, backbone.width, backbone.depth, text=backbone.grid is None)
-    side = SIDES.get_or_raise(config.name)(shape, config)
+    shape = SideShape(
+        backbone.family,
+        backbone.width,
+        backbone.depth,
+        text=backbone.grid is None,
+        backbone=backbone,
+    )
+    builder = SIDES.get_or_raise(config.name)
+    check_options(config)
+    side = builder(shape, config)
     if last_feature:
         if side.feature_layers[-1] != backbone.depth or not hasattr(side, "up"):
             raise UserError(

@@ -8,21 +8,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
 
 RunBlock = Callable[[int, Tensor], Tensor]  # (block index, x) → x, norm gradients blocked (D1)
+Importance = Callable[[nn.Parameter], Tensor]  # a weight → numbers ≥ 0 of its shape
 
 
 @dataclass(frozen=True)
 class SideShape:
-    """What a side network must know of the backbone it sits beside."""
+    """What a side network must know of the backbone it sits beside.
+
+    Attributes:
+        family: The backbone's family.
+        width: D.
+        depth: L.
+        text: Whether tokens are words.
+        backbone: The backbone itself, for side networks made of thinner copies of its blocks.
+    """
 
     family: str
-    width: int  # D
-    depth: int  # L
+    width: int
+    depth: int
     text: bool
+    backbone: Backbone | None = None
 
     @property
     def default_reduction(self) -> int:
@@ -69,6 +80,9 @@ class SideNetwork(nn.Module, ABC):
                 graph contains late blocks.
         """
 
+    def inherit(self, backbone: Backbone, importance: Importance) -> None:
+        """Take first weights from the backbone; most side networks start from their own."""
+
     def kept_small(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """Call a function without dropout; in training it keeps no tensor of its own.
 
@@ -84,14 +98,58 @@ class SideNetwork(nn.Module, ABC):
 
 SIDES: Registry[Callable[[SideShape, SideConfig], SideNetwork]] = Registry("side.name (--side)")
 
+# Options of `SideConfig` that only some side networks read, and which.
+OPTIONS = {
+    "variant": ("unipt", "sherl"),
+    "projection": ("unipt",),
+    "late_layers": ("sherl",),
+    "init": ("lst",),
+}
 
-def side_width(shape: SideShape, config: SideConfig) -> int:
-    """Return D_S = D / r; raises `UserError` naming the valid r when it does not divide (D4, D5)."""
-    reduction = config.reduction or shape.default_reduction
-    valid = [r for r in range(1, shape.width + 1) if shape.width % r == 0 and shape.width // r >= 8]
+
+def check_options(config: SideConfig) -> None:
+    """Refuse an option that the side network would ignore."""
+    plain = SideConfig()
+    for option, readers in OPTIONS.items():
+        value = getattr(config, option)
+        if config.name not in readers and value != getattr(plain, option):
+            raise UserError(
+                f"side.{option}={value} is read by --side {' and '.join(readers)} only; "
+                f"leave it out with --side {config.name}."
+            )
+
+
+def other_side(config: SideConfig, name: str) -> SideConfig:
+    """Return the config of another side network at the same reduction."""
+    kept = {k: v for k, v in config if k not in OPTIONS or name in OPTIONS[k]}
+    return SideConfig(**{**kept, "name": name})
+
+
+def side_width(
+    shape: SideShape, config: SideConfig, *, default: int | None = None, heads: int = 1
+) -> int:
+    """Return D_S = D / r.
+
+    Args:
+        shape: The backbone.
+        config: `reduction` is r.
+        default: r where the config names none; None takes the shape's.
+        heads: What D_S must be a multiple of.
+
+    Raises:
+        UserError: When r does not fit, naming those that do (D4, D5).
+    """
+    width = shape.width
+    reduction = config.reduction or default or shape.default_reduction
+    valid = [
+        r
+        for r in range(1, width + 1)
+        if width % r == 0 and width // r >= 8 and (width // r) % heads == 0
+    ]
     if reduction not in valid:
+        also = f" and a multiple of its {heads} heads" if heads > 1 else ""
         raise UserError(
-            f"side.reduction={reduction} does not fit a backbone of width {shape.width}: the side "
-            f"width must be whole and at least 8. Valid values: {', '.join(map(str, valid))}."
+            f"side.reduction={reduction} does not fit a backbone of width {width}: the side "
+            f"width must be whole, at least 8{also}. Valid values: {', '.join(map(str, valid))}."
         )
-    return shape.width // reduction
+    return width // reduction

@@ -5,6 +5,11 @@ Learning" (ECCV 2024) and its released code. The aggregate of b_0..b_{L-1} repla
 block L, which runs inside the side network's graph (weights frozen, norm gradients blocked).
 Everything but that block is per token, so no padding mask is needed here.
 
+With `late_layers` = k > 1 the last k blocks are late (multi-layer insertion, of which the paper has
+a figure and no code): each is entered through an aggregate of its own, and what a late block
+returns takes its tap's place in the next aggregate. The choices left open: the maps, the score and
+the up map are shared by all insertions; each has its own α.
+
 `variant="reference"`: learned score Lin(d→1) of E ⊙ e, ReLU before the up map; text takes the
 VSE∞ flavour (Lin + LayerNorm per layer, LayerNorm and dropout after the up map), vision the
 CLIP-ViL flavour (the gates of Eq. 1). `variant="paper"`: Eq. 1 everywhere, dot-product score,
@@ -78,7 +83,7 @@ class Aggregation(nn.Module):
 
 
 class SHERL(SideNetwork):
-    """Taps b_0..b_{L-1} → aggregate → block L → side output [B, N, D].
+    """Taps b_0..b_{L-k} → k × (aggregate → late block) → side output [B, N, D].
 
     s_l is the mapped F̂_l for l = 1..L-1; the last layer has none (D6).
 
@@ -87,6 +92,7 @@ class SHERL(SideNetwork):
         depth: L, at least 2.
         side_width: d.
         gated: The gates of Eq. 1 in each map; else Lin + LayerNorm (VSE∞).
+        late_layers: k, from 1 to L - 1.
         paper: Dot-product score and no ReLU before the up map.
         epsilon: Of the aggregation.
         init_std: Standard deviation of the weights; None keeps PyTorch's default.
@@ -99,6 +105,7 @@ class SHERL(SideNetwork):
         side_width: int,
         *,
         gated: bool,
+        late_layers: int = 1,
         paper: bool = False,
         epsilon: float = 1e-6,
         init_std: float | None = None,
@@ -106,8 +113,13 @@ class SHERL(SideNetwork):
         super().__init__()
         if depth < 2:
             raise UserError("side.name=sherl needs a backbone of at least 2 blocks; use unipt.")
+        if not 1 <= late_layers < depth:
+            raise UserError(
+                f"side.late_layers={late_layers} does not fit a backbone of {depth} blocks: "
+                f"give 1 to {depth - 1}."
+            )
         self.width = side_width
-        self.last_tap = depth - 1
+        self.last_tap = depth - late_layers
         self.feature_layers = tuple(range(1, depth))
         d = side_width
         self.maps = nn.ModuleList(
@@ -120,15 +132,20 @@ class SHERL(SideNetwork):
         if not gated:
             up += [nn.LayerNorm(width, eps=1e-12), nn.Dropout(0.1)]
         self.up = nn.Sequential(*up)
-        self.alpha = nn.Parameter(torch.zeros(1))
+        self.alpha = nn.Parameter(torch.zeros(late_layers))
         if init_std is not None:
             init_linears(self, init_std)
 
-    def late_input(self, taps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Return the regulated input of the late block [B, N, D] and the mapped features."""
-        mapped = [self.kept_small(layer, tap) for layer, tap in zip(self.maps, taps, strict=True)]
+    def late_input(self, mapped: Sequence[Tensor], x: Tensor, insertion: int = 0) -> Tensor:
+        """Return the regulated input [B, N, D] of a late block.
+
+        Args:
+            mapped: F̂ of every layer below it [B, N, d], the guide last.
+            x: What the block would have read [B, N, D].
+            insertion: Which of the late blocks, from 0.
+        """
         regrouped = self.kept_small(self._regroup, mapped[-1], *mapped[:-1])
-        return self.up(regrouped) + torch.tanh(self.alpha / TEMPERATURE) * taps[-1], mapped
+        return self.up(regrouped) + torch.tanh(self.alpha[insertion] / TEMPERATURE) * x
 
     def _regroup(self, guide: Tensor, *shallow: Tensor) -> Tensor:
         return self.aggregate(torch.stack(shallow, dim=2), guide)
@@ -136,9 +153,13 @@ class SHERL(SideNetwork):
     def forward(
         self, taps: Sequence[Tensor], mask: Tensor | None, run_block: RunBlock
     ) -> SideOutput:
-        entry, mapped = self.late_input(taps[: self.last_tap + 1])
-        features = dict(enumerate(mapped[1:], start=1))
-        return SideOutput(run_block(self.last_tap, entry), features)
+        x = taps[self.last_tap]
+        mapped = [self.kept_small(map_, tap) for map_, tap in zip(self.maps, taps, strict=False)]
+        for insertion, index in enumerate(range(self.last_tap, len(self.maps))):
+            if insertion:
+                mapped.append(self.kept_small(self.maps[index], x))
+            x = run_block(index, self.late_input(mapped, x, insertion))
+        return SideOutput(x, dict(enumerate(mapped[1:], start=1)))
 
 
 @SIDES.register("sherl")
@@ -150,6 +171,7 @@ def build(shape: SideShape, config: SideConfig) -> SHERL:
         shape.depth,
         side_width(shape, config),
         gated=paper or not shape.text,
+        late_layers=config.late_layers,
         paper=paper,
         epsilon=1e-8 if shape.text and not paper else 1e-6,
         init_std=None if shape.text else 0.02,

@@ -1,0 +1,117 @@
+"""LST: a ladder of thinner copies of the backbone's blocks, fed from every layer.
+
+Source: "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning" (NeurIPS
+2022) and its released code. Per layer: h ← μ h + (1 − μ) Lin(b_l) with μ = σ(α_l / 0.1), then the
+side block. Following the released code the mix comes before the block and every backbone layer
+keeps its ladder (D4). Text follows the CLIP-ViL flavour (maps without bias, no final norm,
+r = 4), vision the form that gives the 2.38 M parameters reported for ViT-B (maps with bias, a
+final norm, r = 8). The first weights are inherited from the backbone (`pruning.py`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdpd_deploy.backbones.base import Backbone
+from mdpd_deploy.config import SideConfig
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.sides.base import (
+    SIDES,
+    Importance,
+    RunBlock,
+    SideNetwork,
+    SideOutput,
+    SideShape,
+    side_width,
+)
+from mdpd_deploy.sides.pruning import copy_largest
+from mdpd_deploy.sides.unipt import init_linears
+
+TEMPERATURE = 0.1
+
+ApplyBlock = Callable[[Any, Tensor, Tensor | None], Tensor]  # (block, x, mask) → x
+
+
+class LST(SideNetwork):
+    """Taps b_0..b_L [B, N, D] → side output [B, N, E]; s_l is the output of side block l.
+
+    Args:
+        width: D.
+        side_width: d.
+        blocks: L blocks of width d.
+        apply_block: Runs one of them.
+        out_width: E; D beside a backbone.
+        bias: Of the first, the ladder's and the up map.
+        norm: Applied to the last side feature before the up map; None for none.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        side_width: int,
+        blocks: Sequence[nn.Module],
+        apply_block: ApplyBlock,
+        *,
+        out_width: int,
+        bias: bool,
+        norm: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.width = side_width
+        self.last_tap = len(blocks)
+        self.feature_layers = tuple(range(1, len(blocks) + 1))
+        self.first = nn.Linear(width, side_width, bias=bias)
+        self.ladder = nn.ModuleList(nn.Linear(width, side_width, bias=bias) for _ in blocks)
+        self.alpha = nn.Parameter(torch.zeros(len(blocks)))
+        self.blocks = nn.ModuleList(blocks)
+        self.apply_block = apply_block
+        self.norm = (norm,)  # not registered twice: it is a part of the up map
+        up = nn.Linear(side_width, out_width, bias=bias)
+        self.up: nn.Module = up if norm is None else nn.Sequential(norm, up)
+        for part in (self.first, self.ladder, up):
+            init_linears(part, 0.01)
+
+    def forward(
+        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: RunBlock
+    ) -> SideOutput:
+        h = self.first(taps[0])
+        gates = torch.sigmoid(self.alpha / TEMPERATURE).unbind()
+        features = {}
+        for layer, (gate, step, block, tap) in enumerate(
+            zip(gates, self.ladder, self.blocks, taps[1:], strict=True), start=1
+        ):
+            h = self.apply_block(block, gate * h + (1 - gate) * step(tap), mask)
+            features[layer] = h
+        return SideOutput(self.up(h), features)
+
+    def inherit(self, backbone: Backbone, importance: Importance) -> None:
+        """Copy the most important units of the backbone's layers into the blocks and the norm."""
+        copy_largest(backbone, self.blocks, self.norm[0], importance)
+
+
+@SIDES.register("lst")
+def build(shape: SideShape, config: SideConfig) -> LST:
+    """Build LST for a backbone: CLIP-ViL flavour beside text, ViT flavour beside vision."""
+    backbone = shape.backbone
+    if backbone is None:
+        raise UserError("side.name=lst is made of the backbone's own blocks: name a backbone.")
+    default = 4 if shape.text else 8
+    d = side_width(shape, config, default=default, heads=backbone.heads)
+    blocks = [backbone.thin_block(index, shape.width // d) for index in range(shape.depth)]
+    for block in blocks:
+        init_linears(block, 0.02)
+    norm = None if shape.text else nn.LayerNorm(d)
+    side = LST(
+        shape.width,
+        d,
+        blocks,
+        type(backbone).apply_block,
+        out_width=shape.width,
+        bias=not shape.text,
+        norm=norm,
+    )
+    if config.init != "random":  # fisher starts here too: its importance needs examples
+        side.inherit(backbone, importance=torch.abs)
+    return side

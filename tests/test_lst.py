@@ -1,0 +1,237 @@
+"""LST: its test vector, its parameter budgets, and the weights it inherits from the backbone."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from mdpd_deploy import fit
+from mdpd_deploy.backbones import load_backbone
+from mdpd_deploy.backbones.bert import BertBackbone
+from mdpd_deploy.backbones.vit import VitBackbone
+from mdpd_deploy.config import BackboneConfig, SideConfig, check_config
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.sides import build_side
+from mdpd_deploy.sides.lst import LST
+from mdpd_deploy.sides.pruning import copy_largest, largest
+from mdpd_deploy.train.fisher import fisher, inherit_important
+from mdpd_deploy.train.setup import prepare
+
+
+def fill(t: float, *shape: int) -> Tensor:
+    count = int(torch.tensor(shape).prod())
+    return 0.5 * torch.sin(t + 0.7 * torch.arange(count, dtype=torch.float64)).reshape(shape)
+
+
+def tap(layer: int, *shape: int) -> Tensor:
+    count = int(torch.tensor(shape).prod())
+    return torch.sin(0.3 * torch.arange(count, dtype=torch.float64) + layer).reshape(shape)
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def no_block(index: int, x: Tensor) -> Tensor:
+    raise AssertionError("this side network runs no backbone block")
+
+
+def test_tv3_the_ladder():
+    seen = []
+
+    def tanh(block, x, mask):
+        seen.append(x)
+        return torch.tanh(x)
+
+    norm = nn.RMSNorm(2, eps=1e-6)
+    side = LST(4, 2, [nn.Identity(), nn.Identity()], tanh, out_width=4, bias=True, norm=norm)
+    side = side.double()
+    for index, linear in enumerate([side.first, *side.ladder, side.up[1]]):
+        linear.weight.data = fill(2 * index + 1, *linear.weight.shape)
+        linear.bias.data = fill(2 * index + 2, *linear.bias.shape)
+    side.alpha.data = torch.tensor([0.05, -0.1], dtype=torch.float64)
+    out = side([tap(layer, 1, 2, 4) for layer in range(3)], None, no_block)
+
+    def close(found, rows):
+        expected = torch.tensor(rows, dtype=torch.float64)
+        torch.testing.assert_close(found.squeeze(0), expected, atol=1e-5, rtol=0)
+
+    close(seen[0], [[-0.058710, -0.098522], [0.802228, -0.893490]])
+    close(seen[1], [[-0.501021, 0.673100], [-0.076246, -0.080490]])
+    close(
+        out.tokens,
+        [
+            [0.755676, 0.134468, -0.315582, -0.227007],
+            [-0.331995, -0.247887, 0.642113, 0.480902],
+        ],
+    )
+    torch.testing.assert_close(out.features[2], torch.tanh(seen[1]))
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "budget"),
+    [(768, 12, 12, 2_376_492), (1536, 40, 24, 30_190_696)],
+    ids=["ViT-B", "ViT-g"],
+)
+def test_budget_vit(width, depth, heads, budget):
+    with torch.device("meta"):
+        model = timm.create_model(
+            "vit_base_patch16_224", embed_dim=width, depth=depth, num_heads=heads, num_classes=0
+        )
+        backbone = VitBackbone(model, "vit")
+        assert count(build_side(backbone, SideConfig(name="lst", init="random"))) == budget
+
+
+def test_budget_bert():
+    """r = 4, up map 192 → 1024 (the 1,024 of VSE's text encoder), without its pooling."""
+    from transformers import BertConfig, BertModel
+
+    with torch.device("meta"):
+        model = BertModel(BertConfig(), add_pooling_layer=False)
+        backbone = BertBackbone.__new__(BertBackbone)
+        nn.Module.__init__(backbone)
+        backbone.model, backbone.layout = model, bert_layout()
+        blocks = [backbone.thin_block(index, 4) for index in range(12)]
+        side = LST(
+            768, 192, blocks, BertBackbone.apply_block, out_width=1024, bias=False, norm=None
+        )
+    assert count(side) == 7_465_644 - 13_728
+
+
+def bert_layout():
+    from mdpd_deploy.backbones.bert import LAYOUTS
+
+    return LAYOUTS["bert"]
+
+
+def load(kind, tiny_vit, tiny_bert):
+    folder = tiny_vit if kind == "vit" else tiny_bert
+    return load_backbone(BackboneConfig(name=str(folder)), max_length=24)
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_without_reduction_the_blocks_are_the_backbones_own(kind, tiny_vit, tiny_bert):
+    """r = 1 keeps every unit: the inherited blocks must compute what the backbone's do."""
+    backbone = load(kind, tiny_vit, tiny_bert).eval()
+    side = build_side(backbone, SideConfig(name="lst", reduction=1)).eval()
+    inputs = backbone.example_inputs(2, 9)
+    x, mask = backbone.embed(inputs), backbone.token_mask(inputs)
+    for index, block in enumerate(side.blocks):
+        expected = backbone.run_block(index, x, mask)
+        torch.testing.assert_close(side.apply_block(block, x, mask), expected)
+        x = expected
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_the_most_important_units_are_inherited(kind, tiny_vit, tiny_bert):
+    """Large weights on the even units of every layer: exactly those must survive."""
+    backbone = load(kind, tiny_vit, tiny_bert)
+    even = torch.arange(0, 32, 2)
+    weight, axis = backbone.embedding_weight()
+    weight.data.index_fill_(axis, even, 3.0)
+    for index in range(backbone.depth):
+        for layer in backbone.layers(index):
+            for path in layer.paths:
+                module = backbone.block(index).get_submodule(path)
+                rows = torch.arange(0, len(module.weight), 2)
+                module.weight.data[rows] += torch.sign(module.weight.data[rows]) * 5
+                module.bias.data.copy_(torch.arange(len(module.bias)).float())
+    side = build_side(backbone, SideConfig(name="lst", reduction=2))
+    for index, block in enumerate(side.blocks):
+        for layer in backbone.layers(index):
+            for path in layer.paths:
+                old, new = backbone.block(index).get_submodule(path), block.get_submodule(path)
+                units = torch.arange(0, len(old.weight), 2)
+                assert torch.equal(new.bias.data, units.float())
+                kept = old.weight[units][:, ::2] if layer.linear else old.weight[units]
+                assert torch.equal(new.weight.data, kept)
+
+
+def test_importance_decides_not_size(tiny_vit):
+    """With importance 1 / |w| the smallest units survive instead."""
+    backbone = load_backbone(BackboneConfig(name=str(tiny_vit)))
+    config = SideConfig(name="lst", reduction=2)
+    large, small = build_side(backbone, config), build_side(backbone, config)
+    copy_largest(backbone, small.blocks, None, importance=lambda p: 1 / p.abs().clamp_min(1e-6))
+    mean = {side: side.blocks[0].mlp.fc2.weight.abs().mean() for side in (large, small)}
+    assert mean[small] < mean[large]
+
+
+def test_largest_keeps_order_and_breaks_ties_by_position():
+    scores = torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0, 0.0])
+    assert largest(scores, 2).tolist() == [1, 2, 4]
+    assert largest(torch.ones(6), 3).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"depth": 2}, {"mlp": "swiglu"}, {"init_values": 0.5}, {"qk_norm": True}]
+)
+def test_thin_blocks_of_every_plain_vision_transformer(options):
+    """Gated MLPs (DINOv2 giant), LayerScale and q/k norms are copied too."""
+    from timm.layers import SwiGLUPacked
+
+    more = dict(options)
+    if more.pop("mlp", None):
+        more |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 4.0}
+    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", **({"depth": 1} | shape | more))
+    backbone = VitBackbone(model, "made up")
+    side = build_side(backbone, SideConfig(name="lst", reduction=2))
+    taps = [torch.randn(2, 5, 32) for _ in range(backbone.depth + 1)]
+    out = side(taps, None, no_block)
+    assert out.tokens.shape == (2, 5, 32) and out.tokens.isfinite().all()
+    own = sum(p.numel() for p in backbone.block(0).mlp.fc1.parameters())
+    thin = sum(p.numel() for p in side.blocks[0].mlp.fc1.parameters())
+    assert 3 < own / thin < 4
+
+
+def test_a_width_that_the_heads_do_not_divide_is_refused(tiny_vit):
+    backbone = load_backbone(BackboneConfig(name=str(tiny_vit)))
+    with pytest.raises(UserError, match=r"a multiple of its 4 heads\. Valid values: 1, 2, 4\."):
+        build_side(backbone, SideConfig(name="lst", reduction=8))
+
+
+def test_fisher_is_the_squared_gradient_of_single_examples(image_options, tmp_path):
+    options = {k: str(v) if k in ("data", "backbone") else v for k, v in image_options.items()}
+    setup = prepare(
+        check_config(
+            {
+                "task": "classify",
+                "method": "side",
+                "data": {"path": options["data"]},
+                "backbone": {"name": options["backbone"]},
+                "side": {"name": "lst", "reduction": 2, "init": "fisher"},
+            }
+        )
+    )
+    found = fisher(setup, 3)
+    state = {name: p.requires_grad for name, p in setup.backbone.named_parameters()}
+    assert not any(state.values())
+    weight = setup.backbone.block(1).mlp.fc1.weight
+    assert found[weight].shape == weight.shape and (found[weight] > 0).any()
+    again = fisher(setup, 2)
+    assert (found[weight] >= again[weight]).all() and not torch.equal(found[weight], again[weight])
+    before = setup.method.modules["side"].blocks[0].mlp.fc1.weight.detach().clone()
+    said = []
+    inherit_important(setup, said.append)
+    assert not torch.equal(before, setup.method.modules["side"].blocks[0].mlp.fc1.weight)
+    assert said == ["side.init=fisher: squared gradients of 36 examples"]
+
+
+def test_fisher_runs_train_and_say_what_they_do(image_options, tmp_path):
+    run = fit(
+        out=tmp_path / "run", method="side", side="lst", quiet=True, **image_options,
+        set=["side.init=fisher", "side.reduction=2"],
+    )  # fmt: skip
+    assert run.summary["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("side", "option"),
+    [("unipt", "init=fisher"), ("lst", "variant=paper"), ("sherl", "projection=d-d")],
+)
+def test_an_option_that_would_be_ignored_is_refused(side, option, tiny_vit):
+    backbone = load_backbone(BackboneConfig(name=str(tiny_vit)))
+    name, value = option.split("=")
+    with pytest.raises(UserError, match=f"side.{option} is read by --side .* only"):
+        build_side(backbone, SideConfig(name=side, reduction=2, **{name: value}))
