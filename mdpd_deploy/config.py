@@ -13,10 +13,11 @@ from typing import Any, Literal, Self
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mdpd_deploy.errors import UserError
 
+SIDE_ALIASES = {"dtl": "dtlv1"}
 BUILTIN_BACKBONE = "builtin:vit-xs-tin32"
 
 
@@ -70,8 +71,18 @@ class SideConfig(Section):
     variant: Literal["reference", "paper"] = "reference"  # released code, or the paper's equations
     projection: Literal["auto", "d-d", "d-D-d"] = "auto"  # UniPT's map of the blend (methods 2.1.2)
     late_layers: int = Field(default=1, ge=1)  # SHERL: blocks that it enters anew
+    rank: int = Field(default=2, ge=1)  # DTL: d', the rank of each reading
+    kernel: int | None = Field(default=None, ge=1, le=15)  # DTL: k; default 5 images, 3 text
+    dtl_first: int | None = Field(default=None, ge=1)  # DTL: M, first adapted block; L//2 + 1
+    dtl_reads: list[int] | None = Field(default=None, min_length=1)  # DTLv2: blocks that are read
+    dtl_adds: list[int] | None = Field(default=None, min_length=1)  # DTLv2: blocks adapted
     # LST's first weights: the backbone's largest, its most important for the task, or random
     init: Literal["magnitude", "fisher", "random"] = "magnitude"
+
+    @field_validator("name")
+    @classmethod
+    def _alias(cls, name: str) -> str:
+        return SIDE_ALIASES.get(name, name)
 
 
 class DistillConfig(Section):
@@ -92,8 +103,8 @@ class LossConfig(Section):
 
     task: float = Field(default=1.0, ge=0)
     logits: float = Field(default=1e-4, ge=0)
-    deep: float = Field(default=6e-5, ge=0)
-    shallow: float = Field(default=4e-5, ge=0)
+    deep: float | None = Field(default=None, ge=0)  # default 6e-5, and 0 over DTL (D6)
+    shallow: float | None = Field(default=None, ge=0)  # default 4e-5, and 0 over DTL
     logits_form: Literal["mse", "kl"] = "mse"  # Eq. 3, or KL divergence at `temperature`
     temperature: float = Field(default=2.0, gt=0)  # used by logits_form=kl
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # of the classification loss

@@ -89,6 +89,8 @@ class FeatureDistiller(nn.Module):
         prefix: Class and register tokens in front of the patches.
         protect_first: Never mask token 0 (the class token; text keeps its [CLS] in place).
         config: Mask ratio λ, bottleneck width d, sharing, split.
+        imitate: Whether the shallow layers count; else they get no φ.
+        generate: Whether the deep layers count; else they get no φ, no G and no f_mask.
     """
 
     def __init__(
@@ -101,15 +103,20 @@ class FeatureDistiller(nn.Module):
         prefix: int,
         protect_first: bool,
         config: DistillConfig,
+        imitate: bool = True,
+        generate: bool = True,
     ) -> None:
         super().__init__()
         split = config.shallow_layers
         split = (len(layers) + 1) // 2 if split is None else min(split, len(layers))
-        self.shallow, self.deep = tuple(layers[:split]), tuple(layers[split:])
+        self.shallow = tuple(layers[:split]) if imitate else ()
+        self.deep = tuple(layers[split:]) if generate else ()
+        layers = self.shallow + self.deep
         self.config = config
         self.protected = max(prefix, int(protect_first))
         d = config.bottleneck or min(12, side_width // 2)
         phi_names = ["shared"] if config.share_phi else [str(layer) for layer in layers]
+        phi_names = phi_names if layers else []
         gen_names = ["shared"] if config.share_gen else [str(layer) for layer in self.deep]
         self.phi = nn.ModuleDict({name: Bottleneck(side_width, d, width) for name in phi_names})
         if self.deep:

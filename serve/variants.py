@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from mdpd_deploy.config import SIDE_ALIASES
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.model import Deployed, WithSide
 from mdpd_deploy.serve.latency_report import CONTROL, DEPLOYED
@@ -17,7 +18,6 @@ from mdpd_deploy.sides import SIDES
 
 BARE = "bare"
 DEFAULT_RIVALS = (BARE, "unipt", "sherl")
-_ALIASES = {"dtl": "dtlv1"}
 
 Model = Deployed | WithSide
 
@@ -62,7 +62,7 @@ def rival_names(asked: Sequence[str]) -> tuple[str, ...]:
     names = []
     for given in asked:
         name = given.strip().removeprefix("side:")
-        name = _ALIASES.get(name, name)
+        name = SIDE_ALIASES.get(name, name)
         if name != BARE and name not in SIDES:
             raise unknown("--rivals", given, (BARE, *SIDES))
         names.append(name)

@@ -10,9 +10,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, PreTrainedTokenizerFast
 
 from mdpd_deploy.backbones import load_backbone
-from mdpd_deploy.config import check_config
+from mdpd_deploy.config import SideConfig, check_config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.sides import SIDES
+from mdpd_deploy.sides import SIDES, other_side
 from mdpd_deploy.train.forecast import _parts, _step, _task, forecast, measured_step
 from mdpd_deploy.train.memory import storage_bytes
 from mdpd_deploy.train.methods import build_method
@@ -52,7 +52,7 @@ def config_of(folder, method="mdpd", side="unipt", data=None, **train):
             "method": method,
             "backbone": {"name": str(folder), "pretrained": False},
             "data": {"max_length": 32} | (data or {}),
-            "side": {"name": side, "reduction": 2},
+            "side": dict(other_side(SideConfig(reduction=2), side)),
             "train": {"batch": BATCH} | train,
         }
     )

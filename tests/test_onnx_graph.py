@@ -17,7 +17,7 @@ from mdpd_deploy.model import Deployed, WithSide
 from mdpd_deploy.onnx_graph import changed_weights, export_onnx, graph_signature, same_structure
 from mdpd_deploy.parity import compare_with_torch, shape_batches, torch_outputs
 from mdpd_deploy.runner import OnnxRunner, compute_nodes_on_cpu
-from mdpd_deploy.sides import SIDES, build_side
+from mdpd_deploy.sides import SIDES, build_side, other_side
 from mdpd_deploy.tasks.head import Head
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="runs exported graphs")
@@ -128,7 +128,7 @@ def test_inputs_are_bound_by_name_not_by_order(graphs):
 def test_rivals_with_their_side_network_export_too(kind, side, graphs, backbone_of, tmp_path):
     backbone = backbone_of(kind)
     torch.manual_seed(3)
-    config = SideConfig(name=side, reduction=4 if kind == "bert" else None)
+    config = other_side(SideConfig(reduction=2), side)
     model = WithSide(backbone, build_side(backbone, config), Head(backbone.width, 3)).eval()
     graph = export_onnx(model, tmp_path / "side.onnx")
     parity = compare_with_torch(model, OnnxRunner(graph.path), list(shape_batches(model)))

@@ -5,7 +5,7 @@ from torch import nn
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.sides import lst, sherl, unipt
+from mdpd_deploy.sides import dtl, lst, sherl, unipt
 from mdpd_deploy.sides.base import (
     SIDES,
     SideNetwork,
@@ -21,6 +21,7 @@ __all__ = [
     "SideOutput",
     "SideShape",
     "build_side",
+    "dtl",
     "lst",
     "other_side",
     "sherl",
@@ -47,6 +48,8 @@ def build_side(
         backbone.width,
         backbone.depth,
         text=backbone.grid is None,
+        grid=backbone.grid,
+        prefix=backbone.prefix_tokens,
         backbone=backbone,
     )
     builder = SIDES.get_or_raise(config.name)

@@ -26,6 +26,8 @@ class SideShape:
         width: D.
         depth: L.
         text: Whether tokens are words.
+        grid: (rows, columns) of the patches, None for text.
+        prefix: Class and register tokens in front of the patches.
         backbone: The backbone itself, for side networks made of thinner copies of its blocks.
     """
 
@@ -33,6 +35,8 @@ class SideShape:
     width: int
     depth: int
     text: bool
+    grid: tuple[int, int] | None = None
+    prefix: int = 0
     backbone: Backbone | None = None
 
     @property
@@ -61,11 +65,14 @@ class SideNetwork(nn.Module, ABC):
         width: D_S.
         last_tap: The highest tap b_l that it reads; the backbone need not run past it (D23).
         feature_layers: The layers l that have an s_l, ascending (D6).
+        distils_features: Whether MDPD imitates and generates the backbone's features from s_l
+            unless told otherwise.
     """
 
     width: int
     last_tap: int
     feature_layers: tuple[int, ...]
+    distils_features = True
 
     @abstractmethod
     def forward(
@@ -98,12 +105,20 @@ class SideNetwork(nn.Module, ABC):
 
 SIDES: Registry[Callable[[SideShape, SideConfig], SideNetwork]] = Registry("side.name (--side)")
 
+_DTL = ("dtlv1", "dtlv2", "dtlv2-ls")
+
 # Options of `SideConfig` that only some side networks read, and which.
 OPTIONS = {
+    "reduction": ("unipt", "sherl", "lst"),
     "variant": ("unipt", "sherl"),
     "projection": ("unipt",),
     "late_layers": ("sherl",),
     "init": ("lst",),
+    "rank": _DTL,
+    "kernel": _DTL,
+    "dtl_first": _DTL,
+    "dtl_reads": _DTL[1:],
+    "dtl_adds": _DTL[1:],
 }
 
 
@@ -113,8 +128,10 @@ def check_options(config: SideConfig) -> None:
     for option, readers in OPTIONS.items():
         value = getattr(config, option)
         if config.name not in readers and value != getattr(plain, option):
+            *most, last = readers
+            names = f"{', '.join(most)} and {last}" if most else last
             raise UserError(
-                f"side.{option}={value} is read by --side {' and '.join(readers)} only; "
+                f"side.{option}={value} is read by --side {names} only; "
                 f"leave it out with --side {config.name}."
             )
 

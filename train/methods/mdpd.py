@@ -17,15 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone
-from mdpd_deploy.config import Config
+from mdpd_deploy.config import Config, LossConfig
 from mdpd_deploy.distill import FeatureDistiller, weighted_distance
+from mdpd_deploy.errors import UserError
 from mdpd_deploy.model import pool_side
-from mdpd_deploy.sides import SideOutput, build_side
+from mdpd_deploy.sides import SideNetwork, SideOutput, build_side
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.tasks.losses import logits_loss
 from mdpd_deploy.train.memory import part
 from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts, TaskSpec
 from mdpd_deploy.train.norm_grad import LayerLoss, Trace, build_norm_gradient
+
+SHALLOW, DEEP = 4e-5, 6e-5  # supplementary B of the paper
+
+
+def feature_weights(loss: LossConfig, side: SideNetwork) -> tuple[float, float]:
+    """Return the weights of the shallow and the deep feature loss; 0 over DTL by default (D6)."""
+    default = (SHALLOW, DEEP) if side.distils_features else (0.0, 0.0)
+    return (
+        default[0] if loss.shallow is None else loss.shallow,
+        default[1] if loss.deep is None else loss.deep,
+    )
 
 
 @METHODS.register("mdpd")
@@ -42,6 +54,13 @@ class MDPD(Method):
         backbone, config = self.backbone, self.config
         self.last_feature = config.distill.side_head == "paper"
         self.side = build_side(backbone, config.side, last_feature=self.last_feature)
+        if not self.side.feature_layers:
+            raise UserError(
+                f"--method mdpd --side {config.side.name}: its state is the same over several "
+                "blocks, so there is no side feature per layer to teach or to pool; use "
+                f"--method side with it, or --side dtlv1."
+            )
+        self.shallow_weight, self.deep_weight = feature_weights(config.loss, self.side)
         self.distiller = FeatureDistiller(
             width=backbone.width,
             side_width=self.side.width,
@@ -50,6 +69,8 @@ class MDPD(Method):
             prefix=backbone.prefix_tokens,
             protect_first=backbone.has_cls,
             config=config.distill,
+            imitate=self.shallow_weight > 0,
+            generate=self.deep_weight > 0,
         )
         side_width = self.side.width if self.last_feature else backbone.width
         side_head = Head(side_width, self.task.outputs, self.task.scale)
@@ -63,7 +84,7 @@ class MDPD(Method):
         )
 
     def trained_norms(self) -> Parameters:
-        return self.engine.trained(self.side.feature_layers)
+        return self.engine.trained(self.distiller.shallow + self.distiller.deep)
 
     def side_forward(self, trace: Trace, blocked: bool) -> tuple[SideOutput, Tensor]:
         """Run the side network on detached taps; return its output and pooled features."""
@@ -106,7 +127,7 @@ class MDPD(Method):
         with self.autocast(trace.taps[0]):
             shallow, deep = self.distiller(output.features, trace.taps, hidden, trace.mask)
         shallow, deep = shallow / batch.count, deep / batch.count
-        loss = weights.task * task + weights.shallow * shallow + weights.deep * deep
+        loss = weights.task * task + self.shallow_weight * shallow + self.deep_weight * deep
         loss.backward()
         losses = {"loss": loss, "loss_task": task, "loss_shallow": shallow, "loss_deep": deep}
         kept = {}
@@ -146,15 +167,16 @@ class MDPD(Method):
         self, features: dict[int, Tensor], hidden: Tensor, mask: Tensor | None, count: float
     ) -> LayerLoss:
         """The feature loss of one layer with roles swapped, for `norm_grad=local` (D7)."""
-        distiller, weights = self.distiller, self.config.loss
+        distiller = self.distiller
 
         def loss(layer: int, tap: Tensor) -> Tensor:
-            if layer not in features:
+            if layer not in distiller.shallow + distiller.deep:
                 return tap.new_zeros(())
             with torch.no_grad(), self.autocast(tap):
                 target = distiller.student(layer, features[layer], hidden, mask)
             weight = distiller.weight(layer, tap, hidden, mask)
-            scale = weights.shallow if layer in distiller.shallow else weights.deep
+            shallow = layer in distiller.shallow
+            scale = self.shallow_weight if shallow else self.deep_weight
             return scale * weighted_distance(tap, target, weight) / count
 
         return loss
