@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import onnx
 
-from mdpd_deploy.bundle import Bundle, load_bundle
+from mdpd_deploy.bundle import Bundle, is_bundle, load_bundle
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.errors import UserError, VerificationError
 from mdpd_deploy.export import gates
@@ -67,7 +67,7 @@ def pack(run: Run, out: Path, options: ExportOptions) -> Bundle:
         ExportError: If the model cannot be traced.
         VerificationError: If a gate fails.
     """
-    refuse_nonempty(out, overwrite=options.overwrite)
+    refuse_nonempty(out, overwrite=options.overwrite, ours=is_bundle, needed=(run.path,))
     validation = _read_validation(run, options)
     faded = fade(run)
     with atomic_folder(out, overwrite=options.overwrite) as folder:

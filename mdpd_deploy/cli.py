@@ -186,7 +186,7 @@ def _explain(err: Exception) -> tuple[int, str]:
     if isinstance(err, OSError) and err.errno in _DISK_FULL:
         where = f" {err.filename}" if err.filename else ""
         return 1, f"error: could not write{where}: {err.strerror}. Free some space and try again."
-    if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(err):
         return (
             1,
             "error: out of memory. Use a smaller --batch; `mdpd train --dry-run` forecasts it.",
@@ -196,6 +196,12 @@ def _explain(err: Exception) -> tuple[int, str]:
         f"internal error: {type(err).__name__}: {_sentence(reason)} "
         "This is a bug of mdpd-deploy; add --debug to see where."
     )
+
+
+def _is_out_of_memory(err: Exception) -> bool:
+    if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(err, RuntimeError) and "can't allocate memory" in str(err)
 
 
 def _sentence(text: str) -> str:

@@ -8,12 +8,20 @@ defaults below.
 import hashlib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mdpd_deploy.errors import UserError
 
@@ -27,6 +35,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _whole_number_as_text(value: object) -> object:
+    """Let `[0,1]` name the classes 0 and 1."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class DataConfig(Section):
     """Which examples, and how they become tensors."""
 
@@ -36,7 +49,7 @@ class DataConfig(Section):
     image: str | None = None  # --image: the column of image paths
     label: str | None = None  # --label: the label column
     # class names in order; default: sorted names of the train split
-    labels: list[str] | None = None
+    labels: list[Annotated[str, BeforeValidator(_whole_number_as_text)]] | None = None
     max_length: int = Field(default=128, ge=4)  # tokens kept of a text
     pad: Literal["longest", "max"] = "longest"  # pad a batch to its longest text, or to max_length
     # training images: mirror; random crop + mirror
@@ -128,9 +141,9 @@ class TrainConfig(Section):
     late_norm_grad: bool = False
     student_task_weight: float = Field(default=1.0, ge=0)  # task loss on the backbone's own head
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen weights held, side autocast, in bf16
-    class_weights: Literal["none", "balanced"] | list[float] = "none"
+    class_weights: Literal["none", "balanced"] | list[Annotated[float, Field(ge=0)]] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _norm_grad_is_known(self) -> Self:
@@ -213,19 +226,46 @@ def load_config(
     merged: DictConfig | ListConfig | TupleConfig = OmegaConf.create()
     try:
         if file is not None:
-            merged = OmegaConf.merge(merged, OmegaConf.load(file))
+            loaded = OmegaConf.load(file)
+            if not isinstance(loaded, DictConfig):
+                raise UserError(f"{file} must hold `name: value` lines.")
+            merged = OmegaConf.merge(merged, loaded)
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(sets or []))
-        for name, value in (flags or {}).items():
-            if value is not None:
-                OmegaConf.update(merged, name, value)
         plain = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise UserError(f"the config file {file} does not exist.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as err:
         reason = str(err).splitlines()[0]
         raise UserError(f"the options could not be read ({file or '--set'}): {reason}") from err
+    assert isinstance(plain, dict)
+    for name, value in (flags or {}).items():
+        if value is not None:
+            _put(plain, name.split("."), value)
+    return check_config(plain)
+
+
+def _put(plain: dict[Any, Any], path: list[str], value: Any) -> None:
+    """Set a flag's option; a section that is no section stays for the check to name."""
+    for part in path[:-1]:
+        section = plain.setdefault(part, {})
+        if not isinstance(section, dict):
+            return
+        plain = section
+    plain[path[-1]] = value
+
+
+def read_config(path: Path) -> Config:
+    """Read a config that `to_yaml` wrote: nothing in it is interpolated.
+
+    Raises:
+        UserError: If it is missing, damaged, or of another version.
+    """
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise UserError(f"{path} cannot be read ({str(err).splitlines()[0]}).") from err
     if not isinstance(plain, dict):
-        raise UserError(f"{file} must hold `name: value` lines, found a {type(plain).__name__}.")
+        raise UserError(f"{path} must hold `name: value` lines.")
     return check_config(plain)
 
 

@@ -1,17 +1,21 @@
 """Writing files so that an interrupted program leaves nothing half-written."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from mdpd_deploy.errors import UserError, WorkFailed
+
+LOCK = ".lock"  # held by the program that writes to a folder
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
 
 def sha256_file(path: Path) -> str:
@@ -39,6 +43,10 @@ def saying_disk_full(path: Path) -> Iterator[None]:
             reason = str(err).rpartition("I/O error: ")[2]
         elif err.errno is None:
             raise
+        elif err.errno in _NO_PLACE:
+            raise UserError(
+                f"{path} cannot be written ({err.strerror}): choose another --out."
+            ) from err
         else:
             reason = err.strerror or str(err)
         raise WorkFailed(
@@ -69,7 +77,9 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: If `folder` holds files and `overwrite` is not set.
     """
-    refuse_nonempty(folder, overwrite=overwrite)
+    if not overwrite:
+        refuse_nonempty(folder)
+    folder = folder.resolve()  # a link to a folder stays a link
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     with saying_disk_full(folder):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -87,14 +97,75 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise
 
 
-def refuse_nonempty(folder: Path, *, overwrite: bool) -> None:
-    """Raise `UserError` when `folder` is a file, or holds files and may not be overwritten."""
+def refuse_nonempty(
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    ours: Callable[[Path], bool] | None = None,
+    needed: Sequence[Path] = (),
+) -> None:
+    """Refuse an output folder that holds what must not be lost.
+
+    Args:
+        folder: Where something is to be written.
+        overwrite: Whether a folder of the same kind may be replaced.
+        ours: Whether a folder was written by the same verb; only such a one is ever replaced.
+        needed: Inputs that must survive.
+
+    Raises:
+        UserError: If it is a file, holds files and may not be overwritten, holds what another
+            wrote, or is where the inputs or the working directory are.
+    """
     if folder.is_file():
         raise UserError(f"--out {folder} is a file: name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if not folder.is_dir() or not any(path.name != LOCK for path in folder.iterdir()):
+        return
+    if not overwrite:
         raise UserError(
             f"--out {folder} is not empty: choose another folder or add --overwrite to replace it."
         )
+    if ours is None or not ours(folder):
+        raise UserError(
+            f"--out {folder} holds files that this command did not write, and --overwrite replaces "
+            "only what it wrote: choose another folder."
+        )
+    for place in (Path.cwd(), *needed):
+        if place.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--out {folder} holds {place}: choose another folder.")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files and folders of a program that was killed in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder against other programs in the block; the system lets go of a killed one's.
+
+    Raises:
+        UserError: If another program holds it, or it cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    with saying_disk_full(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"another training is writing to {folder}: wait for it, or choose another --out."
+            ) from None
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 def free_path(path: Path) -> Path:

@@ -13,17 +13,17 @@ loaded: `backbone.<norm name>` and `head.<name>`. `side.safetensors` holds `side
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdpd_deploy.config import Config, load_config
-from mdpd_deploy.data import load_evaluation, load_task
+from mdpd_deploy.config import Config, read_config
+from mdpd_deploy.data import check_images, load_evaluation, load_task, readable
 from mdpd_deploy.data.examples import Split, TaskData
-from mdpd_deploy.data.preprocess import Preprocess, load_preprocess
+from mdpd_deploy.data.preprocess import ImagePreprocess, Preprocess, load_preprocess
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.files import read_json
+from mdpd_deploy.files import read_json, sha256_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 RUNS = Path("runs")
 DELTA, SIDE, BACKBONE = "delta.safetensors", "side.safetensors", "backbone.safetensors"
+LABELS = "labels.json"
+_NEEDED = ("task", "method", "backbone", "metrics", "files")  # of summary.json
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,23 @@ class Run:
                 f"the run {folder} is not finished: `mdpd train --resume {folder}` ends it."
             )
         summary = read_json(folder / "summary.json", "run")
-        if not isinstance(summary, dict) or summary.get("schema") != SCHEMA:
+        sound = isinstance(summary, dict) and all(name in summary for name in _NEEDED)
+        if not sound or summary.get("schema") != SCHEMA:
             raise UserError(f"{folder}/summary.json was not written by this version of mdpd.")
-        labels = read_json(folder / "model" / "labels.json", "run")
-        config = load_config(folder / "config.yaml")
-        return cls(folder, config, summary, tuple(labels["names"]))
+        run = cls(folder, read_config(folder / "config.yaml"), summary, ())
+        labels = read_json(run.model_file(LABELS), "run")
+        return replace(run, label_names=tuple(labels["names"]))
+
+    def model_file(self, name: str) -> Path:
+        """Return a file of RUN/model; raises `UserError` unless it is as training wrote it."""
+        path = self.path / "model" / name
+        try:
+            sound = sha256_file(path) == self.summary["files"][name]
+        except (OSError, KeyError, TypeError) as err:
+            raise UserError(f"{path} is missing: train the run again.") from err
+        if not sound:
+            raise UserError(f"{path} is damaged (its SHA-256 differs): train the run again.")
+        return path
 
     @property
     def keeps_side(self) -> bool:
@@ -89,18 +103,24 @@ class Run:
 
     def load_task_data(self) -> TaskData:
         """Read the run's own data again, classes in the trained order."""
-        return load_task(self.config.task, self._data_config(None), seed=self.config.train.seed)
+        data = load_task(self.config.task, self._data_config(None), seed=self.config.train.seed)
+        if self.config.data.bad_images == "skip":
+            data = check_images(data, self.config.data)
+        return data
 
     def load_evaluation(self, eval_path: str | None = None) -> dict[str, Split]:
         """Read the splits to measure; `eval_path` replaces the run's own evaluation data."""
         if eval_path is None:  # the same split as in training, also where it was made by a seed
             return self.load_task_data().evaluation
-        return load_evaluation(
+        splits = load_evaluation(
             self.config.task,
             self._data_config(eval_path),
             seed=self.config.train.seed,
             label_names=self.label_names,
         )
+        if self.config.data.bad_images == "skip" and isinstance(self.preprocess, ImagePreprocess):
+            splits, _ = readable(splits, self.config.data)
+        return splits
 
     def _data_config(self, eval_path: str | None) -> Any:
         update: dict[str, Any] = {"labels": list(self.label_names) or None}
@@ -118,12 +138,12 @@ class Run:
         """
         from mdpd_deploy.backbones import load_backbone
 
-        kept = self.path / "model" / BACKBONE
+        kept = self.model_file(BACKBONE) if BACKBONE in self.summary["files"] else None
         backbone = load_backbone(
             self.config.backbone,
             max_length=self.config.data.max_length,
             pad=self.config.data.pad,
-            weights_file=kept if kept.is_file() else None,
+            weights_file=kept,
         )
         expected = self.summary["backbone"]["sha256"]
         if backbone.source.sha256 != expected:
@@ -211,7 +231,7 @@ class Run:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        path = self.path / "model" / file
+        path = self.model_file(file)
         try:
             return load_file(path)
         except (OSError, SafetensorError) as err:

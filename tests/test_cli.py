@@ -291,3 +291,30 @@ def test_doctor_compares_versions_with_what_is_asked_for():
     assert (old.state, old.mend) == ("problem", 'pip install "typer>=999"')
     missing = doctor._package("versions", Requirement("no-such-package-of-ours>=1"))
     assert (missing.state, missing.found) == ("problem", "missing")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "{list}"], "must hold `name: value` lines"),
+        (["train", "--seed", "9" * 25], "train.seed"),
+        (["train", "--set", "train=3", "--steps", "2"], "option train:"),
+    ],
+)
+def test_odd_configs_are_one_sentence_and_exit_2(words, said, tmp_path, capsys):
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    words = [word.format(list=tmp_path / "list.yaml") for word in words]
+    assert cli.main(words) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and len(printed.splitlines()) == 1
+
+
+def test_a_refused_allocation_is_out_of_memory(verb, capsys):
+    def command() -> None:
+        import torch
+
+        torch.empty(1 << 60)
+
+    verb(command)
+    assert cli.main(["trial"]) == 1
+    assert "out of memory" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from mdpd_deploy.config import DataConfig
+from mdpd_deploy.config import DataConfig, load_config
 from mdpd_deploy.data import load_evaluation, load_task
 from mdpd_deploy.data.table import read_inputs, read_table
 from mdpd_deploy.errors import UserError
@@ -322,3 +322,24 @@ def test_a_validation_table_with_other_columns(tmp_path: Path) -> None:
     write_rows(tmp_path / "val.csv", [{"review": "x", "feeling": "sad"}])
     with pytest.raises(UserError, match=r"val\.csv has no column 'mood' for --label"):
         read(tmp_path)
+
+
+def test_objects_are_no_texts(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": {"a": 1}, "label": "x"}, {"text": "b", "label": "y"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"line 1: column 'text' holds a dict, no text"):
+        read(path)
+
+
+def test_numbers_may_name_classes_in_a_config() -> None:
+    assert load_config(None, None, ["data.labels=[0,1]"]).data.labels == ["0", "1"]
+    with pytest.raises(UserError, match=r"data\.labels"):
+        load_config(None, None, ["data.labels=[true,false]"])
+
+
+def test_a_limit_that_loses_a_class_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"t{i},{'abc'[i % 3]}\n" for i in range(30)))
+    data = read(path, limit=1)
+    assert any("leaves no training example of: " in note for note in data.notes)

@@ -542,3 +542,36 @@ def test_constant_norms_do_not_confuse_the_identity_gate(method, images, tiny_vi
     arrays = bundle.preprocess([images / "validation" / "red" / "0.png"])
     expected = torch_outputs(run.load_bare(), arrays)
     np.testing.assert_allclose(OnnxRunner(bare)(arrays), expected, atol=1e-5)
+
+
+def test_overwrite_replaces_bundles_only(image_run, tmp_path, monkeypatch):
+    run = copy_run(image_run, tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    for target in (run, tmp_path / "mine", tmp_path):
+        with pytest.raises(UserError, match="did not write, and --overwrite replaces only"):
+            export_run(run, out=target, overwrite=True, golden="synthetic", metric_gate=False)
+    assert (tmp_path / "mine" / "thesis.txt").is_file() and (run / "summary.json").is_file()
+    options = dict(golden="synthetic", metric_gate=False)
+    bundle = export_run(run, out=tmp_path / "b", **options).path
+    assert load_bundle(export_run(run, out=bundle, overwrite=True, **options).path)
+    monkeypatch.chdir(bundle)
+    with pytest.raises(UserError, match="holds .*: choose another folder"):
+        export_run(run, out=bundle, overwrite=True, **options)
+
+
+def test_a_link_to_a_folder_stays_a_link(image_run, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    export_run(image_run.path, out=tmp_path / "link", golden="synthetic", metric_gate=False)
+    assert (tmp_path / "link").is_symlink() and load_bundle(tmp_path / "real")
+
+
+def test_a_place_that_cannot_be_written_is_bad_input(image_run):
+    with pytest.raises(UserError, match="cannot be written .*: choose another --out"):
+        export_run(image_run.path, out="/proc/none/b", golden="synthetic", metric_gate=False)
+
+
+def test_an_empty_text_is_not_predicted(side_bundle, capsys):
+    assert main(["predict", str(side_bundle.path), " "]) == 2
+    assert "is empty" in capsys.readouterr().err

@@ -154,3 +154,9 @@ def test_without_a_path_the_newest_run_is_taken_and_named(run, monkeypatch, caps
     monkeypatch.chdir(run.parents[1])
     assert call("--threads", "0") == 2  # fails after the run was found and named
     assert "(the newest)" in capsys.readouterr().err
+
+
+def test_a_report_is_never_written_into_a_bundle(bundle):
+    with pytest.raises(UserError, match="lies in a bundle"):
+        bench_latency(bundle, out=bundle / "latency", **FAST)
+    assert not (bundle / "latency").exists()

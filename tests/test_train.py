@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mdpd_deploy import fit
+from mdpd_deploy import export_run, fit
 from mdpd_deploy.backbones import load_backbone
+from mdpd_deploy.cli import main
 from mdpd_deploy.commands.train import plan
 from mdpd_deploy.config import load_config
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.files import claimed
 from mdpd_deploy.run import Run
 from mdpd_deploy.sides import SIDES
-from mdpd_deploy.train.batches import Schedule
+from mdpd_deploy.train.batches import Schedule, StepDataset
+from mdpd_deploy.train.loop import one_step
+from mdpd_deploy.train.optim import build_optimizer
+from mdpd_deploy.train.setup import prepare
 
 ROWS = [("probe", "unipt"), ("norms", "unipt")]
 ROWS += [("side", side) for side in sorted(SIDES)]
@@ -76,8 +82,9 @@ def test_each_method_changes_only_what_it_declares_and_reloads_equal(
     method, side, modality, tmp_path, image_options, text_options
 ):
     options = dict(image_options if modality == "image" else text_options)
-    options["set"] = ["data.max_length=24"]
-    options["set"] += [] if side.startswith("dtl") else ["side.reduction=2"]
+    options["set"] = ["data.max_length=24"] if modality == "text" else []
+    if method in ("side", "mdpd") and not side.startswith("dtl"):
+        options["set"].append("side.reduction=2")
     run = fit_in(tmp_path / "run", options, method=method, side=side, steps=2)
     model = run.load_deployed()
     fresh = load_backbone(run.config.backbone, max_length=24)
@@ -212,10 +219,24 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, image_options):
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, image_options):
     words = [
-        "train", "--task", "classify", "--data", image_options["data"], "--backbone",
-        image_options["backbone"], "--steps", "4", "--device", "cpu", "--set",
-        "backbone.dropout_active=false", "--set", "train.keep=last",
-    ]  # fmt: skip
+        "train",
+        "--task",
+        "classify",
+        "--data",
+        image_options["data"],
+        "--backbone",
+        image_options["backbone"],
+        "--steps",
+        "4",
+        "--device",
+        "cpu",
+        "--set",
+        "backbone.dropout_active=false",
+        "--set",
+        "train.keep=last",
+        "--set",
+        "data.limit=17",
+    ]  # fmt: skip                     of 17 examples the third step has one, and a process none
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     alone = subprocess.run(
         command(*words, "--batch", "8", "--out", tmp_path / "one"),
@@ -232,17 +253,18 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, image_options)
         "--master-port=29611",
     ]
     both = subprocess.run(
-        [*launch, "-m", "mdpd_deploy", *map(str, words), "--batch", "4", "--out", str(tmp_path / "two")],
+        [*launch, "-m", "mdpd_deploy", *map(str, words), "--batch", "4"],
         env=env, capture_output=True, timeout=300, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert both.returncode == 0, both.stderr.decode()[-3000:]
-    assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
+    (two,) = (tmp_path / "runs").iterdir()  # both processes chose the same folder
+    assert json.loads((two / "summary.json").read_text())["processes"] == 2
     for file in ("delta.safetensors", "side.safetensors"):
         one = load_file(tmp_path / "one" / "model" / file)
-        two = load_file(tmp_path / "two" / "model" / file)
-        assert set(one) == set(two)
+        other = load_file(two / "model" / file)
+        assert set(one) == set(other)
         for name in set(one) - {"side.gate.bias"}:  # shifts a softmax: its gradient is rounding
-            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_accumulation_equals_the_larger_batch(tmp_path, image_options):
@@ -373,8 +395,17 @@ def test_a_full_folder_is_refused_and_overwrite_replaces_it(tmp_path, image_opti
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty: choose another folder or add --overwrite"):
         fit_in(out, image_options)
-    run = fit_in(out, image_options, steps=1, overwrite=True)
-    assert run.summary["steps"] == 1 and (out / "notes.txt").read_text() == "mine"
+    (out / "model").mkdir()
+    with pytest.raises(
+        UserError, match="did not write, and --overwrite replaces only what it wrote"
+    ):
+        fit_in(out, image_options, overwrite=True)
+    assert (out / "model").is_dir()
+    fit_in(tmp_path / "own", image_options, steps=2)
+    (tmp_path / "own" / "notes.txt").write_text("mine")
+    run = fit_in(tmp_path / "own", image_options, steps=1, overwrite=True)
+    assert run.summary["steps"] == 1
+    assert (tmp_path / "own" / "notes.txt").read_text() == "mine"
 
 
 def test_a_plan_counts_without_training(image_options):
@@ -441,3 +472,148 @@ def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(tmp_path, image_optio
     assert b"Traceback" not in full.stderr
     assert not list(out.glob("checkpoints/*")) and not (out / "model").exists()
     assert fit(resume=out, quiet=True).summary["status"] == "completed"
+
+
+def test_balanced_weights_train_and_a_class_without_examples_has_a_finite_one(
+    tmp_path, text_options
+):
+    options = {**text_options, "steps": 2}
+    run = fit_in(tmp_path / "run", options, set=["train.class_weights=balanced"])
+    assert run.summary["status"] == "completed"
+    with pytest.raises(UserError, match=r"train\.class_weights"):
+        fit_in(tmp_path / "bad", options, set=["train.class_weights=[-1,1]"])
+
+
+def test_two_trainings_never_share_a_folder(tmp_path, image_options):
+    """The second one is refused while the first one holds the folder, also for a resume."""
+    out = tmp_path / "run"
+    with claimed(out), pytest.raises(UserError, match="another training is writing to"):
+        fit_in(out, image_options, overwrite=True)
+    assert not list(out.iterdir())
+    fit_in(out, image_options, steps=1)
+    assert ".lock" not in {path.name for path in out.iterdir()}
+
+
+def test_a_process_without_a_share_of_the_last_step_adds_zeros(tiny_vit, digit_folder):
+    config = load_config(
+        None,
+        {
+            "task": "classify", "data.path": str(digit_folder), "backbone.name": str(tiny_vit),
+            "train.batch": 35,
+        },
+    )  # fmt: skip
+    setup = prepare(config)
+    schedule = Schedule(36, 35, 1, 0, world=2)
+    assert [len(schedule.parts(0, rank)) for rank in (0, 1)] == [1, 1]
+    optimizer = build_optimizer(setup.method)
+    losses, _ = one_step(setup, optimizer, [])
+    assert set(losses) == set(setup.method.loss_names)
+    assert all(float(value) == 0 for value in losses.values())
+
+
+@pytest.mark.parametrize("method", ["mdpd", "side", "norms", "probe"])
+def test_a_step_returns_the_losses_it_names(method, tiny_vit, digit_folder):
+    flags = {"task": "classify", "data.path": str(digit_folder), "backbone.name": str(tiny_vit)}
+    setup = prepare(load_config(None, {**flags, "method": method}))
+    dataset = StepDataset(
+        setup.data.train, setup.backbone.preprocess, setup.task, setup.config, setup.schedule
+    )
+    assert set(setup.method.step(dataset[0][0])) == set(setup.method.loss_names)
+
+
+def test_a_run_that_stopped_early_stays_stopped_when_resumed(tmp_path, image_options):
+    """Killed between its last evaluation and its summary, it must not train on."""
+    sets = ["train.patience=1", "train.eval_every=1", "optim.lr=1e-9", "train.keep=last"]
+    whole = fit_in(tmp_path / "whole", image_options, set=sets)
+    stopped = whole.summary["steps"]
+    assert stopped < image_options["steps"]
+    cut = tmp_path / "cut"
+    shutil.copytree(whole.path, cut)
+    shutil.rmtree(cut / "model")
+    (cut / "summary.json").unlink()
+    (cut / ".model.1.tmp").mkdir()
+    run = fit(resume=cut, quiet=True)
+    assert run.summary["steps"] == stopped and not (cut / ".model.1.tmp").exists()
+    for name in ("delta.safetensors", "side.safetensors"):
+        assert (cut / "model" / name).read_bytes() == (whole.path / "model" / name).read_bytes()
+
+
+def test_a_resume_on_other_examples_is_refused(tmp_path, text_options, sentence_folder):
+    data = tmp_path / "data"
+    shutil.copytree(sentence_folder, data)
+    whole = fit_in(tmp_path / "run", text_options, data=data, steps=3, set=["checkpoint.every=1"])
+    (whole.path / "summary.json").unlink()
+    lines = (data / "train.csv").read_text().splitlines()
+    (data / "train.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]))
+    with pytest.raises(UserError, match=r"are not the examples that checkpoint .* was trained on"):
+        fit(resume=whole.path, quiet=True)
+
+
+@pytest.mark.parametrize("file", ["delta.safetensors", "side.safetensors", "labels.json"])
+def test_a_damaged_model_file_is_noticed(tmp_path, tiny_run, file):
+    copy = tmp_path / "run"
+    shutil.copytree(tiny_run.path, copy, ignore=shutil.ignore_patterns("checkpoints", "bundles"))
+    raw = bytearray((copy / "model" / file).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (copy / "model" / file).write_bytes(raw)
+    with pytest.raises(UserError, match=rf"{file} is damaged \(its SHA-256 differs\)"):
+        Run.open(copy).load_with_side()
+
+
+def test_pictures_that_training_skipped_are_skipped_afterwards(
+    tmp_path, image_options, digit_folder
+):
+    data = tmp_path / "data"
+    shutil.copytree(digit_folder, data)
+    bad = data / "validation" / "digit1" / "013.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    run = fit_in(tmp_path / "run", image_options, data=data, steps=1, set=["data.bad_images=skip"])
+    assert len(Run.open(run.path).load_evaluation()["validation"]) == 17
+    assert len(Run.open(run.path).load_evaluation(str(data / "validation"))["validation"]) == 17
+    assert export_run(run.path).manifest["verification"]["metric"]["verdict"] == "passed"
+
+
+def test_the_home_folder_may_be_written_short(tmp_path, image_options, monkeypatch, digit_folder):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(digit_folder, tmp_path / "my pics")
+    made = plan(**{**image_options, "data": "~/my pics"})
+    assert made.examples["train"] == 36
+
+
+def test_a_path_may_hold_what_a_config_would_interpolate(tmp_path, text_options, sentence_folder):
+    data = tmp_path / "a${b}"
+    shutil.copytree(sentence_folder, data)
+    run = fit_in(tmp_path / "run", text_options, data=data, steps=1)
+    assert Run.open(run.path).config.data.path == str(data)
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        ("norms", "side.name=sherl"), ("probe", "train.norm_grad=full"), ("side", "loss.logits=1"),
+        ("side", "optim.head_lr=1e-3"), ("norms", "train.student_task_weight=0"),
+        ("probe", "distill.mask_ratio=0.1"), ("mdpd", "data.max_length=64"),
+    ],
+)  # fmt: skip
+def test_an_option_that_the_method_would_ignore_is_refused(method, option, image_options):
+    with pytest.raises(UserError, match=option.split("=")[0].replace(".", r"\.")):
+        plan(**image_options, method=method, set=[option])
+
+
+def test_resume_and_a_dry_run_exclude_each_other(capsys):
+    assert main(["train", "--resume", "nowhere", "--dry-run"]) == 2
+    assert "leave --resume out" in capsys.readouterr().err
+
+
+def test_training_time_counts_the_wait_for_data(tmp_path, text_options, monkeypatch):
+    from mdpd_deploy.train import batches
+
+    plain = batches.to_tensors
+
+    def slow(*arguments):
+        time.sleep(0.1)
+        return plain(*arguments)
+
+    monkeypatch.setattr(batches, "to_tensors", slow)
+    run = fit_in(tmp_path / "run", text_options, steps=6)
+    assert run.summary["time"]["train_s"] > 4 * 0.1

@@ -58,7 +58,12 @@ def random_tensors() -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    folder: Path, method: Method, optimizer: torch.optim.Optimizer, progress: Progress, config: str
+    folder: Path,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    config: str,
+    data: str,
 ) -> None:
     """Write `folder/step-N` and delete older ones.
 
@@ -68,6 +73,7 @@ def save_checkpoint(
         optimizer: Gives its state.
         progress: Goes into state.json.
         config: The run's config as YAML; a resume refuses another one.
+        data: The fingerprint of its examples; a resume refuses others.
     """
     tensors = {f"trained/{k}": t for k, t in method.trained_state().items()}
     tensors |= {f"optimiser/{k}": t for k, t in optimizer_tensors(optimizer).items()}
@@ -78,6 +84,7 @@ def save_checkpoint(
         state = {
             "schema": SCHEMA,
             "config": config,
+            "data": data,
             "sha256": sha256_file(temporary / TENSORS),
             "progress": asdict(progress),
         }
@@ -93,7 +100,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    path: Path, method: Method, optimizer: torch.optim.Optimizer, config: str
+    path: Path, method: Method, optimizer: torch.optim.Optimizer, config: str, data: str
 ) -> Progress:
     """Restore a checkpoint in place and return where it stood.
 
@@ -106,6 +113,11 @@ def load_checkpoint(
         raise UserError(f"checkpoint {path} was not written by this version; {mend}.")
     if state["config"] != config:
         raise UserError(f"checkpoint {path} belongs to another config.yaml; {mend}.")
+    if state["data"] != data:
+        raise UserError(
+            f"the run's data are not the examples that checkpoint {path} was trained on: restore "
+            f"them, or {mend}."
+        )
     try:
         if sha256_file(path / TENSORS) != state["sha256"]:
             raise UserError(f"checkpoint {path} is damaged (its SHA-256 differs); {mend}.")

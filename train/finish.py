@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mdpd_deploy.files import atomic_folder, write_json
+from mdpd_deploy.files import atomic_folder, sha256_file, write_json
 from mdpd_deploy.machine import versions
 from mdpd_deploy.model import Deployed, WithSide
-from mdpd_deploy.run import BACKBONE, DELTA, SCHEMA, SIDE, Run, read_metrics
+from mdpd_deploy.run import BACKBONE, DELTA, LABELS, SCHEMA, SIDE, Run, read_metrics
 from mdpd_deploy.tasks.metrics import compute
 from mdpd_deploy.train.checkpoint import Progress, load_best
 from mdpd_deploy.train.evaluate import Outputs, run_over
@@ -44,6 +44,7 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
             write_model(setup, folder)
     setup.state.wait_for_everyone()
     summary = describe(setup, progress, forecast)
+    summary["files"] = {p.name: sha256_file(p) for p in sorted((out / "model").iterdir())}
     run = Run(out, setup.config, summary, setup.data.label_names)
     deployed = run.load_deployed().to(setup.state.device)
     outputs = {name: measure(setup, deployed, name) for name in setup.data.evaluation}
@@ -75,7 +76,7 @@ def write_model(setup: Setup, folder: Path) -> None:
     _save(delta, folder / DELTA)
     if side:
         _save(side, folder / SIDE)
-    write_json(folder / "labels.json", {"names": list(setup.data.label_names)})
+    write_json(folder / LABELS, {"names": list(setup.data.label_names)})
     setup.backbone.preprocess.save(folder)
     if not setup.config.backbone.pretrained:
         _save(setup.frozen_weights(), folder / BACKBONE)

@@ -8,7 +8,7 @@ fresh encoder has no head for the task, so a linear one with its usual first val
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdpd_deploy.sides import SideNetwork
 from mdpd_deploy.train.batches import Schedule, StepDataset
@@ -33,7 +33,7 @@ def inherit_important(setup: Setup, say: Callable[[str], None]) -> None:
     side.inherit(setup.backbone, lambda weight: importance[weight])
 
 
-def fisher(setup: Setup, examples: int) -> dict[nn.Parameter, Tensor]:
+def fisher(setup: Setup, examples: int) -> dict[Tensor, Tensor]:
     """Return Σ over examples of the squared gradient, for every weight of the backbone."""
     backbone, method = setup.backbone, setup.method
     single = Schedule(len(setup.data.train), 1, 1, setup.config.train.seed, 1)
@@ -41,7 +41,7 @@ def fisher(setup: Setup, examples: int) -> dict[nn.Parameter, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setup.config.train.seed)
         head = method.new_head().to(setup.device)
-    total = {
+    total: dict[Tensor, Tensor] = {
         weight: torch.zeros_like(weight, dtype=torch.float32) for weight in backbone.parameters()
     }
     before = {weight: weight.requires_grad for weight in total}

@@ -1,20 +1,32 @@
 """A whole training run: plan it, run it, resume it."""
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mdpd_deploy.config import Config, load_config
+from accelerate.utils import broadcast_object_list
+
+from mdpd_deploy.config import Config, read_config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.files import free_path, refuse_nonempty, write_text
+from mdpd_deploy.files import (
+    LOCK,
+    claimed,
+    free_path,
+    refuse_nonempty,
+    remove_leftovers,
+    write_text,
+)
 from mdpd_deploy.run import Run
 from mdpd_deploy.train.finish import finish
 from mdpd_deploy.train.forecast import forecast
 from mdpd_deploy.train.loop import train
 from mdpd_deploy.train.progress import ProgressBar
-from mdpd_deploy.train.setup import Setup, default_out, prepare
+from mdpd_deploy.train.setup import Setup, default_out, prepare, process_state
 
 
 @dataclass(frozen=True)
@@ -95,20 +107,18 @@ def fit_run(config: Config, *, overwrite: bool = False, quiet: bool = False) -> 
         UserError: For bad input, before anything is written.
         WorkFailed: If the run diverges or cannot be written.
     """
-    out = (
-        Path(config.out)
-        if config.out
-        else free_path(default_out(config, f"{datetime.now():%Y%m%d-%H%M%S}"))
-    )
-    refuse_nonempty(out, overwrite=overwrite)
+    out = Path(config.out).expanduser() if config.out else _free_out(config)
+    check = partial(refuse_nonempty, out, overwrite=overwrite, ours=_is_ours)
+    check()  # before the data are read, and again when the folder is ours alone
     config = config.model_copy(update={"out": str(out.resolve())})
     setup = prepare(config)
-    if setup.state.is_main_process:
-        if overwrite:
-            _clear(out)
-        write_text(out / "config.yaml", config.to_yaml())
-    setup.state.wait_for_everyone()
-    return _go(setup, out, quiet=quiet)
+    with _held(setup, out, check):
+        if setup.state.is_main_process:
+            if overwrite:
+                _clear(out)
+            write_text(out / "config.yaml", config.to_yaml())
+        setup.state.wait_for_everyone()
+        return _go(setup, out, quiet=quiet)
 
 
 def resume_run(path: Path, *, quiet: bool = False) -> Run:
@@ -126,7 +136,37 @@ def resume_run(path: Path, *, quiet: bool = False) -> Run:
         )
     if (path / "summary.json").is_file():
         return Run.open(path)
-    return _go(prepare(load_config(path / "config.yaml")), path, quiet=quiet)
+    setup = prepare(read_config(path / "config.yaml"))
+    with _held(setup, path):
+        if setup.state.is_main_process:
+            remove_leftovers(path)
+            remove_leftovers(path / "checkpoints")
+        return _go(setup, path, quiet=quiet)
+
+
+def _free_out(config: Config) -> Path:
+    """Return runs/DATE-TASK-METHOD, the same in every process of a launch."""
+    process_state(config.train.device)
+    named = [str(free_path(default_out(config, f"{datetime.now():%Y%m%d-%H%M%S}")))]
+    return Path(broadcast_object_list(named)[0])
+
+
+@contextmanager
+def _held(setup: Setup, out: Path, check: Callable[[], None] | None = None) -> Iterator[None]:
+    """Keep other trainings out of the run folder while the main process writes to it."""
+    if not setup.state.is_main_process:
+        yield
+        return
+    with claimed(out):
+        if check is not None:
+            check()
+        yield
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is a run, or the beginning of one."""
+    names = {path.name for path in folder.iterdir()} - {LOCK}
+    return "config.yaml" in names and ("metrics.jsonl" in names or names == {"config.yaml"})
 
 
 def _go(setup: Setup, out: Path, *, quiet: bool) -> Run:

@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
+from mdpd_deploy.config import Config
+from mdpd_deploy.data import data_fingerprint
 from mdpd_deploy.errors import WorkFailed
 from mdpd_deploy.files import write_text
 from mdpd_deploy.run import read_metrics
@@ -57,9 +59,9 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
     optimizer = build_optimizer(method)
     torch.manual_seed(config.train.seed + 1 + state.process_index)
     progress = Progress()
-    fingerprint = config.to_yaml()
+    fingerprint, examples = config.to_yaml(), data_fingerprint(setup.data)
     if found := complete_checkpoints(checkpoints):
-        progress = load_checkpoint(found[-1], method, optimizer, fingerprint)
+        progress = load_checkpoint(found[-1], method, optimizer, fingerprint, examples)
         if state.process_index:  # the checkpoint holds the first process's random state
             torch.manual_seed(hash((config.train.seed, state.process_index, progress.step)))
         bar.say(f"resuming {out} at step {progress.step} of {setup.steps}")
@@ -77,7 +79,9 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
     loader = step_loader(dataset, progress.step, setup.steps, config.data.workers)
     method.train_mode()
     window = Window()
-    for step in range(progress.step, setup.steps):
+    ended = stops_early(progress, config)  # of a run that was interrupted after its last step
+    for step in range(progress.step, progress.step if ended else setup.steps):
+        started = time.perf_counter()
         parts = next(loader)
         factor = learning_rate_factor(step, setup.steps, config.optim)
         set_learning_rate(optimizer, factor)
@@ -86,7 +90,6 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
                 losses, norms = one_step(setup, optimizer, parts)
             progress.memory = {"peak_live_bytes": peak.peak_bytes, "parts": dict(peak.parts)}
         else:
-            started = time.perf_counter()
             losses, norms = one_step(setup, optimizer, parts)
             if setup.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -107,7 +110,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
         if progress.step % setup.eval_every == 0 or last:
             stop = evaluate(setup, progress, log, checkpoints, bar)
         if progress.step % setup.checkpoint_every == 0 and not last and state.is_main_process:
-            save_checkpoint(checkpoints, method, optimizer, progress, fingerprint)
+            save_checkpoint(checkpoints, method, optimizer, progress, fingerprint, examples)
         if stop:
             bar.say(f"stopped at step {progress.step}: no gain in {progress.stale} evaluations")
             break
@@ -122,7 +125,8 @@ def one_step(
 
     Gradients stay in place, so that the caller can look at them, and are cleared by it.
     """
-    losses: dict[str, Tensor] = {}
+    # A process without a share of a short last step adds zeros to the others' losses.
+    losses = {name: torch.zeros((), device=setup.device) for name in setup.method.loss_names}
     for batch in parts:
         on_device = Batch(
             {k: t.to(setup.state.device) for k, t in batch.inputs.items()},
@@ -133,7 +137,7 @@ def one_step(
             batch.weight,
         )
         for name, value in setup.method.step(on_device).items():
-            losses[name] = losses[name] + value if name in losses else value
+            losses[name] = losses[name] + value
     if setup.state.num_processes > 1:
         losses = sum_over_processes(setup, losses)
     norms = clip_gradients(setup.method, setup.config.optim.clip)
@@ -184,6 +188,11 @@ def evaluate(
     bar.evaluated(
         progress.step, data.metrics[0], {k: m[data.metrics[0]] for k, m in measured.items()}
     )
+    return stops_early(progress, config)
+
+
+def stops_early(progress: Progress, config: Config) -> bool:
+    """Return whether `train.patience` evaluations have passed without a gain."""
     return config.train.patience is not None and progress.stale >= config.train.patience
 
 

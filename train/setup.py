@@ -9,7 +9,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from mdpd_deploy.backbones import Backbone, load_backbone
-from mdpd_deploy.config import Config
+from mdpd_deploy.config import Config, DataConfig
 from mdpd_deploy.data import TaskData, check_images, load_task
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.train.batches import Schedule
@@ -105,6 +105,12 @@ def process_state(device: str) -> PartialState:
 def check_modality(backbone: Backbone, data: TaskData, config: Config) -> None:
     """Refuse a vision backbone for text and the reverse."""
     takes = "image" if backbone.grid is not None else "text"
+    plain = DataConfig()
+    if takes == "image" and (config.data.max_length, config.data.pad) != (
+        plain.max_length,
+        plain.pad,
+    ):
+        raise UserError("data.max_length and data.pad are for texts: leave them out for images.")
     if takes != data.modality:
         example = "hf:bert-base-uncased" if data.modality == "text" else "timm:vit_base_patch16_224"
         raise UserError(
@@ -132,7 +138,8 @@ def class_weights(config: Config, data: TaskData) -> tuple[float, ...] | None:
         return None
     if asked == "balanced":
         counts = np.bincount(data.train.labels.astype(np.int64), minlength=data.outputs)
-        return tuple(len(data.train) / (data.outputs * counts.astype(float)))
+        weights = len(data.train) / (data.outputs * np.maximum(counts, 1))
+        return tuple(float(weight) for weight in weights)
     if len(asked) != data.outputs:
         raise UserError(
             f"train.class_weights has {len(asked)} values, but there are {data.outputs} classes "

@@ -109,7 +109,7 @@ class Backbone(nn.Module, ABC):
         """Return the layers of one block in the order in which a token passes them."""
 
     @abstractmethod
-    def embedding_weight(self) -> tuple[nn.Parameter, int]:
+    def embedding_weight(self) -> tuple[Tensor, int]:
         """Return the weight that makes tokens, and its axis of length D."""
 
     @abstractmethod

@@ -184,7 +184,7 @@ class BertBackbone(Backbone):
             Layer(norms[1:], linear=False),
         )
 
-    def embedding_weight(self) -> tuple[nn.Parameter, int]:
+    def embedding_weight(self) -> tuple[Tensor, int]:
         """Return the word embeddings [V, D]."""
         words = self.model.get_submodule("embeddings.word_embeddings")
         assert isinstance(words, nn.Embedding)

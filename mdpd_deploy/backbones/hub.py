@@ -1,12 +1,10 @@
 """The Hugging Face hub: is a model within reach, and which commit did we get."""
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.network import hub_reachable
 
 
 def check_hub(repo: str, files: Sequence[str], revision: str | None, option: str) -> None:
@@ -17,26 +15,12 @@ def check_hub(repo: str, files: Sequence[str], revision: str | None, option: str
     """
     from huggingface_hub import constants
 
-    if cached_commit(repo, files, revision) or _can_resolve(constants.ENDPOINT):
+    if cached_commit(repo, files, revision) or hub_reachable():
         return
     raise UserError(
         f"{option} needs {repo} from {constants.ENDPOINT}, which cannot be reached from here, and "
         "no copy is cached: connect, or fetch it on another machine and name its folder instead."
     )
-
-
-def _can_resolve(endpoint: str) -> bool:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urlsplit(endpoint).hostname, 443)
-    except OSError:
-        return False
-    return True
 
 
 def cached_commit(repo: str, files: Sequence[str], revision: str | None) -> str | None:

@@ -6,6 +6,7 @@ kept where the weights have it (D3): before the pooling (`norm`), or, for weight
 timm's average pooling, after it (`fc_norm`).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ class VitBackbone(Backbone):
         self.model = model
         self.width = model.embed_dim
         self.depth = len(model.blocks)
-        self.heads = model.blocks[0].get_submodule("attn").num_heads
+        attention: Any = model.blocks[0].get_submodule("attn")
+        self.heads = attention.num_heads
         self.prefix_tokens = model.num_prefix_tokens
         self.has_cls = model.cls_token is not None
         rows, columns = model.patch_embed.grid_size
@@ -100,7 +102,9 @@ class VitBackbone(Backbone):
         old: Any = self.block(index)
         width = self.width // reduction
         hidden = old.mlp.fc1.out_features // reduction
-        made: nn.Module = type(old)(
+        norm: Any = type(old.norm1)
+        make: Callable[..., nn.Module] = type(old)
+        return make(
             width,
             self.heads,
             mlp_ratio=(hidden + 0.5) / width,  # timm takes the whole part of width × ratio
@@ -109,10 +113,9 @@ class VitBackbone(Backbone):
             proj_bias=old.attn.proj.bias is not None,
             init_values=None if isinstance(old.ls1, nn.Identity) else 1.0,
             act_layer=type(old.mlp.act),
-            norm_layer=partial(type(old.norm1), eps=old.norm1.eps),
+            norm_layer=partial(norm, eps=old.norm1.eps),
             mlp_layer=type(old.mlp),
         )
-        return made
 
     def layers(self, index: int) -> tuple[Layer, ...]:
         """Return norm, attention, norm, MLP; in a `ResPostBlock` the norms come second."""
@@ -127,7 +130,7 @@ class VitBackbone(Backbone):
             return (*attention, first, *mlp, second)
         return (first, *attention, second, *mlp)
 
-    def embedding_weight(self) -> tuple[nn.Parameter, int]:
+    def embedding_weight(self) -> tuple[Tensor, int]:
         """Return the patch projection [D, 3, patch, patch]."""
         return self.model.patch_embed.proj.weight, 0
 

@@ -152,6 +152,7 @@ def _bench(
     seed: int,
     overwrite: bool,
 ) -> "tuple[LatencyReport, Path]":
+    from mdpd_deploy.bundle import is_bundle
     from mdpd_deploy.files import atomic_folder, refuse_nonempty
     from mdpd_deploy.serve import run_benchmark, write_chart
 
@@ -159,7 +160,11 @@ def _bench(
     grid = _grid(subject, runtime, batch, seconds, device, threads, seed)
     variants = _variants(subject, rivals)
     folder = out if out is not None else _default_out(subject)
-    refuse_nonempty(folder, overwrite=overwrite)
+    if any(is_bundle(parent) for parent in (folder.resolve(), *folder.resolve().parents)):
+        raise UserError(
+            f"--out {folder} lies in a bundle, whose files are all listed: choose a folder outside."
+        )
+    refuse_nonempty(folder, overwrite=overwrite, ours=_is_report, needed=(subject.path,))
     inputs = _inputs(subject)
     with tempfile.TemporaryDirectory(prefix="mdpd-latency-") as graphs:
         report = run_benchmark(variants, inputs, grid, source=_source(subject), folder=Path(graphs))
@@ -167,6 +172,10 @@ def _bench(
         report.write(temporary / REPORT_FILE)
         write_chart(report, temporary)
     return report, folder
+
+
+def _is_report(folder: Path) -> bool:
+    return (folder / REPORT_FILE).is_file()
 
 
 def _open(path: Path | None) -> _Subject:

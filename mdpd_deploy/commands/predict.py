@@ -81,6 +81,8 @@ def read_inputs(bundle: Bundle, inputs: Sequence[str]) -> tuple[list[str], list[
                 f"this model takes pairs of texts, and {word!r:.60} is one: give a table with the "
                 f"columns {', '.join(columns)}."
             )
+        elif not word.strip():
+            raise UserError("a text to predict is empty: leave it out.")
         else:
             raws.append(word)
         names.append(word)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdpd_deploy.errors import UserError
+
 if TYPE_CHECKING:
     from mdpd_deploy.config import Config
     from mdpd_deploy.run import Run
@@ -73,6 +75,8 @@ def command(
         "out": out,
     }
     if dry_run:
+        if resume is not None:
+            raise UserError("--dry-run plans a new run: leave --resume out.")
         _print_plan(plan(config, set=set_ or (), **flags), as_json=json)
         return
     run = fit(config, set=set_ or (), resume=resume, overwrite=overwrite, quiet=json, **flags)
@@ -110,10 +114,9 @@ def fit(
         >>> run.summary["status"], sorted(run.summary["metrics"])
         ('completed', ['deployed', 'side'])
     """
-    from mdpd_deploy.errors import UserError
-
     if resume is not None:
-        if config is not None or set or any(value is not None for value in flags.values()):
+        given = config is not None or set or overwrite
+        if given or any(value is not None for value in flags.values()):
             raise UserError(
                 "--resume continues a run exactly as it was planned: give no other option."
             )
@@ -193,18 +196,22 @@ def _absolute(config: Config) -> Config:
     """Store local paths absolute, so that a run can be resumed from anywhere (D19)."""
     data = config.data.model_copy(
         update={
-            name: str(Path(value).resolve())
+            name: _local(value)
             for name in ("path", "eval_path")
             if (value := getattr(config.data, name)) is not None and not value.startswith("hub:")
         }
     )
     update: dict[str, Any] = {}
-    if Path(config.backbone.name).is_dir():
-        update["name"] = str(Path(config.backbone.name).resolve())
+    if Path(config.backbone.name).expanduser().is_dir():
+        update["name"] = _local(config.backbone.name)
     if config.backbone.weights is not None:
-        update["weights"] = str(Path(config.backbone.weights).resolve())
+        update["weights"] = _local(config.backbone.weights)
     backbone = config.backbone.model_copy(update=update)
     return config.model_copy(update={"data": data, "backbone": backbone})
+
+
+def _local(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 def _is_main_process() -> bool:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data import digits, glue, own, vtab  # noqa: F401  (each registers its tasks)
-from mdpd_deploy.data.check import check_images
-from mdpd_deploy.data.examples import Kind, Picture, Raw, Split, TaskData, Text
+from mdpd_deploy.data.check import check_images, readable
+from mdpd_deploy.data.examples import Kind, Picture, Raw, Split, TaskData, Text, data_fingerprint
 from mdpd_deploy.data.registry import TASKS, find_reader
 
 __all__ = [
@@ -27,8 +27,10 @@ __all__ = [
     "TaskData",
     "Text",
     "check_images",
+    "data_fingerprint",
     "load_evaluation",
     "load_task",
+    "readable",
 ]
 
 

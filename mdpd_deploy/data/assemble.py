@@ -6,7 +6,7 @@ import numpy as np
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.examples import Kind, Split, TaskData
-from mdpd_deploy.data.labels import class_indices, class_names, require_every_class, scores
+from mdpd_deploy.data.labels import class_indices, class_names, listed, require_every_class, scores
 from mdpd_deploy.data.rows import Rows, Source
 from mdpd_deploy.data.splits import hold_out, random_split, stratified_split, subset
 from mdpd_deploy.errors import UserError
@@ -65,6 +65,10 @@ def assemble(
         notes.append(f"data.limit keeps {config.limit} of {len(train)} training examples.")
         order = np.random.RandomState(seed).permutation(len(train))
         train = subset(train, order[: config.limit])
+        if lost := sorted(set(range(len(names))) - set(train.labels.astype(int).tolist())):
+            notes.append(
+                f"data.limit leaves no training example of: {listed([names[i] for i in lost])}."
+            )
     return TaskData(
         task=task,
         kind=kind,

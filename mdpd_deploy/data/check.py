@@ -34,9 +34,24 @@ def check_images(data: TaskData, config: DataConfig, progress: Progress | None =
     """
     if data.modality != "image":
         return data
-    splits = {"train": data.train, **data.evaluation}
+    splits, notes = readable({"train": data.train, **data.evaluation}, config, progress)
+    train = splits.pop("train")
+    if data.label_names:
+        _check_classes(data, train)
+    return replace(data, train=train, evaluation=splits, notes=(*data.notes, *notes))
+
+
+def readable(
+    splits: dict[str, Split], config: DataConfig, progress: Progress | None = None
+) -> tuple[dict[str, Split], list[str]]:
+    """Return splits of pictures without the bad ones, and a note per split that lost some.
+
+    Raises:
+        UserError: As `check_images`.
+    """
+    splits = dict(splits)
     total = sum(len(split) for split in splits.values())
-    notes = list(data.notes)
+    notes: list[str] = []
     done = 0
     for name, split in splits.items():
         problems: dict[int, str] = {}
@@ -52,10 +67,7 @@ def check_images(data: TaskData, config: DataConfig, progress: Progress | None =
             raise _stop(problems, name, len(split))
         notes.append(_note(problems, name, len(split)))
         splits[name] = _without(split, problems, name)
-    train = splits.pop("train")
-    if data.label_names:
-        _check_classes(data, train)
-    return replace(data, train=train, evaluation=splits, notes=tuple(notes))
+    return splits, notes
 
 
 def _problems(inputs: Sequence[Raw]) -> Iterator[str | None]:

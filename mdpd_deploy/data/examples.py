@@ -1,5 +1,6 @@
 """What every reader returns: examples by split, before any preprocessing. No torch here (D27)."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,3 +67,26 @@ class TaskData:
     def outputs(self) -> int:
         """Width of the logits: classes, or 1 for regression."""
         return len(self.label_names) or 1
+
+
+def data_fingerprint(data: TaskData) -> str:
+    """Return a hash of all labels and inputs: texts, pictures in memory, paths and file sizes.
+
+    Pictures that only a data set knows how to decode count by their number.
+    """
+    digest = hashlib.sha256()
+    for name, split in {"train": data.train, **data.evaluation}.items():
+        digest.update(f"{name} {len(split)}\n".encode())
+        digest.update(np.ascontiguousarray(split.labels).tobytes())
+        if isinstance(split.inputs, list | tuple):
+            for raw in split.inputs:
+                digest.update(_identity(raw))
+    return digest.hexdigest()
+
+
+def _identity(raw: Raw) -> bytes:
+    if isinstance(raw, Path):
+        return f"{raw} {raw.stat().st_size if raw.is_file() else 0}\n".encode()
+    if isinstance(raw, Image.Image):
+        return f"{raw.mode} {raw.size}".encode() + raw.tobytes()
+    return (repr(raw) + "\n").encode()

@@ -4,10 +4,12 @@ Whatever `datasets.load_dataset` reads without running foreign code. Pictures st
 they are asked for and pass our own limits (`images.decode_image`).
 """
 
+import contextlib
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.images import decode_image, open_image
@@ -15,6 +17,7 @@ from mdpd_deploy.data.labels import label_text
 from mdpd_deploy.data.rows import Rows
 from mdpd_deploy.data.splits import SPLIT_NAMES
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.network import hub_reachable
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -66,8 +69,11 @@ def load_hub(spec: str) -> "DatasetDict":
     import datasets
 
     name, config, revision = _parse(spec)
-    quiet = datasets.utils.logging.get_verbosity()
-    datasets.utils.logging.set_verbosity_error()
+    with _quiet_and_quick():
+        return _load(datasets, name, config, revision)
+
+
+def _load(datasets: Any, name: str, config: str | None, revision: str | None) -> "DatasetDict":
     try:
         if (Path(name) / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(name)
@@ -79,9 +85,30 @@ def load_hub(spec: str) -> "DatasetDict":
             f"the hub data set {name!r} could not be loaded ({reason}): check the name and the "
             "network, or download it and give the local files."
         ) from err
-    finally:
-        datasets.utils.logging.set_verbosity(quiet)
     return cast("DatasetDict", loaded)
+
+
+@contextlib.contextmanager
+def _quiet_and_quick() -> Iterator[None]:
+    """Keep the libraries from writing to stderr, and from trying a hub that cannot be reached."""
+    import datasets
+    from huggingface_hub import constants
+
+    loggers = {name: logging.getLogger(name) for name in ("datasets", "huggingface_hub")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    offline: Any = (constants, datasets.config)
+    before = [module.HF_HUB_OFFLINE for module in offline]
+    for logger in loggers.values():
+        logger.setLevel(logging.CRITICAL)
+    for module in offline:
+        module.HF_HUB_OFFLINE = module.HF_HUB_OFFLINE or not hub_reachable()
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            loggers[name].setLevel(level)
+        for module, value in zip(offline, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _parse(spec: str) -> tuple[str, str | None, str | None]:

@@ -8,6 +8,8 @@ from mdpd_deploy.data.rows import Rows
 from mdpd_deploy.data.splits import SPLIT_NAMES
 from mdpd_deploy.errors import UserError
 
+OTHERS = (".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".ppm", ".jp2")
+
 
 def split_folders(root: Path) -> dict[str, Path]:
     """Return split name → folder, for folders called train, validation (valid, val, dev) or test.
@@ -57,6 +59,17 @@ def read_classes(root: Path) -> Rows:
             "expected train/CLASS/*.jpg or CLASS/*.jpg."
         )
     return Rows(inputs, labels, lambda i: str(inputs[i]), str(root))
+
+
+def other_pictures(root: Path) -> str | None:
+    """Return a note on files of other picture formats below `root`, which are left out."""
+    count = sum(path.suffix.lower() in OTHERS for path in root.rglob("*"))
+    if not count:
+        return None
+    return (
+        f"{count} files below {root} are left out: only {', '.join(sorted(SUFFIXES))} are read, "
+        f"not {', '.join(OTHERS)}."
+    )
 
 
 def _folders(root: Path) -> list[Path]:

@@ -70,7 +70,7 @@ def class_indices(rows: Rows, names: Sequence[str]) -> NDArray[np.int64]:
         raise UserError(f"{rows.where(at)} has no label: fill it in or remove the row.")
     raise UserError(
         f"{rows.where(at)}: the label {label!r} is not one of the classes {listed(names)}: "
-        "correct it, or name every class with --set data.labels=[...]."
+        "correct it; a class that the training data lack is named by data.labels=[...] when training."
     )
 
 

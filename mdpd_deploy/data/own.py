@@ -8,7 +8,7 @@ from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.assemble import assemble, to_split, without_unlabelled_test
 from mdpd_deploy.data.examples import Kind, Split, TaskData
 from mdpd_deploy.data.hub import PREFIX, load_hub, read_hub
-from mdpd_deploy.data.image_folder import read_classes, split_folders
+from mdpd_deploy.data.image_folder import other_pictures, read_classes, split_folders
 from mdpd_deploy.data.labels import label_text
 from mdpd_deploy.data.registry import TASKS
 from mdpd_deploy.data.rows import Rows, Source
@@ -39,6 +39,7 @@ class _Found:
     splits: dict[str, Rows]
     columns: _Columns | None
     whole: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def form(self) -> tuple[str, int]:
@@ -85,7 +86,7 @@ def read_own(task: str, config: DataConfig, *, seed: int) -> TaskData:
         "image" if found.form[0] == "pictures" else "text",
         pair=found.form[0] == "pairs",
         columns=columns.inputs if columns else (),
-        notes=notes,
+        notes=(*found.notes, *notes),
     )
     return assemble(task, kind, source, config, seed=seed)
 
@@ -161,10 +162,9 @@ def _read_pictures(root: Path, kind: Kind, config: DataConfig) -> _Found:
             "leave it out for an image folder, or correct the path."
         )
     folders = split_folders(root)
-    if not folders:
-        return _Found({"train": read_classes(root)}, None, whole=True)
-    rows = {split: read_classes(folder) for split, folder in folders.items()}
-    return _Found(rows, None, whole=False)
+    rows = {split: read_classes(folder) for split, folder in (folders or {"train": root}).items()}
+    note = other_pictures(root)
+    return _Found(rows, None, whole=not folders, notes=(note,) if note else ())
 
 
 def _split_files(root: Path) -> dict[str, Path]:

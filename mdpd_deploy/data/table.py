@@ -59,6 +59,12 @@ class Table:
     def texts(self, name: str) -> list[str]:
         """Return a text column; raises `UserError` for a cell without text."""
         cells = self.column(name, "--text")
+        for index, cell in enumerate(cells):
+            if isinstance(cell, dict | list):
+                raise UserError(
+                    f"{self.where(index)}: column {name!r} holds {_kind(cell)}, no text: name a "
+                    "column of texts."
+                )
         texts = ["" if cell is None else str(cell) for cell in cells]
         for index, (cell, text) in enumerate(zip(cells, texts, strict=True)):
             missing = isinstance(cell, float) and math.isnan(cell)

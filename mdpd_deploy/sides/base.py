@@ -14,7 +14,7 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
 
 RunBlock = Callable[[int, Tensor], Tensor]  # (block index, x) → x, norm gradients blocked (D1)
-Importance = Callable[[nn.Parameter], Tensor]  # a weight → numbers ≥ 0 of its shape
+Importance = Callable[[Tensor], Tensor]  # a weight → numbers ≥ 0 of its shape
 
 
 @dataclass(frozen=True)

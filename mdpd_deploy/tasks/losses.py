@@ -29,7 +29,11 @@ class TaskLoss:
         label_smoothing: float = 0.0,
     ) -> None:
         self.kind = kind
-        self.class_weights = None if class_weights is None else torch.tensor(list(class_weights))
+        self.class_weights = (
+            None
+            if class_weights is None
+            else torch.tensor(list(class_weights), dtype=torch.float32)
+        )
         self.label_smoothing = label_smoothing
 
     def __call__(self, raw: Tensor, labels: Tensor) -> Tensor:

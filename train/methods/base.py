@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone
-from mdpd_deploy.config import Config
+from mdpd_deploy.config import Config, DistillConfig, SideConfig
+from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.tasks.losses import TaskLoss
@@ -70,6 +71,9 @@ class Method(ABC):
 
     uses_side: ClassVar[bool] = False
     deploys_side: ClassVar[bool] = False  # the side network stays at inference
+    distils: ClassVar[bool] = False  # backbone and side network teach each other
+    tunes_norms: ClassVar[bool] = False  # through the norm-gradient engine
+    loss_names: tuple[str, ...] = ("loss", "loss_task")  # what `step` returns
     name: str
 
     def __init__(self, backbone: Backbone, task: TaskSpec, config: Config) -> None:
@@ -97,7 +101,7 @@ class Method(ABC):
 
     @abstractmethod
     def step(self, batch: Batch) -> Parts:
-        """Accumulate the gradients of one batch and return its detached losses by name.
+        """Accumulate the gradients of one batch and return its detached losses, `loss_names`.
 
         Losses are sums over the batch divided by `batch.count` (or `.weight`), so that adding
         up the parts of a step gives the step's mean.
@@ -176,8 +180,34 @@ class Method(ABC):
 METHODS: Registry[type[Method]] = Registry("method (--method)")
 
 
+def check_options(method: type[Method], config: Config) -> None:
+    """Refuse an option that the method would ignore."""
+    ignored: list[str] = []
+    if not method.uses_side:
+        ignored += [f"side.{name}" for name in SideConfig.model_fields]
+    if not method.distils:
+        ignored += [f"distill.{name}" for name in DistillConfig.model_fields]
+        ignored += ["loss.logits", "loss.deep", "loss.shallow"]
+        ignored += ["loss.logits_form", "loss.temperature"]
+        ignored += ["train.student_task_weight", "train.late_norm_grad"]
+    if not method.tunes_norms:
+        ignored += ["train.norm_grad", "optim.norm_lr"]
+    if method.deploys_side:
+        ignored += ["optim.head_lr"]
+    plain = Config()
+    for option in ignored:
+        section, name = option.split(".")
+        value = getattr(getattr(config, section), name)
+        if value != getattr(getattr(plain, section), name):
+            raise UserError(
+                f"{option}={value} does nothing with --method {config.method}: leave it out."
+            )
+
+
 def build_method(backbone: Backbone, task: TaskSpec, config: Config) -> Method:
     """Build the method that `config.method` names around a backbone."""
-    method = METHODS.get_or_raise(config.method)(backbone, task, config)
+    kind = METHODS.get_or_raise(config.method)
+    check_options(kind, config)
+    method = kind(backbone, task, config)
     method.name = config.method
     return method

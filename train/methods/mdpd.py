@@ -45,6 +45,8 @@ class MDPD(Method):
     """Trains side network, bottlenecks, generators, both heads and the backbone's norms."""
 
     uses_side = True
+    distils = True
+    tunes_norms = True
 
     def __init__(self, backbone: Backbone, task: TaskSpec, config: Config) -> None:
         self.engine = build_norm_gradient(config.train.norm_grad, backbone)
@@ -52,6 +54,9 @@ class MDPD(Method):
 
     def build_modules(self) -> nn.ModuleDict:
         backbone, config = self.backbone, self.config
+        self.loss_names = ("loss", "loss_task", "loss_shallow", "loss_deep", "loss_logits")
+        if config.train.student_task_weight:
+            self.loss_names += ("loss_student",)
         self.last_feature = config.distill.side_head == "paper"
         self.side = build_side(backbone, config.side, last_feature=self.last_feature)
         if not self.side.feature_layers:

@@ -19,6 +19,8 @@ from mdpd_deploy.train.norm_grad import build_norm_gradient
 class Norms(Method):
     """Trains block norms, final norm and head with the task loss."""
 
+    tunes_norms = True
+
     def __init__(self, backbone: Backbone, task: TaskSpec, config: Config) -> None:
         self.engine = build_norm_gradient(config.train.norm_grad, backbone)
         if config.train.norm_grad == "local":
