@@ -326,9 +326,9 @@ def test_a_validation_table_with_other_columns(tmp_path: Path) -> None:
 
 def test_objects_are_no_texts(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    rows = [{"text": {"a": 1}, "label": "x"}, {"text": "b", "label": "y"}]
+    rows = [{"review": {"a": 1}, "label": "x"}, {"review": "b", "label": "y"}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match=r"line 1: column 'text' holds a dict, no text"):
+    with pytest.raises(UserError, match=r"line 1: column 'review' holds a dict, no text"):
         read(path)
 
 
@@ -340,6 +340,6 @@ def test_numbers_may_name_classes_in_a_config() -> None:
 
 def test_a_limit_that_loses_a_class_says_so(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("text,label\n" + "".join(f"t{i},{'abc'[i % 3]}\n" for i in range(30)))
+    path.write_text("review,mood\n" + "".join(f"t{i},{'abc'[i % 3]}\n" for i in range(30)))
     data = read(path, limit=1)
     assert any("leaves no training example of: " in note for note in data.notes)

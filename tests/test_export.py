@@ -556,7 +556,7 @@ def test_overwrite_replaces_bundles_only(image_run, tmp_path, monkeypatch):
     bundle = export_run(run, out=tmp_path / "b", **options).path
     assert load_bundle(export_run(run, out=bundle, overwrite=True, **options).path)
     monkeypatch.chdir(bundle)
-    with pytest.raises(UserError, match="holds .*: choose another folder"):
+    with pytest.raises(UserError, match=r"holds .*: choose another folder"):
         export_run(run, out=bundle, overwrite=True, **options)
 
 
@@ -568,7 +568,7 @@ def test_a_link_to_a_folder_stays_a_link(image_run, tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_bad_input(image_run):
-    with pytest.raises(UserError, match="cannot be written .*: choose another --out"):
+    with pytest.raises(UserError, match=r"cannot be written .*: choose another --out"):
         export_run(image_run.path, out="/proc/none/b", golden="synthetic", metric_gate=False)
 
 
