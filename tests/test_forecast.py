@@ -52,7 +52,9 @@ def config_of(folder, method="mdpd", side="unipt", data=None, **train):
             "method": method,
             "backbone": {"name": str(folder), "pretrained": False},
             "data": {"max_length": 32} | (data or {}),
-            "side": dict(other_side(SideConfig(reduction=2), side)),
+            "side": dict(other_side(SideConfig(reduction=2), side))
+            if method in ("mdpd", "side")
+            else {},
             "train": {"batch": BATCH} | train,
         }
     )

@@ -35,7 +35,7 @@ def command(
     method: Annotated[
         str | None, typer.Option(help="mdpd (default), side, norms or probe.")
     ] = None,
-    side: Annotated[str | None, typer.Option(help="unipt (default) or sherl.")] = None,
+    side: Annotated[str | None, typer.Option(help="unipt (default), sherl, lst, dtl.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data; default 10.")] = None,
     batch: Annotated[int | None, typer.Option(help="Examples per step; default 32.")] = None,
