@@ -21,6 +21,7 @@ TASK = ["train.student_task_weight=1"]
 
 # name → (method, side, extra options)
 VARIANTS: dict[str, tuple[str, str, list[str]]] = {
+    "majority": ("", "", []),
     "probe": ("probe", "unipt", []),
     "unipt": ("side", "unipt", []),
     "sherl": ("side", "sherl", []),
@@ -41,6 +42,9 @@ def run_one(job: dict) -> dict:
     import torch
 
     from mdpd_deploy import fit
+
+    if job["variant"] == "majority":
+        return majority(job)
 
     torch.set_num_threads(job["threads"])
     method, side, extra = job["custom"]
@@ -69,6 +73,33 @@ def run_one(job: dict) -> dict:
         "deployed_delta": s["params"]["deployed_delta"],
         "peak_live_bytes": s["memory"].get("peak_live_bytes"),
         "train_s": s["time"]["train_s"],
+    }
+
+
+def majority(job: dict) -> dict:
+    """Measure what the most frequent training class scores, the floor of any method."""
+    from mdpd_deploy.config import load_config
+    from mdpd_deploy.data import load_task
+    from mdpd_deploy.tasks import metrics
+
+    config = load_config(None, {"data.path": job["data"]}, job["set"])
+    data = load_task(job["task"], config.data, seed=job["seed"])
+
+    def score(name: str) -> float:
+        labels = data.evaluation[name].labels
+        return metrics.majority(data.metrics, data.train.labels, labels, data.outputs)[
+            data.metrics[0]
+        ]
+
+    return {
+        **{name: job[name] for name in ("key", "task", "variant", "seed", "steps", "batch", "set")},
+        "metric": data.metrics[0],
+        "deployed": score("validation"),
+        "test": {"deployed": score("test")} if "test" in data.evaluation else {},
+        "trained": 0,
+        "deployed_delta": 0,
+        "peak_live_bytes": 0,
+        "train_s": 0.0,
     }
 
 

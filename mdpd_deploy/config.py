@@ -161,7 +161,8 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
-    lr: float = Field(default=1e-3, gt=0)  # side network, φ, G, side head
+    # side network, φ, G, side head; default 1e-3, and 5e-5 for --method full
+    lr: float | None = Field(default=None, gt=0)
     # tuned norms; default: lr, and 10 lr beside a side network that teaches (--method mdpd)
     norm_lr: float | None = Field(default=None, gt=0)
     head_lr: float | None = Field(default=None, gt=0)  # deployed head; default: as norm_lr's

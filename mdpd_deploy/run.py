@@ -198,7 +198,7 @@ class Run:
             tensors = self._tensors(SIDE)
             _load(side, _below(tensors, "side."), self.path)
             _load(head, _below(tensors, "side_head."), self.path)
-            self._tune_norms(backbone)
+            self._tune(backbone)
         return WithSide(backbone, side, head, last_feature=last_feature).eval(), trained
 
     def _deployed(self, *, tuned: bool) -> Deployed:
@@ -209,7 +209,7 @@ class Run:
         source, prefix = (SIDE, "side_head.") if self.keeps_side else (DELTA, "head.")
         _load(head, _below(self._tensors(source), prefix), self.path)
         if tuned:
-            self._tune_norms(backbone)
+            self._tune(backbone)
         return Deployed(backbone, head).eval()
 
     def _head(self, width: int) -> Head:
@@ -218,14 +218,14 @@ class Run:
         scale = None if self.label_names else (0.0, 1.0)  # loaded with the head's tensors
         return Head(width, len(self.label_names) or 1, scale)
 
-    def _tune_norms(self, backbone: Backbone) -> None:
-        """Put the trained norm values into a backbone."""
+    def _tune(self, backbone: Backbone) -> None:
+        """Put the trained values into a backbone."""
         tuned = _below(self._tensors(DELTA), "backbone.")
-        norms = backbone.norms()
+        weights = dict(backbone.named_parameters())
         for name, value in tuned.items():
-            if name not in norms or norms[name].shape != value.shape:
+            if name not in weights or weights[name].shape != value.shape:
                 raise UserError(f"{self.path}/model/{DELTA} does not fit the backbone ({name}).")
-            norms[name].data.copy_(value)
+            weights[name].data.copy_(value)
 
     def _tensors(self, file: str) -> dict[str, Tensor]:
         from safetensors import SafetensorError

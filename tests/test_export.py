@@ -544,6 +544,26 @@ def test_constant_norms_do_not_confuse_the_identity_gate(method, images, tiny_vi
     np.testing.assert_allclose(OnnxRunner(bare)(arrays), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["image", "pair"])
+@pytest.mark.parametrize("method", ["bitfit", "full"])
+def test_rivals_that_change_more_than_norms_export_too(
+    method, kind, images, pair_table, tiny_vit, tiny_bert, tmp_path
+):
+    data = {
+        "image": dict(data=images, backbone=tiny_vit),
+        "pair": dict(
+            data=pair_table,
+            text=["one", "two"],
+            backbone=tiny_bert,
+            set=["data.max_length=20"],
+        ),
+    }[kind]
+    run = fit(task="classify", method=method, out=tmp_path / "run", lr=1e-3, **data, **SHORT)
+    bundle = export_run(run.path)
+    assert set(verdicts(bundle).values()) == {"passed"}
+    assert not (bundle.path / "bare_norms.safetensors").exists()
+
+
 def test_overwrite_replaces_bundles_only(image_run, tmp_path, monkeypatch):
     run = copy_run(image_run, tmp_path / "run")
     (tmp_path / "mine").mkdir()

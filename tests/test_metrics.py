@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mdpd_deploy.errors import UserError, WorkFailed
-from mdpd_deploy.tasks.metrics import METRICS, compute
+from mdpd_deploy.tasks.metrics import METRICS, compute, majority
 
 
 def logits(predictions: list[int], classes: int) -> np.ndarray:
@@ -112,3 +112,10 @@ def test_unknown_metric_names_the_nearest() -> None:
 def test_every_metric_is_a_plain_float() -> None:
     for name in METRICS:
         assert type(binary(name)[name]) is float
+
+
+def test_majority_is_the_score_of_one_constant_answer():
+    train, labels = np.array([0, 1, 1, 2]), np.array([1, 1, 1, 0])
+    floor = majority(["accuracy", "f1"], train, labels % 2, 3)
+    assert floor["accuracy"] == pytest.approx(0.75)
+    assert floor["f1"] == pytest.approx(2 * 0.75 / 1.75)

@@ -119,10 +119,10 @@ def test_every_declared_tensor_has_a_gradient_and_no_other_has(backbone, side, m
     if (side, mode) == ("dtlv1", "local"):
         blocks = 1  # no feature losses over DTL: only the last block has a loss of its own
     if mode == "none":
-        assert method.norms == {}
+        assert method.backbone_weights == {}
     else:
         per_block = len(method.backbone.block_norms(0))
-        assert len(method.norms) == blocks * per_block + len(
+        assert len(method.backbone_weights) == blocks * per_block + len(
             method.backbone.final_norm_parameters()
         )
 
@@ -215,7 +215,7 @@ def test_more_late_blocks_than_the_backbone_has_are_refused(backbone):
 
 def test_bf16_holds_frozen_weights_in_half_and_norms_in_float32(backbone):
     method = make(backbone, "mdpd", "sherl", "train.precision=bf16")
-    norms = {id(p) for p in method.norms.values()}
+    norms = {id(p) for p in method.backbone_weights.values()}
     for name, parameter in method.backbone.named_parameters():
         assert parameter.dtype == (torch.float32 if id(parameter) in norms else torch.bfloat16), (
             name

@@ -25,10 +25,11 @@ from mdpd_deploy.run import Run
 from mdpd_deploy.sides import SIDES
 from mdpd_deploy.train.batches import Schedule, StepDataset
 from mdpd_deploy.train.loop import one_step
+from mdpd_deploy.train.methods import METHODS
 from mdpd_deploy.train.optim import build_optimizer
 from mdpd_deploy.train.setup import prepare
 
-ROWS = [("probe", "unipt"), ("norms", "unipt")]
+ROWS = [(method, "unipt") for method in sorted(METHODS) if method not in ("side", "mdpd")]
 ROWS += [("side", side) for side in sorted(SIDES)]
 ROWS += [("mdpd", side) for side in sorted(SIDES) if not side.startswith("dtlv2")]
 
@@ -76,6 +77,16 @@ def test_the_deployed_model_is_backbone_with_tuned_norms_and_head_alone(tiny_run
     assert not any("side" in name for name, _ in model.named_modules())
 
 
+def declared(method, backbone):
+    """The backbone's tensors that a method trains, said in other words than the method's."""
+    weights = [name for name, _ in backbone.named_parameters()]
+    if method == "bitfit":
+        kept = [name for name in weights if "embed" not in name]
+        return {name for name in kept if name.endswith(".bias")}
+    known = {"full": weights, "mdpd": backbone.norms(), "norms": backbone.norms()}
+    return set(known.get(method, ()))
+
+
 @pytest.mark.parametrize(("method", "side"), ROWS)
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_each_method_changes_only_what_it_declares_and_reloads_equal(
@@ -88,7 +99,7 @@ def test_each_method_changes_only_what_it_declares_and_reloads_equal(
     run = fit_in(tmp_path / "run", options, method=method, side=side, steps=2)
     model = run.load_deployed()
     fresh = load_backbone(run.config.backbone, max_length=24)
-    tuned = set(fresh.norms()) if method in ("mdpd", "norms") else set()
+    tuned = declared(method, fresh)
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(value, fresh.state_dict()[name]) == (name not in tuned), name
     reported = run.summary["metrics"]["deployed"]["accuracy"]
@@ -511,7 +522,7 @@ def test_a_process_without_a_share_of_the_last_step_adds_zeros(tiny_vit, digit_f
     assert all(float(value) == 0 for value in losses.values())
 
 
-@pytest.mark.parametrize("method", ["mdpd", "side", "norms", "probe"])
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_step_returns_the_losses_it_names(method, tiny_vit, digit_folder):
     flags = {"task": "classify", "data.path": str(digit_folder), "backbone.name": str(tiny_vit)}
     setup = prepare(load_config(None, {**flags, "method": method}))
@@ -617,3 +628,12 @@ def test_training_time_counts_the_wait_for_data(tmp_path, text_options, monkeypa
     monkeypatch.setattr(batches, "to_tensors", slow)
     run = fit_in(tmp_path / "run", text_options, steps=6)
     assert run.summary["time"]["train_s"] > 4 * 0.1
+
+
+def test_the_summary_says_what_no_learning_at_all_scores(tiny_text_run):
+    validation = tiny_text_run.load_evaluation()["validation"].labels
+    train = tiny_text_run.load_task_data().train.labels
+    most = np.bincount(train).argmax()
+    assert tiny_text_run.summary["majority"]["accuracy"] == (validation == most).mean()
+    report = (tiny_text_run.path / "report.html").read_text()
+    assert "always answering the most frequent class" in report

@@ -19,7 +19,7 @@ from mdpd_deploy.files import atomic_folder, sha256_file, write_json
 from mdpd_deploy.machine import versions
 from mdpd_deploy.model import Deployed, WithSide
 from mdpd_deploy.run import BACKBONE, DELTA, LABELS, SCHEMA, SIDE, Run, read_metrics
-from mdpd_deploy.tasks.metrics import compute
+from mdpd_deploy.tasks.metrics import compute, majority
 from mdpd_deploy.train.checkpoint import Progress, load_best
 from mdpd_deploy.train.evaluate import Outputs, run_over
 from mdpd_deploy.train.predictions import Predictions, pick_samples
@@ -55,6 +55,13 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
     summary["metrics"] = {"deployed": metrics_of(setup, outputs, "validation")}
     if side:
         summary["metrics"]["side"] = metrics_of(setup, side, "validation")
+    if setup.data.kind == "classify":
+        summary["majority"] = majority(
+            setup.data.metrics,
+            setup.data.train.labels.astype(np.int64),
+            setup.data.evaluation["validation"].labels.astype(np.int64),
+            setup.data.outputs,
+        )
     for name in setup.data.evaluation:
         if name != "validation":
             extra = {"deployed": metrics_of(setup, outputs, name)}
@@ -108,7 +115,7 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
     """Return summary.json but for the metrics."""
     config, method, backbone = setup.config, setup.method, setup.backbone
     groups = {name: sum(p.numel() for p in g.values()) for name, g in method.groups.items()}
-    deployed = groups.get("norms", 0) + groups.get("head", 0)
+    deployed = groups.get(method.backbone_group, 0) + groups.get("head", 0)
     if method.deploys_side:
         deployed = groups["side"]
     memory = {**(progress.memory or {}), **forecast}

@@ -103,7 +103,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
         optimizer.zero_grad(set_to_none=True)
         if progress.step % LOG_EVERY == 0 or last or step == 0:
             line = log_line(setup, progress.step, losses, norms, optimizer, window)
-            check_finite(line, config.optim.lr)
+            check_finite(line, method.lr)
             log.write(line)
             bar.update(progress.step, line)
         stop = False

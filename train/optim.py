@@ -14,18 +14,15 @@ from torch import Tensor, nn
 from mdpd_deploy.config import Config, OptimConfig
 from mdpd_deploy.train.methods import Method
 
-# Few numbers (scales, shifts, a head) must follow a side network of many: at its learning rate the
-# deployed model ends far below its own side network (measured: docs/results.md).
-STUDENT_FACTOR = 10.0
-
 
 def build_optimizer(method: Method) -> torch.optim.AdamW:
     """Build AdamW over the method's groups; each group carries its `name` and `peak_lr`."""
     config = method.config
     optim = config.optim
-    student = optim.lr * (STUDENT_FACTOR if config.method == "mdpd" else 1)
+    student = method.lr * method.student_factor
     peak = {
-        "side": optim.lr,
+        "side": method.lr,
+        "backbone": method.lr,
         "norms": optim.norm_lr or student,
         "head": optim.head_lr or student,
     }

@@ -124,7 +124,12 @@ def _device(device: object) -> str:
 
 
 def _headline(summary: Line) -> Html:
-    cards = [*_metric_cards(summary), _parameter_card(summary), *_cost_cards(summary)]
+    cards = [
+        *_metric_cards(summary),
+        *_floor_card(summary),
+        _parameter_card(summary),
+        *_cost_cards(summary),
+    ]
     return tag("div", cards, class_="cards")
 
 
@@ -142,6 +147,13 @@ def _metric_cards(summary: Line) -> Iterable[Html]:
             ]
             said = " · ".join([_words(primary), *others])
             yield _card(title, format_metric(primary, values[primary]), said)
+
+
+def _floor_card(summary: Line) -> Iterable[Html]:
+    if floor := summary.get("majority"):
+        primary = summary["primary_metric"]
+        said = f"{_words(primary)} of always answering the most frequent class"
+        yield _card("Without learning", format_metric(primary, floor[primary]), said)
 
 
 def format_metric(name: str, value: float | None) -> str:

@@ -234,6 +234,11 @@ def _print_run(run: Run, *, as_json: bool) -> None:
     for where, metrics in summary["metrics"].items():
         for name, value in metrics.items():
             table.add_row(f"{where} {name}", f"{value:.4f}")
+    primary = summary["primary_metric"]
+    if "majority" in summary:
+        table.add_row(
+            f"always the most frequent class, {primary}", f"{summary['majority'][primary]:.4f}"
+        )
     params, memory = summary["params"], summary["memory"]
     share = params["trained"] / params["backbone"]
     table.add_row("trained parameters", f"{params['trained']:,} ({share:.1%} of the backbone)")

@@ -63,6 +63,23 @@ def compute(
     return {name: float(metric(predictions, truth)) for name, metric in metrics.items()}
 
 
+def majority(
+    names: Sequence[str], train: NDArray[np.int64], labels: NDArray[np.int64], classes: int
+) -> dict[str, float]:
+    """Measure what the most frequent training class scores: the floor of any classifier.
+
+    Args:
+        names: Names of `METRICS`.
+        train: Class indices of the training examples.
+        labels: Class indices to measure against.
+        classes: C.
+    """
+    counts = np.bincount(train, minlength=classes)
+    always = np.zeros((len(labels), classes), dtype=np.float32)
+    always[:, int(counts.argmax())] = 1
+    return compute(names, always, labels)
+
+
 @METRICS.register("accuracy")
 def accuracy(predictions: Numbers, labels: Numbers) -> float:
     """Share of right predictions."""

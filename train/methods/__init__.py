@@ -3,7 +3,7 @@
 Adding a method is one file here, an import below, and a row in the tests.
 """
 
-from mdpd_deploy.train.methods import mdpd, norms, probe, side
+from mdpd_deploy.train.methods import direct, mdpd, norms, probe, side
 from mdpd_deploy.train.methods.base import METHODS, Batch, Method, TaskSpec, build_method
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Method",
     "TaskSpec",
     "build_method",
+    "direct",
     "mdpd",
     "norms",
     "probe",

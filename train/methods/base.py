@@ -73,6 +73,10 @@ class Method(ABC):
     deploys_side: ClassVar[bool] = False  # the side network stays at inference
     distils: ClassVar[bool] = False  # backbone and side network teach each other
     tunes_norms: ClassVar[bool] = False  # through the norm-gradient engine
+    holds_frozen: ClassVar[bool] = True  # in bf16 the backbone is held in bfloat16
+    backbone_group: ClassVar[str] = "norms"  # name of the group of the backbone's weights
+    default_lr: ClassVar[float] = 1e-3
+    student_factor: ClassVar[float] = 1.0  # × lr for norms and head where they have none
     loss_names: tuple[str, ...] = ("loss", "loss_task")  # what `step` returns
     name: str
 
@@ -81,12 +85,12 @@ class Method(ABC):
         self.task = task
         self.config = config
         backbone.requires_grad_(False)
-        if config.train.precision == "bf16":
+        if config.train.precision == "bf16" and self.holds_frozen:
             hold_in_bfloat16(backbone)
         self.task_loss = TaskLoss(task.kind, task.class_weights, config.loss.label_smoothing)
         self.modules = self.build_modules()
-        self.norms = self.trained_norms()
-        for parameter in self.norms.values():
+        self.backbone_weights = self.tuned()
+        for parameter in self.backbone_weights.values():
             parameter.requires_grad_(True)
 
     # --- what a method provides ---------------------------------------------------------------
@@ -96,8 +100,8 @@ class Method(ABC):
         """Return the trained modules by name; `head` is the deployed one, if any."""
 
     @abstractmethod
-    def trained_norms(self) -> Parameters:
-        """Return the backbone's trained norm parameters by full name."""
+    def tuned(self) -> Parameters:
+        """Return the backbone's trained parameters by full name."""
 
     @abstractmethod
     def step(self, batch: Batch) -> Parts:
@@ -114,6 +118,11 @@ class Method(ABC):
     # --- what follows from it -----------------------------------------------------------------
 
     @property
+    def lr(self) -> float:
+        """Peak learning rate: `optim.lr`, or the method's own."""
+        return self.config.optim.lr or self.default_lr
+
+    @property
     def groups(self) -> dict[str, Parameters]:
         """Trained parameters by optimiser group: side, norms, head."""
         side: Parameters = {}
@@ -121,12 +130,15 @@ class Method(ABC):
         for name, module in self.modules.items():
             target = head if name == "head" else side
             target.update({f"{name}.{key}": p for key, p in module.named_parameters()})
-        named = {"side": side, "norms": {f"backbone.{k}": p for k, p in self.norms.items()}}
+        named = {
+            "side": side,
+            self.backbone_group: {f"backbone.{k}": p for k, p in self.backbone_weights.items()},
+        }
         return {name: group for name, group in {**named, "head": head}.items() if group}
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return every tensor that training changes, and the modules' buffers, by full name."""
-        state = {f"backbone.{name}": p.detach() for name, p in self.norms.items()}
+        state = {f"backbone.{name}": p.detach() for name, p in self.backbone_weights.items()}
         for name, module in self.modules.items():
             state.update({f"{name}.{key}": t.detach() for key, t in module.state_dict().items()})
         return state
@@ -160,7 +172,8 @@ class Method(ABC):
 
     def cast(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give floating inputs the dtype in which the frozen weights are held."""
-        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+        held = self.config.train.precision == "bf16" and self.holds_frozen
+        dtype = torch.bfloat16 if held else torch.float32
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:

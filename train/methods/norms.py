@@ -33,7 +33,7 @@ class Norms(Method):
     def build_modules(self) -> nn.ModuleDict:
         return nn.ModuleDict({"head": self.new_head()})
 
-    def trained_norms(self) -> Parameters:
+    def tuned(self) -> Parameters:
         return self.engine.trained(())
 
     def step(self, batch: Batch) -> Parts:

@@ -15,7 +15,7 @@ class Probe(Method):
     def build_modules(self) -> nn.ModuleDict:
         return nn.ModuleDict({"head": self.new_head()})
 
-    def trained_norms(self) -> Parameters:
+    def tuned(self) -> Parameters:
         return {}
 
     def step(self, batch: Batch) -> Parts:

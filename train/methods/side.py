@@ -20,7 +20,7 @@ class Side(Method):
         self.side = build_side(self.backbone, self.config.side)
         return nn.ModuleDict({"side": self.side, "side_head": self.new_head()})
 
-    def trained_norms(self) -> Parameters:
+    def tuned(self) -> Parameters:
         return {}
 
     def pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:

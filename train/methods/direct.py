@@ -1,0 +1,62 @@
+"""Task loss through the whole backbone by plain back-propagation: the rivals that need its memory.
+
+`full` trains every weight, `bitfit` every bias (BitFit, ACL 2022). Both keep all activations of
+the backbone, and what they deploy is again backbone + head, with other values.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts
+
+
+class Direct(Method):
+    """Trains some of the backbone's weights, and the head."""
+
+    backbone_group = "backbone"
+    holds_frozen = False  # in bf16 the trained weights stay float32 and the step runs in autocast
+
+    def build_modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"head": self.new_head()})
+
+    def step(self, batch: Batch) -> Parts:
+        raw = self.head("head").raw(self._pooled(batch.inputs))
+        loss = self.task_loss(raw, batch.labels) / batch.weight
+        loss.backward()
+        return {"loss": loss.detach(), "loss_task": loss.detach()}
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"deployed": self.modules["head"](self._pooled(inputs))}
+
+    def _pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        with self.autocast(next(iter(inputs.values()))):
+            return self.backbone(inputs).float()
+
+
+@METHODS.register("full")
+class Full(Direct):
+    """Trains every weight of the backbone: the ceiling of memory, and often of accuracy."""
+
+    default_lr = 5e-5
+
+    def tuned(self) -> Parameters:
+        return dict(self.backbone.named_parameters())
+
+
+@METHODS.register("bitfit")
+class BitFit(Direct):
+    """Trains every bias of the backbone's blocks and of its final norm."""
+
+    def tuned(self) -> Parameters:
+        blocks = {
+            id(parameter)
+            for index in range(self.backbone.depth)
+            for parameter in self.backbone.block(index).parameters()
+        }
+        inside = {**self.backbone.final_norm_parameters()}
+        return {
+            name: p
+            for name, p in self.backbone.named_parameters()
+            if name.rpartition(".")[2] == "bias" and (id(p) in blocks or name in inside)
+        }
