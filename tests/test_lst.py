@@ -168,7 +168,7 @@ def test_largest_keeps_order_and_breaks_ties_by_position():
 )
 def test_thin_blocks_of_every_plain_vision_transformer(options):
     """Gated MLPs (DINOv2 giant), LayerScale and q/k norms are copied too."""
-    from timm.layers import SwiGLUPacked
+    from timm.layers.mlp import SwiGLUPacked
 
     more = dict(options)
     if more.pop("mlp", None):

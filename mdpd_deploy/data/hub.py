@@ -91,12 +91,12 @@ def _load(datasets: Any, name: str, config: str | None, revision: str | None) ->
 @contextlib.contextmanager
 def _quiet_and_quick() -> Iterator[None]:
     """Keep the libraries from writing to stderr, and from trying a hub that cannot be reached."""
-    import datasets
+    from datasets import config
     from huggingface_hub import constants
 
     loggers = {name: logging.getLogger(name) for name in ("datasets", "huggingface_hub")}
     levels = {name: logger.level for name, logger in loggers.items()}
-    offline: Any = (constants, datasets.config)
+    offline: Any = (constants, config)
     before = [module.HF_HUB_OFFLINE for module in offline]
     for logger in loggers.values():
         logger.setLevel(logging.CRITICAL)
