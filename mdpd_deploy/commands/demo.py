@@ -58,7 +58,12 @@ def demo(
     folder = Path(out) if out is not None else free_path(Path("runs/demo"))
     say("1/4  MDPD: backbone and side network teach each other (1,000 digits, frozen ViT)")
     # The reported digits choose nothing: the last weights count, not the best on them.
-    last: dict[str, Any] = {"task": "digits", "epochs": epochs, "quiet": quiet, "set": ["train.keep=last"]}
+    last: dict[str, Any] = {
+        "task": "digits",
+        "epochs": epochs,
+        "quiet": quiet,
+        "set": ["train.keep=last"],
+    }
     run = fit(out=folder, **last)
     say("2/4  linear probe on the same frozen backbone, for comparison")
     probe = fit(method="probe", lr=1e-2, out=folder / "probe", **last)
