@@ -1,5 +1,7 @@
 """The two models a run can be turned into: the deployed one, and the one with its side network."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone, Inputs
@@ -46,14 +48,23 @@ class WithSide(nn.Module):
         self.last_feature = last_feature
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        batch = named(self.backbone, inputs)
+        mask = self.backbone.token_mask(batch)
+        return self.answer(plain_taps(self.backbone, batch, mask, self.side.last_tap), mask)
+
+    def answer(self, taps: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        """Return the task's outputs [B, C] from the backbone's taps b_0..b_{side.last_tap}."""
         backbone = self.backbone
-        batch = named(backbone, inputs)
-        mask = backbone.token_mask(batch)
-        taps = [backbone.embed(batch)]
-        for index in range(self.side.last_tap):
-            taps.append(backbone.run_block(index, taps[-1], mask))
         output = self.side(taps, mask, lambda index, x: backbone.run_block(index, x, mask))
         return self.head(pool_side(backbone, output, mask, last_feature=self.last_feature))
+
+
+def plain_taps(backbone: Backbone, batch: Inputs, mask: Tensor | None, last: int) -> list[Tensor]:
+    """Return b_0..b_last of the plain backbone, each [B, N, D]."""
+    taps = [backbone.embed(batch)]
+    for index in range(last):
+        taps.append(backbone.run_block(index, taps[-1], mask))
+    return taps
 
 
 def pool_side(

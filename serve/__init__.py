@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mdpd_deploy.serve.latency_report import LatencyReport
     from mdpd_deploy.serve.latency_table import render
     from mdpd_deploy.serve.runtimes import RUNTIMES, choose_device
+    from mdpd_deploy.serve.shared import SharedTasks, load_shared
     from mdpd_deploy.serve.variants import (
         DEFAULT_RIVALS,
         Variant,
@@ -29,8 +30,10 @@ _HOME = {
     "InputSource": "latency_inputs",
     "LatencyReport": "latency_report",
     "Plan": "latency",
+    "SharedTasks": "shared",
     "Variant": "variants",
     "choose_device": "runtimes",
+    "load_shared": "shared",
     "render": "latency_table",
     "rival_names": "variants",
     "run_benchmark": "benchmark",
@@ -46,8 +49,10 @@ __all__ = [
     "InputSource",
     "LatencyReport",
     "Plan",
+    "SharedTasks",
     "Variant",
     "choose_device",
+    "load_shared",
     "render",
     "rival_names",
     "run_benchmark",
