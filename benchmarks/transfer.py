@@ -151,12 +151,14 @@ def table(lines: list[dict]) -> str:
         key = (line["task"], line["variant"], line["steps"], line["batch"], tuple(line["set"]))
         groups.setdefault(key, []).append(line)
     rows = [
-        "| task | variant | deployed | side | trained | peak MB | train s | seeds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | variant | deployed | side | test: deployed | side | trained | peak MB | train s | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (task, variant, *_), members in sorted(groups.items(), key=lambda g: (g[0][0], g[0][1])):
+        tests = [member["test"] for member in members]
         rows.append(
             f"| {task} | {variant} | {_spread(members, 'deployed')} | {_spread(members, 'side')} "
+            f"| {_spread(tests, 'deployed')} | {_spread(tests, 'side')} "
             f"| {members[0]['trained']:,} | {members[0]['peak_live_bytes'] / 1e6:.0f} "
             f"| {statistics.mean(m['train_s'] for m in members):.0f} | {len(members)} |"
         )
