@@ -153,7 +153,7 @@ section, .cards > div { background: var(--panel); border: 1px solid var(--line);
   border-radius: 10px; }
 section { padding: 20px 22px; margin-top: 16px; }
 .note { font-size: 13.5px; margin-top: -6px; }
-.cards { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(185px, 1fr)); }
+.cards { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(155px, 1fr)); }
 .cards > div { padding: 14px 16px; }
 .cards small { display: block; font-size: 12.5px; line-height: 1.4; }
 .cards strong { display: block; font-size: 25px; line-height: 1.3; font-weight: 650;
