@@ -1,4 +1,4 @@
-"""What do k tasks on one input save when they share the plain blocks? Time and operations.
+"""What do k tasks on one input save when they share the plain blocks?
 
     python benchmarks/reuse.py --side dtlv1 --tasks 1,2,4,8,19 --out reuse.jsonl
 

@@ -1,4 +1,4 @@
-"""Writing files so that an interrupted program leaves nothing half-written."""
+"""Writing files so that nothing is left half-written, overwritten by mistake, or written by two."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""LST: its test vector, its parameter budgets, and the weights it inherits from the backbone."""
+"""LST: its parameter budgets, and the weights it inherits from the backbone."""
 
 import pytest
 import timm
@@ -18,54 +18,12 @@ from mdpd_deploy.train.fisher import fisher, inherit_important
 from mdpd_deploy.train.setup import prepare
 
 
-def fill(t: float, *shape: int) -> Tensor:
-    count = int(torch.tensor(shape).prod())
-    return 0.5 * torch.sin(t + 0.7 * torch.arange(count, dtype=torch.float64)).reshape(shape)
-
-
-def tap(layer: int, *shape: int) -> Tensor:
-    count = int(torch.tensor(shape).prod())
-    return torch.sin(0.3 * torch.arange(count, dtype=torch.float64) + layer).reshape(shape)
-
-
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
 def no_block(index: int, x: Tensor) -> Tensor:
     raise AssertionError("this side network runs no backbone block")
-
-
-def test_tv3_the_ladder():
-    seen = []
-
-    def tanh(block, x, mask):
-        seen.append(x)
-        return torch.tanh(x)
-
-    norm = nn.RMSNorm(2, eps=1e-6)
-    side = LST(4, 2, [nn.Identity(), nn.Identity()], tanh, out_width=4, bias=True, norm=norm)
-    side = side.double()
-    for index, linear in enumerate([side.first, *side.ladder, side.up[1]]):
-        linear.weight.data = fill(2 * index + 1, *linear.weight.shape)
-        linear.bias.data = fill(2 * index + 2, *linear.bias.shape)
-    side.alpha.data = torch.tensor([0.05, -0.1], dtype=torch.float64)
-    out = side([tap(layer, 1, 2, 4) for layer in range(3)], None, no_block)
-
-    def close(found, rows):
-        expected = torch.tensor(rows, dtype=torch.float64)
-        torch.testing.assert_close(found.squeeze(0), expected, atol=1e-5, rtol=0)
-
-    close(seen[0], [[-0.058710, -0.098522], [0.802228, -0.893490]])
-    close(seen[1], [[-0.501021, 0.673100], [-0.076246, -0.080490]])
-    close(
-        out.tokens,
-        [
-            [0.755676, 0.134468, -0.315582, -0.227007],
-            [-0.331995, -0.247887, 0.642113, 0.480902],
-        ],
-    )
-    torch.testing.assert_close(out.features[2], torch.tanh(seen[1]))
 
 
 @pytest.mark.parametrize(

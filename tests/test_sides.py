@@ -11,6 +11,8 @@ from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import BackboneConfig, SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides import SIDES, SideShape, build_side, other_side
+from mdpd_deploy.sides.dtl import DTL, Fusion, Plain, ScaleShift, Swish, TokenConv
+from mdpd_deploy.sides.lst import LST
 from mdpd_deploy.sides.sherl import SHERL, Aggregation, GatedMap
 from mdpd_deploy.sides.unipt import UniPT
 
@@ -178,6 +180,135 @@ def test_several_late_blocks_are_entered_anew_one_after_the_other():
 def test_more_late_blocks_than_fit_are_refused(layers):
     with pytest.raises(UserError, match=r"side\.late_layers=.* give 1 to 3"):
         SHERL(6, 4, 3, gated=True, late_layers=layers)
+
+
+def test_tv3_the_ladder():
+    seen = []
+
+    def tanh(block, x, mask):
+        seen.append(x)
+        return torch.tanh(x)
+
+    norm = nn.RMSNorm(2, eps=1e-6)
+    side = LST(4, 2, [nn.Identity(), nn.Identity()], tanh, out_width=4, bias=True, norm=norm)
+    side = side.double()
+    for index, linear in enumerate([side.first, *side.ladder, side.up[1]]):
+        linear.weight.data = fill(2 * index + 1, *linear.weight.shape)
+        linear.bias.data = fill(2 * index + 2, *linear.bias.shape)
+    side.alpha.data = torch.tensor([0.05, -0.1], dtype=torch.float64)
+    out = side([tap(layer, 1, 2, 4) for layer in range(3)], None, no_block)
+
+    close(seen[0], [[-0.058710, -0.098522], [0.802228, -0.893490]])
+    close(seen[1], [[-0.501021, 0.673100], [-0.076246, -0.080490]])
+    close(
+        out.tokens,
+        [
+            [0.755676, 0.134468, -0.315582, -0.227007],
+            [-0.331995, -0.247887, 0.642113, 0.480902],
+        ],
+    )
+    torch.testing.assert_close(out.features[2], torch.tanh(seen[1]))
+
+
+def tanh_block(index: int, x: Tensor) -> Tensor:
+    return x + 0.1 * torch.tanh(x)
+
+
+@pytest.mark.parametrize(
+    ("beta", "out", "state"),
+    [
+        (
+            100,
+            [
+                [0.231291, 0.510300],
+                [-0.075716, 0.594305],
+                [0.245629, 0.866834],
+                [1.196471, 1.190448],
+                [1.450501, 0.898666],
+            ],
+            [
+                [0.122295, 0.040682],
+                [0.400408, 0.156117],
+                [0.564379, 0.179654],
+                [0.562476, 0.097406],
+                [0.351277, -0.000591],
+            ],
+        ),
+        (
+            1,
+            [
+                [0.119559, 0.455748],
+                [0.217171, 0.780955],
+                [0.590132, 1.034211],
+                [1.216105, 1.131584],
+                [1.244369, 0.735955],
+            ],
+            None,
+        ),
+    ],
+)
+def test_tv4_v1(beta, out, state):
+    conv = TokenConv(2, 3, (2, 2), 1)
+    fusion = Plain(conv, Swish(beta))
+    side = DTL(2, 3, 2, [1, 2, 3], {2: 0, 3: 0}, [fusion], 1, has_features=True).double()
+    for index, read in enumerate(side.reads.values()):
+        read.a.weight.data = fill(2 * index + 1, 1, 2)
+        read.c.weight.data = fill(2 * index + 2, 2, 1)
+    conv.conv.weight.data = fill(20, 2, 1, 3, 3)
+    taps = [tap(0, 1, 5, 2)]
+    for index in range(2):
+        taps.append(tanh_block(index, taps[-1]))
+    found = side(taps, None, tanh_block)
+    close(found.tokens, out)
+    if state:
+        close(found.features[3], state)
+
+
+@pytest.mark.parametrize(
+    ("beta", "plain", "scaled"),
+    [
+        (
+            100,
+            [
+                [0.176944, -0.166641],
+                [-0.283101, -0.727350],
+                [-0.712859, -1.016940],
+                [-0.961357, -0.934458],
+            ],
+            [
+                [0.709421, 0.180748],
+                [0.152727, -0.633950],
+                [-0.367315, -1.054717],
+                [-0.668018, -0.934872],
+            ],
+        ),
+        (
+            1,
+            [
+                [0.161280, -0.162751],
+                [-0.336704, -0.714041],
+                [-0.766077, -1.003726],
+                [-0.976514, -0.930694],
+            ],
+            [
+                [0.690465, 0.186399],
+                [0.087864, -0.614612],
+                [-0.431713, -1.035517],
+                [-0.686360, -0.929404],
+            ],
+        ),
+    ],
+)
+def test_tv5_v2_and_ls(beta, plain, scaled):
+    conv = TokenConv(2, 3, (2, 2), 0)
+    fusion = Fusion(conv, Swish(beta), 1, 2).double()
+    conv.conv.weight.data = fill(20, 2, 1, 3, 3)
+    fusion.map.a.weight.data, fusion.map.c.weight.data = fill(11, 1, 2), fill(12, 2, 1)
+    h = tap(3, 1, 4, 2)
+    affine = ScaleShift(2).double()
+    affine.scale.data, affine.shift.data = 1 + fill(13, 2), fill(14, 2)
+    close(fusion(h, None), plain)
+    close(affine(fusion(h, None)), scaled)
 
 
 def test_a_silent_aggregation_returns_the_guide():

@@ -141,6 +141,8 @@ class DTL(SideNetwork):
         has_features: Whether h is an s_l for MDPD (v1 only).
     """
 
+    distils_features = False
+
     def __init__(
         self,
         width: int,
@@ -159,7 +161,6 @@ class DTL(SideNetwork):
         self.depth = depth
         self.last_tap = first
         self.feature_layers = tuple(range(1, depth + 1)) if has_features else ()
-        self.distils_features = False
         self.reads = nn.ModuleDict({str(index): LowRank(width, rank) for index in reads})
         self.fusions = nn.ModuleList(fusions)
         self.adds = adds

@@ -67,7 +67,6 @@ class LST(SideNetwork):
         self.alpha = nn.Parameter(torch.zeros(len(blocks)))
         self.blocks = nn.ModuleList(blocks)
         self.apply_block = apply_block
-        self.norm = (norm,)  # not registered twice: it is a part of the up map
         up = nn.Linear(side_width, out_width, bias=bias)
         self.up: nn.Module = up if norm is None else nn.Sequential(norm, up)
         for part in (self.first, self.ladder, up):
@@ -88,7 +87,8 @@ class LST(SideNetwork):
 
     def inherit(self, backbone: Backbone, importance: Importance) -> None:
         """Copy the most important units of the backbone's layers into the blocks and the norm."""
-        copy_largest(backbone, self.blocks, self.norm[0], importance)
+        norm = self.up[0] if isinstance(self.up, nn.Sequential) else None
+        copy_largest(backbone, self.blocks, norm, importance)
 
 
 @SIDES.register("lst")

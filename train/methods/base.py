@@ -151,6 +151,12 @@ class Method(ABC):
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
+    def learn(self, raw: Tensor, batch: Batch) -> Parts:
+        """Back-propagate the task loss of raw outputs: the whole step where nothing teaches."""
+        loss = self.task_loss(raw, batch.labels) / batch.weight
+        loss.backward()
+        return {"loss": loss.detach(), "loss_task": loss.detach()}
+
     def new_head(self) -> Head:
         """Return a fresh linear head for this task."""
         return Head(self.backbone.width, self.task.outputs, self.task.scale)

@@ -21,10 +21,7 @@ class Direct(Method):
         return nn.ModuleDict({"head": self.new_head()})
 
     def step(self, batch: Batch) -> Parts:
-        raw = self.head("head").raw(self._pooled(batch.inputs))
-        loss = self.task_loss(raw, batch.labels) / batch.weight
-        loss.backward()
-        return {"loss": loss.detach(), "loss_task": loss.detach()}
+        return self.learn(self.head("head").raw(self._pooled(batch.inputs)), batch)
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"deployed": self.modules["head"](self._pooled(inputs))}

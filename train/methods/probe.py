@@ -21,9 +21,7 @@ class Probe(Method):
     def step(self, batch: Batch) -> Parts:
         with torch.no_grad():
             pooled = self.backbone(self.cast(batch.inputs))
-        loss = self.task_loss(self.head("head").raw(pooled.float()), batch.labels) / batch.weight
-        loss.backward()
-        return {"loss": loss.detach(), "loss_task": loss.detach()}
+        return self.learn(self.head("head").raw(pooled.float()), batch)
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"deployed": self.modules["head"](self.backbone(self.cast(inputs)).float())}

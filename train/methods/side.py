@@ -37,10 +37,7 @@ class Side(Method):
             return pool_side(self.backbone, output, trace.mask, blocked=True).float()
 
     def step(self, batch: Batch) -> Parts:
-        raw = self.head("side_head").raw(self.pooled(batch.inputs))
-        loss = self.task_loss(raw, batch.labels) / batch.weight
-        loss.backward()
-        return {"loss": loss.detach(), "loss_task": loss.detach()}
+        return self.learn(self.head("side_head").raw(self.pooled(batch.inputs)), batch)
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"deployed": self.modules["side_head"](self.pooled(inputs))}
