@@ -3,6 +3,16 @@
 if __name__ != "mdpd_deploy.train":
     raise ImportError(f"import mdpd_deploy.train, not {__name__!r}: pyproject.toml maps the folder")
 
+from mdpd_deploy.train.entries import Entry, apply_entry, default_entries, parse_entry
 from mdpd_deploy.train.fit import Plan, fit_run, make_plan, resume_run
 
-__all__ = ["Plan", "fit_run", "make_plan", "resume_run"]
+__all__ = [
+    "Entry",
+    "Plan",
+    "apply_entry",
+    "default_entries",
+    "fit_run",
+    "make_plan",
+    "parse_entry",
+    "resume_run",
+]

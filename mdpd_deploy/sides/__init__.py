@@ -8,6 +8,7 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides import dtl, lst, sherl, unipt
 from mdpd_deploy.sides.base import (
     SIDES,
+    WITHOUT_FEATURES,
     SideNetwork,
     SideOutput,
     SideShape,
@@ -17,6 +18,7 @@ from mdpd_deploy.sides.base import (
 
 __all__ = [
     "SIDES",
+    "WITHOUT_FEATURES",
     "SideNetwork",
     "SideOutput",
     "SideShape",

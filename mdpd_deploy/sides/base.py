@@ -122,13 +122,22 @@ OPTIONS = {
 }
 
 
+# What these carry from block to block is the same over several: MDPD has no s_l to teach or pool.
+WITHOUT_FEATURES = _DTL[1:]
+
+
+def ignored_options(name: str) -> list[str]:
+    """Return the options of `SideConfig` that a side network never reads."""
+    return [option for option, readers in OPTIONS.items() if name not in readers]
+
+
 def check_options(config: SideConfig) -> None:
     """Refuse an option that the side network would ignore."""
     plain = SideConfig()
-    for option, readers in OPTIONS.items():
+    for option in ignored_options(config.name):
         value = getattr(config, option)
-        if config.name not in readers and value != getattr(plain, option):
-            *most, last = readers
+        if value != getattr(plain, option):
+            *most, last = OPTIONS[option]
             names = f"{', '.join(most)} and {last}" if most else last
             raise UserError(
                 f"side.{option}={value} is read by --side {names} only; "
@@ -138,7 +147,8 @@ def check_options(config: SideConfig) -> None:
 
 def other_side(config: SideConfig, name: str) -> SideConfig:
     """Return the config of another side network at the same reduction."""
-    kept = {k: v for k, v in config if k not in OPTIONS or name in OPTIONS[k]}
+    ignored = ignored_options(name)
+    kept = {k: v for k, v in config if k not in ignored}
     return SideConfig(**{**kept, "name": name})
 
 

@@ -199,8 +199,8 @@ class Method(ABC):
 METHODS: Registry[type[Method]] = Registry("method (--method)")
 
 
-def check_options(method: type[Method], config: Config) -> None:
-    """Refuse an option that the method would ignore."""
+def ignored_options(method: type[Method]) -> list[str]:
+    """Return the options that a method never reads, as `section.option`."""
     ignored: list[str] = []
     if not method.uses_side:
         ignored += [f"side.{name}" for name in SideConfig.model_fields]
@@ -213,8 +213,13 @@ def check_options(method: type[Method], config: Config) -> None:
         ignored += ["train.norm_grad", "optim.norm_lr"]
     if method.deploys_side:
         ignored += ["optim.head_lr"]
+    return ignored
+
+
+def check_options(method: type[Method], config: Config) -> None:
+    """Refuse an option that the method would ignore."""
     plain = Config()
-    for option in ignored:
+    for option in ignored_options(method):
         section, name = option.split(".")
         value = getattr(getattr(config, section), name)
         if value != getattr(getattr(plain, section), name):
