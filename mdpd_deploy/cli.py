@@ -38,6 +38,7 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb("train", "command", "Fine-tune a model and write a run folder."),
     "eval": Verb("evaluate", "command", "Measure a run or a bundle on data."),
+    "compare": Verb("compare", "command", "Train methods on the same data, side by side."),
     "export": Verb("export", "command", "Drop the side network; write a verified bundle."),
     "bench-latency": Verb("bench_latency", "command", "Time a model against its rivals."),
     "predict": Verb("predict", "command", "Predict with a bundle on images, texts or a table."),

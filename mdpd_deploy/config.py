@@ -161,7 +161,7 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
-    # side network, φ, G, side head; default 1e-3, and 5e-5 for --method full
+    # side network, φ, G, side head; default: the method's own (1e-3; norms, probe 1e-2; full 5e-5)
     lr: float | None = Field(default=None, gt=0)
     # tuned norms; default: lr, and 10 lr beside a side network that teaches (--method mdpd)
     norm_lr: float | None = Field(default=None, gt=0)

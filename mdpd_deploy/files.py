@@ -144,8 +144,12 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, *, by: str = "training") -> Iterator[None]:
     """Hold a folder against other programs in the block; the system lets go of a killed one's.
+
+    Args:
+        folder: Made if need be.
+        by: What may be holding it, for the message.
 
     Raises:
         UserError: If another program holds it, or it cannot be made.
@@ -159,13 +163,28 @@ def claimed(folder: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"another training is writing to {folder}: wait for it, or choose another --out."
+                f"another {by} is writing to {folder}: wait for it, or choose another --out."
             ) from None
     try:
         yield
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         lock.release()
+
+
+def is_claimed(folder: Path) -> bool:
+    """Whether another program is inside `claimed` with this folder."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def free_path(path: Path) -> Path:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Variant,
         rival_names,
         variants_of_bundle,
+        variants_of_methods,
         variants_of_run,
     )
 
@@ -38,6 +39,7 @@ _HOME = {
     "rival_names": "variants",
     "run_benchmark": "benchmark",
     "variants_of_bundle": "variants",
+    "variants_of_methods": "variants",
     "variants_of_run": "variants",
     "write_chart": "latency_chart",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "rival_names",
     "run_benchmark",
     "variants_of_bundle",
+    "variants_of_methods",
     "variants_of_run",
     "write_chart",
 ]

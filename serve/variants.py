@@ -5,7 +5,7 @@ backbone's own norms. Every other rival keeps its side network at inference, whi
 without fading must do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -89,6 +89,29 @@ def variants_of_run(
         Variant(CONTROL, "the deployed model a second time", deployed, ready),
     ]
     return variants + [_rival(run, name) for name in rivals]
+
+
+def variants_of_methods(base: RunModels, others: Mapping[str, RunModels]) -> list[Variant]:
+    """Return what several methods deploy, beside backbone + head and its control.
+
+    Args:
+        base: The run whose backbone and head stand for every method that deploys just these.
+        others: Label → the run of a method that deploys more.
+    """
+
+    def bare() -> tuple[Model, bool]:
+        return base.load_bare(), True
+
+    def deployed_by(run: RunModels) -> Callable[[], tuple[Model, bool]]:
+        return lambda: (run.load_deployed(), True)
+
+    variants = [
+        Variant(DEPLOYED, "backbone and head", bare),
+        Variant(CONTROL, "backbone and head a second time", bare),
+    ]
+    return variants + [
+        Variant(label, f"what {label} deploys", deployed_by(run)) for label, run in others.items()
+    ]
 
 
 def variants_of_bundle(

@@ -30,6 +30,11 @@ class Entry:
         """The word that names it, e.g. `mdpd:unipt` or `probe`."""
         return self.method if self.side is None else f"{self.method}:{self.side}"
 
+    @property
+    def default_lr(self) -> float:
+        """The method's own learning rate."""
+        return METHODS[self.method].default_lr
+
 
 def parse_entry(word: str) -> Entry:
     """Read one word of a list.

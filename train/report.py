@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mdpd_deploy.charts import SERIES_COLOURS, Series, line_chart
 from mdpd_deploy.files import write_text
-from mdpd_deploy.train.charts import SERIES_COLOURS, Series, line_chart
-from mdpd_deploy.train.page import (
+from mdpd_deploy.page import (
     Html,
     count,
     document,

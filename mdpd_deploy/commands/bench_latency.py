@@ -264,11 +264,17 @@ def _variants(subject: _Subject, rivals: Sequence[str] | None) -> "list[Variant]
 def _inputs(subject: _Subject) -> "InputSource":
     from mdpd_deploy.serve import InputSource
 
-    run = subject.run
-    if run is None:
-        assert subject.bundle is not None
-        outputs = len(subject.bundle.label_names) or 1
-        return InputSource("random, shaped like real inputs", subject.bundle.preprocess, outputs)
+    if subject.run is not None:
+        return input_source(subject.run)
+    assert subject.bundle is not None
+    outputs = len(subject.bundle.label_names) or 1
+    return InputSource("random, shaped like real inputs", subject.bundle.preprocess, outputs)
+
+
+def input_source(run: "Run") -> "InputSource":
+    """Return the validation examples of a run, or random ones where they cannot be read."""
+    from mdpd_deploy.serve import InputSource
+
     outputs = len(run.label_names) or 1
     try:
         raws = run.load_evaluation()["validation"].inputs

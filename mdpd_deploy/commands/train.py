@@ -123,7 +123,7 @@ def fit(
         from mdpd_deploy.train import resume_run
 
         return resume_run(Path(resume), quiet=quiet)
-    checked = _config(config, set, flags)  # before torch: a typing mistake is answered at once
+    checked = build_config(config, set, flags)  # before torch: a typing mistake is answered at once
     from mdpd_deploy.train import fit_run
 
     return fit_run(checked, overwrite=overwrite, quiet=quiet)
@@ -135,12 +135,13 @@ def plan(
     """Return what `fit` with the same words would do, memory forecast included."""
     from mdpd_deploy.train import make_plan
 
-    return make_plan(_config(config, set, flags))
+    return make_plan(build_config(config, set, flags))
 
 
-def _config(
+def build_config(
     config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]
 ) -> Config:
+    """Return the checked config that a file, `--set` assignments and flags mean together."""
     from mdpd_deploy.config import Config, check_config, load_config
     from mdpd_deploy.errors import unknown
 

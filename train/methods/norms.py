@@ -20,6 +20,7 @@ class Norms(Method):
     """Trains block norms, final norm and head with the task loss."""
 
     tunes_norms = True
+    default_lr = 1e-2  # that of the norms and head under MDPD, which it is the control of
 
     def __init__(self, backbone: Backbone, task: TaskSpec, config: Config) -> None:
         self.engine = build_norm_gradient(config.train.norm_grad, backbone)

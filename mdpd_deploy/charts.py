@@ -6,6 +6,7 @@ pages. Equal input gives equal text.
 """
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,100 @@ def scatter_chart(
         axes.scatter(x[keep], y[keep], s=9, color=_SERIES[0], alpha=0.45, linewidths=0)
         axes.set(xlim=limits, ylim=limits, xlabel=x_label, ylabel=y_label, aspect="equal")
         return _svg(figure)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One named point of a trade-off: x is a cost, y what it buys, with its ± (0 for none)."""
+
+    name: str
+    x: float
+    y: float
+    error: float = 0.0
+    colour: int = 1
+
+
+def trade_off_chart(dots: Sequence[Dot], *, x_label: str, y_label: str, log: bool = False) -> str:
+    """Draw dots with their names and the line of those that nothing beats in both directions."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(5.4, 3.7)
+        front = pareto_front(dots)
+        axes.plot(
+            [dot.x for dot in front], [dot.y for dot in front],
+            color=_MUTED, linewidth=0.9, linestyle="--", zorder=1,
+        )  # fmt: skip
+        for dot in dots:
+            colour = _SERIES[dot.colour - 1]
+            if dot.error:
+                axes.errorbar(dot.x, dot.y, yerr=dot.error, color=colour, linewidth=1, zorder=2)
+            axes.scatter([dot.x], [dot.y], s=26, color=colour, linewidths=0, zorder=3)
+        if log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+            axes.minorticks_off()
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.margins(0.14, 0.12)
+        figure.canvas.draw()
+        _name_dots(axes, dots)
+        return _svg(figure)
+
+
+def pareto_front(dots: Sequence[Dot]) -> list[Dot]:
+    """Return the dots that no other beats in cost and in what it buys, cheapest first."""
+    front: list[Dot] = []
+    for dot in sorted(dots, key=lambda dot: (dot.x, -dot.y)):
+        if not front or dot.y > front[-1].y:
+            front.append(dot)
+    return front
+
+
+def _name_dots(axes: Axes, dots: Sequence[Dot]) -> None:
+    """Write each name beside its dot, where it covers no dot and no other name if that can be."""
+    scale = axes.figure.dpi / 72
+    height = 8.5 * scale
+    spots = [tuple(axes.transData.transform((dot.x, dot.y))) for dot in dots]
+    near = 4 * scale
+    taken = [(x - near, y - near, x + near, y + near) for x, y in spots]
+    frame = axes.get_window_extent()
+    for dot, (x, y) in sorted(zip(dots, spots, strict=True), key=lambda pair: pair[1]):
+        width = 4.6 * scale * len(dot.name)
+        best, least = None, math.inf
+        for reach in (6, 14, 24, 36):
+            for side, rise in (
+                (1, 0),
+                (-1, 0),
+                (0, 1),
+                (0, -1),
+                (1, 1),
+                (1, -1),
+                (-1, 1),
+                (-1, -1),
+            ):
+                middle_x = x + side * (reach * scale + width / 2)
+                middle_y = y + rise * (reach * scale + height / 2)
+                box = (middle_x - width / 2, middle_y - height / 2,
+                       middle_x + width / 2, middle_y + height / 2)  # fmt: skip
+                outside = box[0] < frame.x0 or box[2] > frame.x1
+                outside |= box[1] < frame.y0 or box[3] > frame.y1
+                cost = sum(_overlap(box, other) for other in taken) + 1e6 * outside + reach
+                if cost < least:
+                    best, least = box, cost
+        assert best is not None
+        taken.append(best)
+        middle = ((best[0] + best[2]) / 2, (best[1] + best[3]) / 2)
+        at_x, at_y = axes.transData.inverted().transform(middle)
+        axes.annotate(
+            dot.name, (dot.x, dot.y), xytext=(float(at_x), float(at_y)),
+            ha="center", va="center", color=_INK,
+            arrowprops=dict(arrowstyle="-", color=_LINE, linewidth=0.6, shrinkA=0, shrinkB=2),
+        )  # fmt: skip
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return width * height if width > 0 and height > 0 else 0.0
 
 
 def _figure(width_inches: float, height_inches: float) -> tuple[Figure, Axes]:

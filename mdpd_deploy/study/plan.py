@@ -1,0 +1,193 @@
+"""What a study runs: every combination that was asked for, each with its whole config.
+
+A study's folder:
+
+    STUDY/compare.yaml            the base config, and what was asked for, in order
+    STUDY/trials/TASK/METHOD/lr×FACTOR-seedS/
+        config.yaml  log.txt      what the child was given and what it said
+        run/                      its run folder
+    STUDY/compare.json  compare.md  report.html  latency/
+
+Every method sweeps equally many learning rates: factors of its own default rate (or of `optim.lr`
+where that is set), on the first seed. The best factor by validation metric is repeated with the
+other seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mdpd_deploy.config import Config, check_config
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.files import write_text
+
+SCHEMA = 1
+PLAN = "compare.yaml"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: every task with every method, rate factor and seed.
+
+    Attributes:
+        tasks: Task names.
+        methods: Labels of methods, e.g. "mdpd:unipt".
+        factors: Of a method's own learning rate; swept on the first seed.
+        seeds: The first one is that of the sweep.
+    """
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    factors: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task with a method, and all that was asked of the two."""
+
+    task: str
+    method: str
+    factors: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training.
+
+    Attributes:
+        task: Task name.
+        method: Label of the method.
+        factor: Of the method's learning rate.
+        seed: Of everything random.
+        config: Everything, but for the run folder.
+    """
+
+    task: str
+    method: str
+    factor: float
+    seed: int
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies below STUDY/trials."""
+        return Path(_plain(self.task), _plain(self.method), f"lr×{self.factor:g}-seed{self.seed}")
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.method} lr×{self.factor:g} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study.
+
+    Attributes:
+        base: The config that all trials share; its task, method, side network, seed and
+            learning rate are those of the trials.
+        asks: What was asked for, oldest first.
+        configs: Label → the base config with that method.
+        rates: Label → the learning rate that a factor of 1 means.
+    """
+
+    base: Config
+    asks: tuple[Ask, ...]
+    configs: Mapping[str, Config]
+    rates: Mapping[str, float]
+
+    def cells(self) -> list[Cell]:
+        """Return every task with every method once, in the order of asking."""
+        found: dict[tuple[str, str], Cell] = {}
+        for ask in self.asks:
+            for task in ask.tasks:
+                for method in ask.methods:
+                    known = found.get((task, method), Cell(task, method, (), ()))
+                    found[task, method] = Cell(
+                        task,
+                        method,
+                        tuple(dict.fromkeys((*known.factors, *ask.factors))),
+                        tuple(dict.fromkeys((*known.seeds, *ask.seeds))),
+                    )
+        return sorted(found.values(), key=lambda cell: self.tasks.index(cell.task))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Every task, in the order of asking."""
+        return tuple(dict.fromkeys(task for ask in self.asks for task in ask.tasks))
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Every method's label, in the order of asking."""
+        return tuple(dict.fromkeys(method for ask in self.asks for method in ask.methods))
+
+    def sweep(self, cell: Cell) -> list[Trial]:
+        """Return the trials of a cell's learning rates, on the first seed."""
+        return [self.trial(cell, factor, cell.seeds[0]) for factor in cell.factors]
+
+    def repeats(self, cell: Cell, factor: float) -> list[Trial]:
+        """Return the trials of the other seeds at the factor that was chosen."""
+        return [self.trial(cell, factor, seed) for seed in cell.seeds[1:]]
+
+    def trial(self, cell: Cell, factor: float, seed: int) -> Trial:
+        """Return one trial of a cell."""
+        config = self.configs[cell.method]
+        changed = config.model_copy(
+            update={
+                "task": cell.task,
+                "out": None,
+                "optim": config.optim.model_copy(
+                    update={"lr": _round(factor * self.rates[cell.method])}
+                ),
+                "train": config.train.model_copy(update={"seed": seed}),
+            }
+        )
+        return Trial(cell.task, cell.method, factor, seed, changed)
+
+
+def write_plan(folder: Path, base: Config, asks: Sequence[Ask]) -> None:
+    """Write STUDY/compare.yaml."""
+    plain = {
+        "schema": SCHEMA,
+        "asks": [
+            {name: list(getattr(ask, name)) for name in ("tasks", "methods", "factors", "seeds")}
+            for ask in asks
+        ],
+        "base": base.model_dump(mode="json"),
+    }
+    write_text(folder / PLAN, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def read_plan(folder: Path) -> tuple[Config, tuple[Ask, ...]]:
+    """Read the base config and the asks of STUDY/compare.yaml.
+
+    Raises:
+        UserError: If it is missing, damaged or of another version.
+    """
+    path = folder / PLAN
+    try:
+        plain: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if plain["schema"] != SCHEMA:
+            raise UserError(f"{path} was not written by this version of mdpd: compare anew.")
+        asks = tuple(
+            Ask(**{name: tuple(values) for name, values in ask.items()}) for ask in plain["asks"]
+        )
+        return check_config(plain["base"]), asks
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is no folder that `mdpd compare` wrote (it has no {PLAN})."
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as err:
+        raise UserError(f"{path} cannot be read ({str(err).splitlines()[0]}).") from err
+
+
+def _plain(name: str) -> str:
+    return name.replace("/", "-").replace(":", "-")
+
+
+def _round(rate: float) -> float:
+    """Three significant digits, so that 3 × 1e-4 is 0.0003."""
+    return float(f"{rate:.3g}")

@@ -1,0 +1,216 @@
+"""Finished trials as rows: what each method reached on each task, and what it cost."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mdpd_deploy.study.schedule import CellOutcome
+from mdpd_deploy.study.suites import OTHER, group_means, group_of
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of several seeds.
+
+    Attributes:
+        mean: Of the seeds.
+        sd: Their standard deviation (n − 1); None of a single one.
+    """
+
+    mean: float
+    sd: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return mean and standard deviation of at least one value."""
+        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of a method's deployed model ÷ that of backbone + head, interleaved in one run.
+
+    Attributes:
+        ratio: Median over rounds; 1 where the model is backbone + head itself.
+        ci95: Its bootstrap interval; None where nothing had to be measured.
+        verdict: In words.
+    """
+
+    ratio: float
+    ci95: tuple[float, float] | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one task.
+
+    Attributes:
+        task: Task name.
+        method: Label of the method.
+        metric: Primary metric.
+        split: What `score` was measured on: the labelled test split where there is one, else
+            validation.
+        score: Deployed model, over seeds; None when every trial failed.
+        validation: The same on validation, by which the learning rate was chosen.
+        side: MDPD's side network on the same split as `score`.
+        majority: What the most frequent class scores on validation.
+        factor: The chosen factor of the learning rate, and
+        lr: that rate.
+        seeds: Seeds that ended well at that rate.
+        sweep: Factor → validation metric on the first seed; None for a failed trial.
+        trained: Trained parameters.
+        deployed_delta: Parameters that deployment adds or changes.
+        peak_live_bytes: Of a training step.
+        train_s: Mean training time in seconds.
+        failures: Trials that failed, each with its reason.
+    """
+
+    task: str
+    method: str
+    metric: str
+    split: str
+    score: Spread | None
+    validation: Spread | None
+    side: Spread | None
+    majority: float | None
+    factor: float | None
+    lr: float | None
+    seeds: tuple[int, ...]
+    sweep: dict[str, float | None]
+    trained: int | None
+    deployed_delta: int | None
+    peak_live_bytes: int | None
+    train_s: float | None
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that a study found.
+
+    Attributes:
+        rows: By task, best first.
+        latency: Label → `Latency`.
+        latency_setting: Runtime, batch, device and task of the measurement; empty without one.
+        facts: Backbone, steps, machine, versions: what a reader must know.
+    """
+
+    rows: tuple[Row, ...]
+    latency: Mapping[str, Latency]
+    latency_setting: str
+    facts: Mapping[str, Any]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Every task once, in order."""
+        return tuple(dict.fromkeys(row.task for row in self.rows))
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Every label once, best mean first."""
+        means = {
+            label: statistics.mean([row.score.mean for row in self.of(label) if row.score] or [-9])
+            for label in dict.fromkeys(row.method for row in self.rows)
+        }
+        return tuple(sorted(means, key=lambda label: -means[label]))
+
+    def of(self, method: str) -> list[Row]:
+        """Return a method's rows."""
+        return [row for row in self.rows if row.method == method]
+
+    def complete(self, method: str) -> bool:
+        """Whether the method has a score on every task."""
+        return all(row.score is not None for row in self.of(method))
+
+    def means(self, method: str) -> dict[str, float]:
+        """Return a method's group means (`suites.group_means`)."""
+        return group_means({row.task: row.score.mean for row in self.of(method) if row.score})
+
+    def overall(self, method: str) -> float | None:
+        """Return the one number of a method: its score, or its mean over the suite; else None."""
+        rows = self.of(method)
+        if not self.complete(method) or not rows:
+            return None
+        scores = {row.task: row.score.mean for row in rows if row.score}
+        if len(scores) == 1:
+            return next(iter(scores.values()))
+        means = self.means(method)
+        if any(group_of(task) == OTHER for task in scores) or not means:
+            return statistics.mean(scores.values())
+        return means.get("mean", next(iter(means.values())))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return compare.json, in the types that JSON has."""
+        plain = {
+            "schema": SCHEMA,
+            **self.facts,
+            "rows": [asdict(row) for row in self.rows],
+            "groups": {label: self.means(label) for label in self.methods},
+            "latency_setting": self.latency_setting,
+            "latency": {label: asdict(latency) for label, latency in self.latency.items()},
+        }
+        return json.loads(json.dumps(plain))
+
+
+def collect(
+    cells: Sequence[CellOutcome],
+    *,
+    latency: Mapping[str, Latency],
+    latency_setting: str,
+    facts: Mapping[str, Any],
+) -> Results:
+    """Turn the outcomes of a study into its results."""
+    tasks = list(dict.fromkeys(outcome.cell.task for outcome in cells))
+    rows = [_row(outcome) for outcome in cells]
+    rows.sort(key=lambda row: (tasks.index(row.task), -row.score.mean if row.score else 9.0))
+    return Results(tuple(rows), latency, latency_setting, facts)
+
+
+def _row(outcome: CellOutcome) -> Row:
+    cell = outcome.cell
+    good = {seed: found for seed, found in outcome.seeds.items() if found.summary is not None}
+    summaries = [found.summary for found in good.values() if found.summary is not None]
+    first = summaries[0] if summaries else None
+    repeats = {seed: found for seed, found in outcome.seeds.items() if seed != cell.seeds[0]}
+    tried = [(factor, cell.seeds[0], found) for factor, found in outcome.sweep.items()]
+    tried += [(outcome.factor or 1.0, seed, found) for seed, found in repeats.items()]
+    split = "test" if first is not None and "metrics_test" in first else "validation"
+    return Row(
+        task=cell.task,
+        method=cell.method,
+        metric=first["primary_metric"] if first else "",
+        split=split,
+        score=_spread(found.score(split) for found in good.values()),
+        validation=_spread(found.score() for found in good.values()),
+        side=_spread(_side(summary, split) for summary in summaries),
+        majority=(first or {}).get("majority", {}).get(first["primary_metric"]) if first else None,
+        factor=outcome.factor,
+        lr=outcome.lr,
+        seeds=tuple(good),
+        sweep={f"{factor:g}": found.score() for factor, found in outcome.sweep.items()},
+        trained=first["params"]["trained"] if first else None,
+        deployed_delta=first["params"]["deployed_delta"] if first else None,
+        peak_live_bytes=first["memory"].get("peak_live_bytes") if first else None,
+        train_s=statistics.mean(s["time"]["train_s"] for s in summaries) if summaries else None,
+        failures=tuple(
+            f"lr×{factor:g} seed {seed}: {found.reason}"
+            for factor, seed, found in tried
+            if found.reason
+        ),
+    )
+
+
+def _spread(values: Any) -> Spread | None:
+    known = [value for value in values if value is not None]
+    return Spread.of(known) if known else None
+
+
+def _side(summary: dict[str, Any], split: str) -> float | None:
+    metrics = summary["metrics" if split == "validation" else f"metrics_{split}"]
+    value = metrics.get("side", {}).get(summary["primary_metric"])
+    return None if value is None else float(value)

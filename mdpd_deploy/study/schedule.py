@@ -1,0 +1,117 @@
+"""The order of the trials, and what is known when they are done."""
+
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+
+from mdpd_deploy.study.plan import Cell, Plan, Trial
+from mdpd_deploy.study.trial import Outcome, find_outcome, run_trial
+
+
+@dataclass(frozen=True)
+class CellOutcome:
+    """What a task's trials with one method gave.
+
+    Attributes:
+        cell: Task and method.
+        sweep: Factor → outcome on the first seed.
+        factor: The chosen one; None when every trial of the sweep failed.
+        lr: The learning rate at that factor.
+        seeds: Seed → outcome at the chosen factor.
+    """
+
+    cell: Cell
+    sweep: dict[float, Outcome]
+    factor: float | None
+    lr: float | None
+    seeds: dict[int, Outcome]
+
+
+def run_trials(
+    plan: Plan, study: Path, engine: Executor, *, threads: int, say: Callable[[str], None]
+) -> list[CellOutcome]:
+    """Run what has not run yet, and return every cell.
+
+    A trial that fails is reported, and the rest goes on.
+
+    Args:
+        plan: The study.
+        study: Its folder.
+        engine: Runs trials, as many at a time as it likes.
+        threads: Of each trial.
+        say: Takes one line for each trial that ends.
+    """
+    cells = plan.cells()
+    total = sum(len(cell.factors) + len(cell.seeds) - 1 for cell in cells)
+    outcomes: dict[tuple[str, str, float, int], Outcome] = {}
+    waiting: dict[Future[Outcome], tuple[Trial, Cell]] = {}
+
+    def submit(trial: Trial, cell: Cell) -> None:
+        found = find_outcome(study, trial)
+        future: Future[Outcome]
+        if found is None:
+            future = engine.submit(run_trial, study, trial, threads)
+        else:
+            future = Future()
+            future.set_result(found)
+        waiting[future] = trial, cell
+
+    for cell in cells:
+        for trial in plan.sweep(cell):
+            submit(trial, cell)
+    try:
+        while waiting:
+            ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in ended:
+                trial, cell = waiting.pop(future)
+                outcome = outcomes[_key(trial)] = future.result()
+                say(f"[{len(outcomes)}/{total}] {trial}: {_words(outcome)}")
+                if trial.seed != cell.seeds[0]:
+                    continue
+                if all(_key(other) in outcomes for other in plan.sweep(cell)):
+                    chosen = choose({t.factor: outcomes[_key(t)] for t in plan.sweep(cell)})
+                    repeats = [] if chosen is None else plan.repeats(cell, chosen)
+                    total -= len(cell.seeds) - 1 - len(repeats)
+                    for repeat in repeats:
+                        submit(repeat, cell)
+    except BaseException:
+        engine.shutdown(wait=False, cancel_futures=True)
+        raise
+    return [_cell_outcome(plan, cell, outcomes) for cell in cells]
+
+
+def choose(sweep: dict[float, Outcome]) -> float | None:
+    """Return the factor with the best validation metric, of equal ones that nearest to 1."""
+    scores = {factor: outcome.score() for factor, outcome in sweep.items()}
+    known = {factor: score for factor, score in scores.items() if score is not None}
+    if not known:
+        return None
+    return max(known, key=lambda factor: (known[factor], -abs(log(factor))))
+
+
+def _cell_outcome(
+    plan: Plan, cell: Cell, outcomes: dict[tuple[str, str, float, int], Outcome]
+) -> CellOutcome:
+    sweep = {trial.factor: outcomes[_key(trial)] for trial in plan.sweep(cell)}
+    factor = choose(sweep)
+    if factor is None:
+        return CellOutcome(cell, sweep, None, None, {})
+    seeds = {cell.seeds[0]: sweep[factor]}
+    seeds |= {trial.seed: outcomes[_key(trial)] for trial in plan.repeats(cell, factor)}
+    rate = plan.trial(cell, factor, cell.seeds[0]).config.optim.lr
+    return CellOutcome(cell, sweep, factor, rate, seeds)
+
+
+def _key(trial: Trial) -> tuple[str, str, float, int]:
+    return trial.task, trial.method, trial.factor, trial.seed
+
+
+def _words(outcome: Outcome) -> str:
+    if outcome.summary is None:
+        return f"FAILED, {outcome.reason}"
+    metric = outcome.summary["primary_metric"]
+    seconds = outcome.summary["time"]["train_s"]
+    found = " (found)" if outcome.repeated else ""
+    return f"{metric} {outcome.score():.4f}, {seconds:.0f} s{found}"

@@ -1,0 +1,100 @@
+"""Groups of tasks under one name, and the means that the papers report over them.
+
+glue       the nine tasks; the mean is over eight, without WNLI
+vtab       the 19 tasks of VTAB-1K by their folder names, and any other folder in the same
+           layout; the mean is over the means of the three groups (methods.md 3.5, 19)
+vtab-full  the same, trained on all 1,000 pictures
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from mdpd_deploy.config import Config
+from mdpd_deploy.data import load_task
+from mdpd_deploy.data.glue import GLUE
+from mdpd_deploy.data.vtab import OFFICIAL_CLASSES
+from mdpd_deploy.errors import UserError
+
+SUITES = ("glue", "vtab", "vtab-full")
+OTHER = "other"
+VTAB_GROUPS = {
+    "natural": ("cifar", "caltech101", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn",
+                "sun397"),
+    "specialized": ("patch_camelyon", "eurosat", "resisc45", "diabetic_retinopathy"),
+    "structured": ("clevr_count", "clevr_dist", "dmlab", "kitti", "dsprites_loc", "dsprites_ori",
+                   "smallnorb_azi", "smallnorb_ele"),
+}  # fmt: skip
+
+
+def expand_tasks(words: Sequence[str], base: Config, warn: Callable[[str], None]) -> list[str]:
+    """Return the tasks that the words mean and whose data can be read.
+
+    Args:
+        words: Task names and names of suites.
+        base: Its data section says where the data are.
+        warn: Takes one sentence for each task of a suite that is left out, with the reason.
+
+    Raises:
+        UserError: If a task that was named itself cannot be read, or nothing is left.
+    """
+    tasks: list[str] = []
+    for word in words:
+        if word not in SUITES:
+            _check(word, base)
+            tasks.append(word)
+            continue
+        members = _members(word, base)
+        for name in members:
+            try:
+                _check(name, base)
+            except UserError as err:
+                warn(f"{name} is left out: {err}")
+            else:
+                tasks.append(name)
+    if not tasks:
+        raise UserError(
+            f"--task {','.join(words)}: none of its tasks can be read; see the reasons above and "
+            "name the right folder with --data."
+        )
+    return list(dict.fromkeys(tasks))
+
+
+def group_of(task: str) -> str:
+    """Return the group of a task: glue, natural, specialized, structured, or other."""
+    family, _, name = task.partition("/")
+    if family == "glue":
+        return "glue" if name != "wnli" else OTHER
+    for group, names in VTAB_GROUPS.items():
+        if name in names and family in SUITES:
+            return group
+    return OTHER
+
+
+def group_means(scores: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean of each group, and the mean of those means where there are several.
+
+    Args:
+        scores: Task → score. Tasks of no group count in none.
+    """
+    groups: dict[str, list[float]] = {}
+    for task, score in scores.items():
+        groups.setdefault(group_of(task), []).append(score)
+    means = {name: statistics.mean(values) for name, values in groups.items() if name != OTHER}
+    if len(means) > 1:
+        means["mean"] = statistics.mean(means.values())
+    return means
+
+
+def _members(suite: str, base: Config) -> list[str]:
+    if base.data.path is None:
+        raise UserError(f"--task {suite} needs --data: the folder that holds its tasks' folders.")
+    if suite == "glue":
+        return [f"glue/{name}" for name in GLUE]
+    root = Path(base.data.path)
+    others = sorted(entry.parent.name for entry in root.glob("*/train800.txt"))
+    return [f"{suite}/{name}" for name in dict.fromkeys((*OFFICIAL_CLASSES, *others))]
+
+
+def _check(task: str, base: Config) -> None:
+    load_task(task, base.data, seed=base.train.seed)

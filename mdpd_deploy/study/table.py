@@ -1,0 +1,153 @@
+"""Results as text: one table per task, and one over the tasks of a suite."""
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mdpd_deploy.page import duration
+from mdpd_deploy.page import size as byte_size
+from mdpd_deploy.study.results import Latency, Results, Row, Spread
+from mdpd_deploy.study.suites import group_of
+
+DASH = "–"
+HEADINGS: tuple[str, ...] = ("method", "score", "side", "trained", "deployed extra", "peak memory", "training",
+            "time ÷ backbone", "lr", "seeds")  # fmt: skip
+
+
+def render(results: Results) -> RenderableType:
+    """Return the tables for a terminal, with failures below."""
+    parts: list[RenderableType] = []
+    for title, headings, rows in tables(results):
+        table = Table(title=title, title_justify="left", title_style="bold", box=None,
+                      header_style="dim", pad_edge=False)  # fmt: skip
+        for index, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        parts += [table, Text()]
+    parts += [Text(line, style="yellow") for line in failures(results)]
+    parts += [Text(line, style="dim") for line in notes(results)]
+    return Group(*parts)
+
+
+def markdown(results: Results) -> str:
+    """Return the same as Markdown."""
+    lines: list[str] = []
+    for title, headings, rows in tables(results):
+        lines += [f"**{title}**", "", _line(headings), _line(["---"] * len(headings))]
+        lines += [*(_line(row) for row in rows), ""]
+    lines += [f"- {line}" for line in (*failures(results), *notes(results))]
+    return "\n".join(lines) + "\n"
+
+
+def tables(results: Results) -> list[tuple[str, Sequence[str], list[list[str]]]]:
+    """Return (title, headings, rows) of every table, the one over all tasks first."""
+    found: list[tuple[str, Sequence[str], list[list[str]]]] = []
+    if len(results.tasks) > 1:
+        found.append(_overview(results))
+    for task in results.tasks:
+        rows = [row for row in results.rows if row.task == task]
+        title = f"{task} · {_what(rows)}"
+        side = any(row.side for row in rows)
+        timed = bool(results.latency)
+        keep = [
+            heading
+            for heading in HEADINGS
+            if (heading != "side" or side) and (heading != "time ÷ backbone" or timed)
+        ]
+        cells = [dict(zip(HEADINGS, _cells(row, results), strict=True)) for row in rows]
+        found.append((title, keep, [[cell[heading] for heading in keep] for cell in cells]))
+    return found
+
+
+def failures(results: Results) -> list[str]:
+    """Return one line for each trial that failed."""
+    return [
+        f"failed: {row.task} {row.method} {failure}"
+        for row in results.rows
+        for failure in row.failures
+    ]
+
+
+def notes(results: Results) -> list[str]:
+    """Return what a reader must know to read the tables."""
+    facts = results.facts
+    rates = f"the learning rate of each method is the best of {facts['rates']}"
+    said = [
+        f"score ×100, mean ± standard deviation over seeds; {rates} on validation, first seed",
+        f"{facts['backbone']}, {facts['length']}, batch {facts['batch']}, {facts['machine']}",
+    ]
+    if results.latency:
+        said.append(f"time ÷ backbone: {results.latency_setting}")
+    return said
+
+
+def points(spread: Spread | None) -> str:
+    """Write a metric in points: 84.3 ± 1.2."""
+    if spread is None:
+        return DASH
+    text = f"{100 * spread.mean:.1f}"
+    return text if spread.sd is None else f"{text} ± {100 * spread.sd:.1f}"
+
+
+def times(latency: Latency | None) -> str:
+    """Write a ratio of times with its interval."""
+    if latency is None:
+        return DASH
+    if latency.ci95 is None:
+        return "1 (same graph)"
+    return f"{latency.ratio:.2f} [{latency.ci95[0]:.2f}, {latency.ci95[1]:.2f}]"
+
+
+def _cells(row: Row, results: Results) -> list[str]:
+    if row.score is None:
+        return [row.method, "failed", *[DASH] * (len(HEADINGS) - 2)]
+    return [
+        row.method,
+        points(row.score),
+        points(row.side),
+        f"{row.trained:,}",
+        f"{row.deployed_delta:,}",
+        byte_size(row.peak_live_bytes) if row.peak_live_bytes else DASH,
+        duration(row.train_s) if row.train_s is not None else DASH,
+        times(results.latency.get(row.method)),
+        f"{row.lr:g}",
+        str(len(row.seeds)),
+    ]
+
+
+def _overview(results: Results) -> tuple[str, Sequence[str], list[list[str]]]:
+    tasks = sorted(results.tasks, key=lambda task: (group_of(task), results.tasks.index(task)))
+    groups = list(dict.fromkeys(name for m in results.methods for name in results.means(m)))
+    short = [task.partition("/")[2] or task for task in tasks]
+    rows = []
+    for method in results.methods:
+        scores = {row.task: row.score for row in results.of(method)}
+        means = results.means(method) if results.complete(method) else {}
+        rows.append(
+            [method]
+            + [_mean(scores.get(task)) for task in tasks]
+            + [f"{100 * means[name]:.1f}" if name in means else DASH for name in groups]
+        )
+    return "all tasks", ["method", *short, *(f"mean {name}" if name != "mean" else "mean of groups"
+                                             for name in groups)], rows  # fmt: skip
+
+
+def _mean(spread: Spread | None) -> str:
+    return DASH if spread is None else f"{100 * spread.mean:.1f}"
+
+
+def _what(rows: Sequence[Row]) -> str:
+    good = next((row for row in rows if row.score is not None), None)
+    if good is None:
+        return "every trial failed"
+    majority = "" if good.majority is None or good.split == "test" else (
+        f", always the most frequent class {100 * good.majority:.1f}"
+    )  # fmt: skip
+    return f"{good.metric} on {good.split}{majority}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,361 @@
+"""Studies without training: plans, order, choice of rates, suites, results, tables, pictures."""
+
+import json
+import threading
+import time
+from concurrent.futures import Executor, Future
+
+import pytest
+
+from mdpd_deploy.charts import Dot, pareto_front, trade_off_chart
+from mdpd_deploy.config import Config
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.study import (
+    Ask,
+    Latency,
+    Plan,
+    build_engine,
+    collect,
+    expand_tasks,
+    markdown,
+    read_plan,
+    run_trials,
+    write_page,
+    write_plan,
+)
+from mdpd_deploy.study.schedule import choose
+from mdpd_deploy.study.suites import group_means, group_of
+from mdpd_deploy.study.trial import Outcome, run_trial
+
+ASK = Ask(("rte", "sst2"), ("probe", "norms"), (0.3, 1.0, 3.0), (0, 1, 2))
+
+
+def plan_of(*asks: Ask) -> Plan:
+    labels = {label for ask in asks for label in ask.methods}
+    return Plan(
+        Config(),
+        asks,
+        {label: Config(method=label) for label in labels},
+        dict.fromkeys(labels, 0.01),
+    )
+
+
+def summary(score: float, *, test: float | None = None, **more) -> dict:
+    found = {
+        "primary_metric": "accuracy",
+        "metrics": {"deployed": {"accuracy": score}},
+        "params": {"trained": 10, "deployed_delta": 4},
+        "memory": {"peak_live_bytes": 2_000_000},
+        "time": {"train_s": 3.0},
+        **more,
+    }
+    if test is not None:
+        found["metrics_test"] = {"deployed": {"accuracy": test}}
+    return found
+
+
+class Instant(Executor):
+    """Answers each trial from a table instead of training it."""
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    def submit(self, fn, /, *words, **_):
+        study, trial, _threads = words
+        self.asked.append(trial)
+        future = Future()
+        score = self.answer(trial)
+        found = (
+            Outcome(study / trial.folder, None, "it broke")
+            if score is None
+            else Outcome(study / trial.folder, summary(score, test=score / 2))
+        )
+        future.set_result(found)
+        return future
+
+
+def run(plan, folder, answer):
+    engine = Instant(answer)
+    return run_trials(plan, folder, engine, threads=1, say=lambda line: None), engine.asked
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def test_a_cell_collects_what_several_asks_want():
+    more = Ask(("sst2",), ("norms", "full"), (1.0,), (0, 1, 2, 3))
+    cells = {(c.task, c.method): c for c in plan_of(ASK, more).cells()}
+    assert len(cells) == 5
+    assert cells["rte", "probe"].seeds == (0, 1, 2)
+    assert cells["sst2", "norms"].factors == (0.3, 1.0, 3.0)
+    assert cells["sst2", "norms"].seeds == (0, 1, 2, 3)
+    assert cells["sst2", "full"].factors == (1.0,)
+
+
+def test_a_trial_has_its_own_rate_seed_and_task():
+    plan = plan_of(ASK)
+    trial = plan.trial(plan.cells()[0], 3.0, 2)
+    assert (trial.config.task, trial.config.method) == ("rte", "probe")
+    assert (trial.config.optim.lr, trial.config.train.seed, trial.config.out) == (0.03, 2, None)
+    assert trial.folder.parts == ("rte", "probe", "lr×3-seed2")
+
+
+def test_a_plan_is_read_back(tmp_path):
+    base = Config.model_validate({"train": {"steps": 7}})
+    write_plan(tmp_path, base, [ASK])
+    assert read_plan(tmp_path) == (base, (ASK,))
+
+
+@pytest.mark.parametrize("text", [None, "schema: 99\nasks: []\nbase: {}\n", "- 1\n", "asks: ["])
+def test_a_plan_that_cannot_be_read_is_refused(tmp_path, text):
+    if text is not None:
+        (tmp_path / "compare.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"compare\.yaml"):
+        read_plan(tmp_path)
+
+
+# --- the order ------------------------------------------------------------------------------------
+
+
+def test_the_best_rate_of_the_first_seed_is_repeated_with_the_others(tmp_path):
+    scores = {0.3: 0.5, 1.0: 0.6, 3.0: 0.8}
+    outcomes, asked = run(plan_of(ASK), tmp_path, lambda trial: scores[trial.factor])
+    assert len(asked) == 4 * (3 + 2)
+    assert all(t.factor == 3.0 for t in asked if t.seed != 0)
+    assert [o.factor for o in outcomes] == [3.0] * 4
+    assert set(outcomes[0].seeds) == {0, 1, 2}
+
+
+def test_of_equal_rates_the_one_nearest_to_the_default_is_taken(tmp_path):
+    equal = {f: Outcome(tmp_path, summary(0.5)) for f in (0.1, 0.3, 1.0, 3.0)}
+    assert choose(equal) == 1.0
+    assert choose({f: Outcome(tmp_path, None, "broke") for f in (1.0, 3.0)}) is None
+
+
+def test_a_failed_trial_is_told_and_the_rest_goes_on(tmp_path):
+    def answer(trial):
+        broken = trial.method == "probe" and (trial.task == "rte" or trial.factor == 3.0)
+        return None if broken else 0.1 * trial.factor + 0.2
+
+    outcomes, asked = run(plan_of(ASK), tmp_path, answer)
+    rows = {(r.task, r.method): r for r in results_of(outcomes).rows}
+    assert rows["rte", "probe"].score is None and len(rows["rte", "probe"].failures) == 3
+    assert rows["sst2", "probe"].factor == 1.0 and len(rows["sst2", "probe"].failures) == 1
+    assert not rows["rte", "norms"].failures
+    assert len([t for t in asked if t.method == "probe" and t.task == "rte"]) == 3
+    assert "failed: rte probe lr×0.3 seed 0: it broke" in markdown(results_of(outcomes))
+
+
+def test_what_is_finished_is_not_run_again(tmp_path):
+    plan = plan_of(ASK)
+    cell = plan.cells()[0]
+    for trial in plan.sweep(cell):
+        folder = tmp_path / "trials" / trial.folder / "run"
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps(summary(0.7)))
+    _, asked = run(plan, tmp_path, lambda trial: 0.5)
+    assert not [t for t in asked if (t.task, t.method, t.seed) == (cell.task, cell.method, 0)]
+
+
+# --- engines --------------------------------------------------------------------------------------
+
+
+def test_local_trials_run_side_by_side_and_no_more_than_asked():
+    now, most, lock = [0], [0], threading.Lock()
+
+    def work():
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        with lock:
+            now[0] -= 1
+
+    with build_engine("local", jobs=2, threads=1, gpus=0) as engine:
+        for future in [engine.submit(work) for _ in range(6)]:
+            future.result()
+    assert most[0] == 2
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(UserError, match="Choose one of: local, ray"):
+        build_engine("slurm", jobs=1, threads=1, gpus=0)
+
+
+def test_a_child_that_fails_leaves_its_own_words(tmp_path):
+    config = Config.model_validate({"task": "classify", "data": {"path": str(tmp_path / "none")}})
+    plan = Plan(
+        config, (Ask(("classify",), ("probe",), (1.0,), (0,)),), {"probe": config}, {"probe": 1}
+    )
+    outcome = run_trial(tmp_path, plan.sweep(plan.cells()[0])[0], 1)
+    assert outcome.summary is None
+    assert "does not exist" in outcome.reason and "Traceback" not in outcome.reason
+    assert (outcome.folder / "log.txt").is_file()
+
+
+# --- suites ---------------------------------------------------------------------------------------
+
+
+def test_the_mean_of_vtab_is_over_groups_and_that_of_glue_leaves_wnli_out():
+    assert group_of("vtab/dtd") == group_of("vtab-full/svhn") == "natural"
+    assert group_of("vtab/my-own") == group_of("classify") == "other"
+    means = group_means(
+        {"vtab/dtd": 0.6, "vtab/svhn": 0.8, "vtab/eurosat": 0.9, "vtab/dmlab": 0.3, "vtab/mine": 0}
+    )
+    assert means == pytest.approx(
+        {"natural": 0.7, "specialized": 0.9, "structured": 0.3, "mean": 1.9 / 3}
+    )
+    assert group_means({"glue/rte": 0.5, "glue/cola": 0.7, "glue/wnli": 0.1}) == {"glue": 0.6}
+
+
+def glue_root(root, *names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        rows = ["index\tsentence1\tsentence2\tlabel"]
+        rows += [f"{i}\tone {i}\ttwo\t{('not_', '')[i % 2]}entailment" for i in range(8)]
+        for split in ("train", "dev"):
+            (root / name / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def test_tasks_of_a_suite_that_cannot_be_read_are_named(tmp_path):
+    glue_root(tmp_path, "RTE", "QNLI")  # the columns of RTE, which QNLI does not have
+    said: list[str] = []
+    base = Config.model_validate({"data": {"path": str(tmp_path)}})
+    assert expand_tasks(["glue"], base, said.append) == ["glue/rte"]
+    assert len(said) == 8
+    assert any(line.startswith("glue/cola is left out") and "CoLA" in line for line in said)
+    assert any(line.startswith("glue/qnli is left out") and "'question'" in line for line in said)
+
+
+def test_a_suite_of_which_nothing_can_be_read_is_refused(tmp_path):
+    base = Config.model_validate({"data": {"path": str(tmp_path)}})
+    with pytest.raises(UserError, match="none of its tasks"):
+        expand_tasks(["glue"], base, lambda line: None)
+    with pytest.raises(UserError, match="needs --data"):
+        expand_tasks(["vtab"], Config(), lambda line: None)
+    with pytest.raises(UserError, match="CoLA"):  # named itself, so it is no warning
+        expand_tasks(["glue/cola"], base, lambda line: None)
+
+
+def test_any_folder_in_the_layout_of_vtab_is_a_task(tmp_path):
+    from PIL import Image
+
+    for name in ("mine", "svhn"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
+        for file in ("train800.txt", "val200.txt"):
+            (tmp_path / name / file).write_text("a.png 0\na.png 1\n")
+    base = Config.model_validate({"data": {"path": str(tmp_path)}})
+    said: list[str] = []
+    assert expand_tasks(["vtab"], base, said.append) == ["vtab/svhn", "vtab/mine"]
+    assert len(said) == 18
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def results_of(outcomes, latency=None):
+    facts = dict(backbone="b", length="5 steps", batch=8, rates="×1", machine="m")
+    return collect(
+        outcomes, latency=latency or {}, latency_setting="onnx" if latency else "", facts=facts
+    )
+
+
+def test_rows_hold_mean_and_deviation_on_test_and_the_choice_on_validation(tmp_path):
+    scores = {0: 0.6, 1: 0.7, 2: 0.8}
+    outcomes, _ = run(plan_of(ASK), tmp_path, lambda trial: scores[trial.seed])
+    row = results_of(outcomes).rows[0]
+    assert row.split == "test"
+    assert row.score.mean == pytest.approx(0.35) and row.score.sd == pytest.approx(0.05)
+    assert row.validation.mean == pytest.approx(0.7)
+    assert (row.factor, row.lr, row.seeds) == (1.0, 0.01, (0, 1, 2))
+    assert row.sweep == {"0.3": 0.6, "1": 0.6, "3": 0.6}
+
+
+def test_tables_and_page_show_every_method_with_its_time(tmp_path):
+    best = {"probe": 0.5, "norms": 0.9}
+    outcomes, _ = run(plan_of(ASK), tmp_path, lambda trial: best[trial.method])
+    latency = {"probe": Latency(1.0, None, "same"), "norms": Latency(1.2, (1.1, 1.3), "slower")}
+    results = results_of(outcomes, latency)
+    text = markdown(results)
+    assert text.index("| norms | 45.0") < text.index("| probe | 25.0")
+    assert "1.20 [1.10, 1.30]" in text and "1 (same graph)" in text
+    write_page(tmp_path / "report.html", results)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2 and "Learning rates" in page
+    plain = json.loads(json.dumps(results.to_dict(), allow_nan=False))
+    assert len(plain["rows"]) == 4 and plain["latency"]["norms"]["ci95"] == [1.1, 1.3]
+
+
+def test_a_method_without_a_score_on_every_task_has_no_overall_one(tmp_path):
+    outcomes, _ = run(
+        plan_of(ASK), tmp_path, lambda trial: None if str(trial).startswith("rte probe") else 0.5
+    )
+    results = results_of(outcomes)
+    assert results.overall("probe") is None
+    assert results.overall("norms") == pytest.approx(0.25)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_the_front_joins_what_nothing_beats():
+    dots = [Dot("a", 1, 1), Dot("b", 2, 3), Dot("c", 3, 2), Dot("d", 4, 4), Dot("e", 2, 2)]
+    assert [dot.name for dot in pareto_front(dots)] == ["a", "b", "d"]
+
+
+def test_a_trade_off_names_every_dot_once():
+    dots = [Dot(f"method-{n}", 1 + n % 3 / 10, n / 7, 0.1, 1 + n % 4) for n in range(12)]
+    svg = trade_off_chart(dots, x_label="cost", y_label="worth", log=True)
+    for dot in dots:
+        assert svg.count(f">{dot.name}<") == 1
+    assert svg == trade_off_chart(dots, x_label="cost", y_label="worth", log=True)
+
+
+# --- more than one machine ------------------------------------------------------------------------
+
+
+def where_am_i() -> str:
+    import time
+
+    import ray
+
+    time.sleep(1.0)  # so that a second one needs the other machine
+    return ray.get_runtime_context().get_node_id()
+
+
+@pytest.mark.slow
+def test_a_cluster_of_two_machines_trains_on_both(tmp_path, tiny_vit, digit_folder, monkeypatch):
+    """Two nodes of one processor each: two trainings at a time can only run on both."""
+    ray = pytest.importorskip("ray", reason="the package ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    config = Config.model_validate(
+        {
+            "data": {"path": str(digit_folder)},
+            "backbone": {"name": str(tiny_vit)},
+            "train": {"steps": 2, "batch": 8},
+        }
+    )
+    ask = Ask(("classify",), ("probe", "norms"), (1.0,), (0,))
+    plan = Plan(
+        config,
+        (ask,),
+        {name: config.model_copy(update={"method": name}) for name in ask.methods},
+        dict.fromkeys(ask.methods, 0.01),
+    )
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        assert len(ray.nodes()) == 2
+        with build_engine("ray", jobs=1, threads=1, gpus=0) as engine:
+            places = [engine.submit(where_am_i) for _ in range(2)]
+            assert len({place.result() for place in places}) == 2
+            outcomes = run_trials(plan, tmp_path, engine, threads=1, say=print)
+        assert [row.score is not None for row in results_of(outcomes).rows] == [True, True]
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
