@@ -114,10 +114,7 @@ def metrics_of(setup: Setup, outputs: dict[str, Outputs], split: str) -> dict[st
 def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict[str, Any]:
     """Return summary.json but for the metrics."""
     config, method, backbone = setup.config, setup.method, setup.backbone
-    groups = {name: sum(p.numel() for p in g.values()) for name, g in method.groups.items()}
-    deployed = groups.get(method.backbone_group, 0) + groups.get("head", 0)
-    if method.deploys_side:
-        deployed = groups["side"]
+    groups = method.parameter_counts
     memory = {**(progress.memory or {}), **forecast}
     memory["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cuda = setup.device.type == "cuda"
@@ -140,7 +137,7 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
         "params": {
             "backbone": sum(p.numel() for p in backbone.parameters()),
             "trained": sum(groups.values()),
-            "deployed_delta": deployed,
+            "deployed_delta": method.deployed_delta,
             "side": groups.get("side", 0),
             "groups": groups,
         },

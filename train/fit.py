@@ -22,16 +22,22 @@ from mdpd_deploy.files import (
     write_text,
 )
 from mdpd_deploy.run import Run
+from mdpd_deploy.train.entries import default_entries
 from mdpd_deploy.train.finish import finish
 from mdpd_deploy.train.forecast import forecast
 from mdpd_deploy.train.loop import train
+from mdpd_deploy.train.memory_table import MemoryRow, memory_table
 from mdpd_deploy.train.progress import ProgressBar
 from mdpd_deploy.train.setup import Setup, default_out, prepare, process_state
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do, without running it."""
+    """What a run would do, without running it.
+
+    Attributes:
+        memory_table: What every method would need in this run's place, this one's included.
+    """
 
     task: str
     method: str
@@ -45,6 +51,7 @@ class Plan:
     params: dict[str, int]
     forecast_bytes: int
     forecast_parts: dict[str, int]
+    memory_table: tuple[MemoryRow, ...]
     device: str
     notes: tuple[str, ...]
 
@@ -64,7 +71,7 @@ def make_plan(config: Config) -> Plan:
 def _plan(setup: Setup) -> Plan:
     config, method = setup.config, setup.method
     memory = _forecast(setup)
-    groups = {name: sum(p.numel() for p in g.values()) for name, g in method.groups.items()}
+    groups = method.parameter_counts
     return Plan(
         task=config.task,
         method=config.method,
@@ -85,6 +92,9 @@ def _plan(setup: Setup) -> Plan:
         },
         forecast_bytes=memory["forecast_bytes"],
         forecast_parts=memory["forecast_parts"],
+        memory_table=memory_table(
+            config, [entry.label for entry in default_entries()], outputs=setup.data.outputs, kind=setup.data.kind
+        ),
         device=str(setup.state.device),
         notes=setup.data.notes,
     )

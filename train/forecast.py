@@ -21,15 +21,19 @@ from mdpd_deploy.train.optim import build_optimizer, clip_gradients
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """Bytes that one optimiser step needs.
+    """Bytes that one optimiser step needs, and how many numbers it is for.
 
     Attributes:
         peak_bytes: Weights, batch, activations, gradients and optimiser state at the peak.
         parts: The same by part (weights, trained, optimizer_state, batch, activations).
+        trained: Trained parameters.
+        deployed_delta: Those by which the deployed model differs from the bare backbone.
     """
 
     peak_bytes: int
     parts: dict[str, int]
+    trained: int
+    deployed_delta: int
 
 
 def forecast(
@@ -63,7 +67,8 @@ def forecast(
         _step(method, optimizer, parts)
         with measured_step(method, optimizer, parts) as peak:
             _step(method, optimizer, parts)
-    return MemoryForecast(peak.peak_bytes, peak.parts)
+    trained = sum(method.parameter_counts.values())
+    return MemoryForecast(peak.peak_bytes, peak.parts, trained, method.deployed_delta)
 
 
 def measured_step(

@@ -11,6 +11,8 @@ import typer
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mdpd_deploy.config import Config
     from mdpd_deploy.run import Run
     from mdpd_deploy.train import Plan
@@ -51,7 +53,8 @@ def command(
     resume: Annotated[Path | None, typer.Option(help="Continue this run folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and the memory forecast; no training.")
+        bool,
+        typer.Option("--dry-run", help="Print the plan and what every method would need; no work."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
@@ -282,4 +285,31 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     table.add_row("device", plan.device)
     for note in plan.notes:
         table.add_row("note", note)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(_memory_table(plan))
+    for row in plan.memory_table:
+        if row.reason is not None:
+            console.print(f"{row.method} does not fit: {row.reason}", highlight=False)
+
+
+def _memory_table(plan: Plan) -> Table:
+    """Every method by need, this run's marked."""
+    from rich.table import Table
+
+    own = plan.method + (f":{plan.side}" if plan.side else "")
+    table = Table(title="memory forecast of every method in this run's place")
+    table.add_column("method")
+    for name in ("MB", "trained", "changed or added when deployed"):
+        table.add_column(name, justify="right")
+    rows = [(row.method, row.forecast) for row in plan.memory_table]
+    fitting = [(name, need) for name, need in rows if need is not None]
+    for name, need in sorted(fitting, key=lambda row: row[1].peak_bytes):
+        table.add_row(
+            f"{name} (this run)" if name == own else name,
+            f"{need.peak_bytes / 1e6:,.1f}",
+            f"{need.trained:,}",
+            f"{need.deployed_delta:,}",
+            style="bold" if name == own else None,
+        )
+    return table

@@ -136,6 +136,19 @@ class Method(ABC):
         }
         return {name: group for name, group in {**named, "head": head}.items() if group}
 
+    @property
+    def parameter_counts(self) -> dict[str, int]:
+        """Trained numbers by optimiser group."""
+        return {name: sum(p.numel() for p in group.values()) for name, group in self.groups.items()}
+
+    @property
+    def deployed_delta(self) -> int:
+        """Numbers by which the deployed model differs from the bare backbone, head included."""
+        counts = self.parameter_counts
+        if self.deploys_side:
+            return counts["side"]
+        return counts.get(self.backbone_group, 0) + counts.get("head", 0)
+
     def trained_state(self) -> dict[str, Tensor]:
         """Return every tensor that training changes, and the modules' buffers, by full name."""
         state = {f"backbone.{name}": p.detach() for name, p in self.backbone_weights.items()}
