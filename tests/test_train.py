@@ -517,7 +517,7 @@ def test_a_process_without_a_share_of_the_last_step_adds_zeros(tiny_vit, digit_f
     schedule = Schedule(36, 35, 1, 0, world=2)
     assert [len(schedule.parts(0, rank)) for rank in (0, 1)] == [1, 1]
     optimizer = build_optimizer(setup.method)
-    losses, _ = one_step(setup, optimizer, [])
+    losses, _ = one_step(setup, optimizer, [], 0)
     assert set(losses) == set(setup.method.loss_names)
     assert all(float(value) == 0 for value in losses.values())
 
