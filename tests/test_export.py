@@ -545,7 +545,7 @@ def test_constant_norms_do_not_confuse_the_identity_gate(method, images, tiny_vi
 
 
 @pytest.mark.parametrize("kind", ["image", "pair"])
-@pytest.mark.parametrize("method", ["bitfit", "full"])
+@pytest.mark.parametrize("method", ["bitfit", "full", "lora", "adalora", "ia3"])
 def test_rivals_that_change_more_than_norms_export_too(
     method, kind, images, pair_table, tiny_vit, tiny_bert, tmp_path
 ):

@@ -1,9 +1,9 @@
 """AdaLoRA: LoRA whose rank moves to the layers that need it, by the library peft's allocator.
 
 After every optimiser step the allocator updates the importance of each triplet (a singular value
-with its two vectors) from the gradients; between the tenth step in a hundred and the half of the
-run it zeroes the least important ones, down to the budget, which then stays (paper: sections 3.2
-and 3.3; its warm-up and final phase on GLUE are of that order). The penalty that keeps the vectors
+with its two vectors) from the gradients. After a tenth of the run it begins to zero the least
+important ones; at half of it the budget is reached, and what is left trains on (paper: sections 3.2
+and 3.3; the two shares are ours, since the paper gives steps per task). The penalty that keeps the vectors
 orthogonal (Eq. 4) is computed here as in peft, whose own needs a model that returns its loss.
 """
 
@@ -18,7 +18,7 @@ from mdpd_deploy.train.methods.adapters import Adapted
 from mdpd_deploy.train.methods.base import METHODS, Batch, Parts
 
 if TYPE_CHECKING:
-    from peft import AdaLoraModel
+    from peft import AdaLoraConfig, AdaLoraModel
 
 WARM_UP, FINAL = 0.1, 0.5  # shares of the steps without pruning, and with the final budget
 ROUNDS = 100  # about as many prunings in between
@@ -38,11 +38,16 @@ class AdaLora(Adapted):
         """peft's handle on the adapter."""
         return cast("AdaLoraModel", self.tuner)
 
+    @property
+    def options(self) -> "AdaLoraConfig":
+        """What peft's allocator goes by, its schedule and the triplets that are left included."""
+        return cast("AdaLoraConfig", self.model.peft_config[ADAPTER])
+
     def step(self, batch: Batch) -> Parts:
         raw = self.head("head").raw(self.pooled(batch.inputs))
         task = self.task_loss(raw, batch.labels) / batch.weight
         share = len(batch.labels) / batch.count  # the parts of a step add up to one penalty
-        penalty = self.model.peft_config[ADAPTER].orth_reg_weight * self.orthogonality() * share
+        penalty = self.options.orth_reg_weight * self.orthogonality() * share
         loss = task + penalty
         loss.backward()
         losses = {"loss": loss, "loss_task": task, "loss_orthogonal": penalty}
@@ -59,11 +64,11 @@ class AdaLora(Adapted):
         return torch.stack(distances).mean()
 
     def after_step(self, step: int, steps: int) -> None:
-        config = self.model.peft_config[ADAPTER]
-        config.total_step = steps
-        config.tinit = int(WARM_UP * steps)
-        config.tfinal = int(FINAL * steps)
-        config.deltaT = max(1, steps // ROUNDS)
+        options = self.options
+        options.total_step = steps
+        options.tinit = int(WARM_UP * steps)
+        options.tfinal = int(FINAL * steps)
+        options.deltaT = max(1, steps // ROUNDS)
         self.model.update_and_allocate(step)
 
     def extra_state(self) -> dict[str, Tensor]:
@@ -74,7 +79,7 @@ class AdaLora(Adapted):
             for score in SCORES
             for name, tensor in getattr(allocator, score).items()
         }
-        pattern = self.model.peft_config[ADAPTER].rank_pattern or {}
+        pattern = self.options.rank_pattern or {}
         return state | {f"left/{name}": torch.tensor(kept) for name, kept in pattern.items()}
 
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
@@ -85,4 +90,4 @@ class AdaLora(Adapted):
         for score in SCORES:
             setattr(self.model.rankallocator, score, named[score])
         left = {name: kept.tolist() for name, kept in named["left"].items()}
-        self.model.peft_config[ADAPTER].rank_pattern = left or None
+        self.options.rank_pattern = left or None
