@@ -1,11 +1,11 @@
-"""Dropping the side network: which model of a run is deployed, and what it is compared with."""
+"""Fading: which model of a run is deployed, and what it is compared with."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mdpd_deploy.model import Deployed, WithSide
+from mdpd_deploy.model import Deployed, TaskModel
 from mdpd_deploy.run import Run
 
 
@@ -14,18 +14,18 @@ class Faded:
     """The model to export.
 
     Attributes:
-        model: Backbone + head; with its side network only for `--method side` (D13).
+        model: Backbone + head; more only for a method that keeps it (D13).
         bare: The same head on the untouched backbone; None when nothing faded.
         changed: Names of the model's tensors whose values differ from `bare`'s.
     """
 
-    model: Deployed | WithSide
+    model: TaskModel
     bare: Deployed | None
     changed: tuple[str, ...]
 
     @property
     def faded(self) -> bool:
-        """Whether the side network is gone."""
+        """Whether nothing is left beside backbone and head."""
         return self.bare is not None
 
 
@@ -36,7 +36,7 @@ def fade(run: Run) -> Faded:
         UserError: If the run is damaged or its backbone is not the one it was trained on.
     """
     deployed = run.load_deployed()
-    if run.keeps_side:
+    if run.keeps:
         return Faded(deployed, None, ())
     bare = run.load_bare()
     return Faded(deployed, bare, tuple(_changed_names(deployed, bare)))

@@ -23,7 +23,7 @@ from mdpd_deploy.data.preprocess import Preprocess, load_preprocess
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.export.fade import Faded, make_comparable
 from mdpd_deploy.golden import Golden, load_golden, replay
-from mdpd_deploy.model import Deployed, WithSide
+from mdpd_deploy.model import TaskModel
 from mdpd_deploy.onnx_graph import OnnxGraph, changed_weights, export_onnx, same_structure
 from mdpd_deploy.parity import Arrays, Parity, compare_with_torch, shape_batches, torch_outputs
 from mdpd_deploy.runner import OnnxRunner
@@ -31,6 +31,7 @@ from mdpd_deploy.sides.base import SideNetwork
 from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, compute
 
 METRIC_TOLERANCE = 1e-3  # 0.1 point, D15
+DEPLOYS_MORE = "this method deploys more than the backbone and a head"
 Verdict = Literal["passed", "skipped", "not applicable"]
 
 
@@ -54,7 +55,7 @@ class Gate:
 def check_side_free(faded: Faded, graph: OnnxGraph) -> Gate:
     """No side network in the module, by name in the graph, or by count of numbers in the graph."""
     if not faded.faded:
-        return Gate("side_free", "not applicable", "--method side deploys its side network")
+        return Gate("side_free", "not applicable", DEPLOYS_MORE)
     inside = [n for n, module in faded.model.named_modules() if isinstance(module, SideNetwork)]
     weights = onnx.load(graph.path, load_external_data=False).graph.initializer
     named = [tensor.name for tensor in weights if tensor.name.startswith("side")]
@@ -74,7 +75,7 @@ def check_side_free(faded: Faded, graph: OnnxGraph) -> Gate:
 def check_identity(faded: Faded, graph: OnnxGraph) -> Gate:
     """Node for node the bare backbone's graph; only values of changed tensors differ."""
     if faded.bare is None:
-        return Gate("identity", "not applicable", "--method side deploys more than the backbone")
+        return Gate("identity", "not applicable", DEPLOYS_MORE)
     make_comparable(faded)
     with tempfile.TemporaryDirectory(prefix="mdpd-bare-") as folder:
         bare = export_onnx(faded.bare, Path(folder, "bare.onnx"))
@@ -93,9 +94,7 @@ def check_identity(faded: Faded, graph: OnnxGraph) -> Gate:
     return Gate("identity", "passed", note, {"nodes": graph.nodes, "changed_weights": values})
 
 
-def check_parity(
-    model: Deployed | WithSide, runner: OnnxRunner, golden: Golden
-) -> tuple[Gate, Parity]:
+def check_parity(model: TaskModel, runner: OnnxRunner, golden: Golden) -> tuple[Gate, Parity]:
     """PyTorch's numbers at every shape that matters, and on the golden inputs."""
     batches: list[tuple[str, Arrays]] = [*shape_batches(model), ("golden inputs", golden.arrays)]
     parity = compare_with_torch(model, runner, batches)
@@ -127,7 +126,7 @@ class Measured:
 
 
 def check_metric(
-    model: Deployed | WithSide,
+    model: TaskModel,
     runner: OnnxRunner,
     preprocess: Preprocess,
     measured: Measured,
@@ -185,7 +184,7 @@ def flipped_predictions(
 
 
 def _both_outputs(
-    model: Deployed | WithSide, runner: OnnxRunner, preprocess: Preprocess, measured: Measured
+    model: TaskModel, runner: OnnxRunner, preprocess: Preprocess, measured: Measured
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     model.eval()
     pairs = []

@@ -9,7 +9,7 @@ from PIL import Image
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import ImagePreprocess, Preprocess
 from mdpd_deploy.golden import Golden, keep_raw, spread_evenly
-from mdpd_deploy.model import Deployed, WithSide
+from mdpd_deploy.model import TaskModel
 from mdpd_deploy.parity import torch_outputs
 
 COUNT = 8
@@ -28,7 +28,7 @@ _SENTENCES = (
 
 
 def make_golden(
-    model: Deployed | WithSide, preprocess: Preprocess, raws: Sequence[Raw], *, pair: bool
+    model: TaskModel, preprocess: Preprocess, raws: Sequence[Raw], *, pair: bool
 ) -> Golden:
     """Run raw inputs through the PyTorch model.
 

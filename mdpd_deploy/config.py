@@ -98,6 +98,18 @@ class SideConfig(Section):
         return SIDE_ALIASES.get(name, name)
 
 
+class PeftConfig(Section):
+    """The rivals of the library peft: LoRA, AdaLoRA, prompt and prefix tuning."""
+
+    # LoRA: r of every update; AdaLoRA: the mean r that is kept, of 1.5 times as many at first
+    rank: int = Field(default=8, ge=1)
+    alpha: int = Field(default=16, ge=1)  # updates are scaled by alpha / their first rank
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # of what LoRA and AdaLoRA read
+    # updated maps: query and value (a fused map whole), or every linear layer of the blocks
+    targets: Literal["attention", "all"] = "attention"
+    tokens: int = Field(default=20, ge=1)  # virtual tokens of prompt and prefix tuning
+
+
 class DistillConfig(Section):
     """MDPD's own parts: bottlenecks φ, mask, generation blocks G (paper Eq. 1-7)."""
 
@@ -161,7 +173,8 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
-    # side network, φ, G, side head; default: the method's own (1e-3; norms, probe 1e-2; full 5e-5)
+    # side network, φ, G, side head, adapters; default: the method's own (mdpd and side 1e-3, norms
+    # and probe 1e-2, full 5e-5, the rest as their papers have it: train/methods)
     lr: float | None = Field(default=None, gt=0)
     # tuned norms; default: lr, and 10 lr beside a side network that teaches (--method mdpd)
     norm_lr: float | None = Field(default=None, gt=0)
@@ -196,6 +209,7 @@ class Config(Section):
     backbone: BackboneConfig = BackboneConfig()
     side: SideConfig = SideConfig()
     distill: DistillConfig = DistillConfig()
+    peft: PeftConfig = PeftConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()

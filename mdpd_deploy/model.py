@@ -1,16 +1,17 @@
-"""The two models a run can be turned into: the deployed one, and the one with its side network."""
+"""The models a run can be turned into: backbone and head, alone or with what stays beside them."""
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from mdpd_deploy.adapters.tokens import VirtualTokens
 from mdpd_deploy.backbones.base import Backbone, Inputs
 from mdpd_deploy.sides.base import SideNetwork, SideOutput
 from mdpd_deploy.tasks.head import Head
 
 
-class Deployed(nn.Module):
-    """Backbone + head: all that is left after the side network has faded.
+class TaskModel(nn.Module):
+    """A backbone that answers a task, on its own or not.
 
     Inputs are positional, in the order of `backbone.input_names`, so that an exported graph takes
     them in a known order; the result is one tensor [B, C].
@@ -21,11 +22,26 @@ class Deployed(nn.Module):
         self.backbone = backbone
         self.head = head
 
+
+class Deployed(TaskModel):
+    """Backbone + head: all that is left after the side network has faded."""
+
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.head(self.backbone(named(self.backbone, inputs)))
 
 
-class WithSide(nn.Module):
+class WithTokens(TaskModel):
+    """Backbone + virtual tokens + head: every inference attends to the tokens."""
+
+    def __init__(self, backbone: Backbone, tokens: VirtualTokens, head: Head) -> None:
+        super().__init__(backbone, head)
+        self.tokens = tokens
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.head(self.tokens(self.backbone, named(self.backbone, inputs)))
+
+
+class WithSide(TaskModel):
     """Backbone + side network + side head, the rival that every inference pays for.
 
     It runs the backbone only as far as the side network reads it (D23): a block that the side
@@ -41,10 +57,8 @@ class WithSide(nn.Module):
     def __init__(
         self, backbone: Backbone, side: SideNetwork, head: Head, *, last_feature: bool = False
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone, head)
         self.side = side
-        self.head = head
         self.last_feature = last_feature
 
     def forward(self, *inputs: Tensor) -> Tensor:

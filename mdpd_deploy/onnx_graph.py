@@ -18,7 +18,7 @@ import torch
 
 from mdpd_deploy.errors import ExportError
 from mdpd_deploy.graph_signature import changed_weights, graph_signature, same_structure
-from mdpd_deploy.model import Deployed, WithSide
+from mdpd_deploy.model import TaskModel
 
 __all__ = [
     "OPSET",
@@ -54,7 +54,7 @@ class OnnxGraph:
 
 
 def export_onnx(
-    model: Deployed | WithSide, path: Path, *, external_above_bytes: int = EXTERNAL_ABOVE_BYTES
+    model: TaskModel, path: Path, *, external_above_bytes: int = EXTERNAL_ABOVE_BYTES
 ) -> OnnxGraph:
     """Export a model on CPU in FP32 to `path`.
 
@@ -81,14 +81,14 @@ def export_onnx(
     return OnnxGraph(path, tuple(axes), output_name_of(model), len(proto.graph.node))
 
 
-def axes_of(model: Deployed | WithSide) -> dict[str, dict[int, str]]:
+def axes_of(model: TaskModel) -> dict[str, dict[int, str]]:
     """Return the named axes of each input, e.g. `{"input_ids": {0: "batch", 1: "sequence"}}`."""
     text = model.backbone.grid is None
     axes = {0: "batch", 1: "sequence"} if text else {0: "batch"}
     return {name: axes for name in model.backbone.input_names}
 
 
-def output_name_of(model: Deployed | WithSide) -> str:
+def output_name_of(model: TaskModel) -> str:
     """Return `scores` for a regression head, else `logits`."""
     return "scores" if model.head.regression else "logits"
 
@@ -103,7 +103,7 @@ def _checked_bytes(name: str, tensor: torch.Tensor) -> int:
     return tensor.nbytes
 
 
-def _trace(model: Deployed | WithSide) -> Any:
+def _trace(model: TaskModel) -> Any:
     backbone = model.backbone
     text = backbone.grid is None
     example = backbone.example_inputs(EXAMPLE_BATCH, EXAMPLE_TOKENS if text else None)
@@ -131,7 +131,7 @@ def _trace(model: Deployed | WithSide) -> Any:
 
 
 @contextlib.contextmanager
-def _eager_attention(model: Deployed | WithSide) -> Iterator[None]:
+def _eager_attention(model: TaskModel) -> Iterator[None]:
     """Spell attention out: fused attention adds a third more nodes at this opset."""
     model.backbone.set_attention("eager", model)
     try:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mdpd_deploy.model import Deployed, WithSide
+from mdpd_deploy.model import TaskModel
 from mdpd_deploy.runner import OnnxRunner
 
 Arrays = dict[str, NDArray[Any]]
@@ -64,7 +64,7 @@ class Parity:
         return {**asdict(self), "passed": self.passed}
 
 
-def torch_outputs(model: Deployed | WithSide, arrays: Arrays) -> NDArray[np.float32]:
+def torch_outputs(model: TaskModel, arrays: Arrays) -> NDArray[np.float32]:
     """Run the torch model on named arrays, on its own device and in its own mode; outputs [B, C]."""
     device = next(model.parameters()).device
     inputs = [torch.from_numpy(arrays[name]).to(device) for name in model.backbone.input_names]
@@ -73,7 +73,7 @@ def torch_outputs(model: Deployed | WithSide, arrays: Arrays) -> NDArray[np.floa
 
 
 def compare_with_torch(
-    model: Deployed | WithSide,
+    model: TaskModel,
     runner: OnnxRunner,
     batches: Sequence[tuple[str, Arrays]],
     *,
@@ -102,9 +102,7 @@ def compare_with_torch(
     return Parity(tuple(cases), spread, worst / spread, tolerance)
 
 
-def shape_batches(
-    model: Deployed | WithSide, *, max_batch: int = 8
-) -> Iterator[tuple[str, Arrays]]:
+def shape_batches(model: TaskModel, *, max_batch: int = 8) -> Iterator[tuple[str, Arrays]]:
     """Yield random batches at the shapes a graph must not be fixed to.
 
     Pictures: batch 1, 5 and `max_batch`. Text: the shortest and the longest sequence with batch 1

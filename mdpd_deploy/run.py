@@ -2,12 +2,13 @@
 
     RUN/config.yaml  metrics.jsonl  summary.json  report.html
     RUN/checkpoints/   see train/checkpoint.py
-    RUN/model/         delta.safetensors  side.safetensors  labels.json
+    RUN/model/         delta.safetensors  side.safetensors  adapter.safetensors  labels.json
                        preprocess.json (+ tokenizer.json)   backbone.safetensors (D12)
 
 `delta.safetensors` holds every tensor of the deployed model that differs from the backbone as
-loaded: `backbone.<norm name>` and `head.<name>`. `side.safetensors` holds `side.<name>`,
-`side_head.<name>` and, for ablations, `distiller.<name>`.
+loaded: `backbone.<name>` and `head.<name>`. `side.safetensors` holds `side.<name>`,
+`side_head.<name>` and, for ablations, `distiller.<name>`. `adapter.safetensors` holds
+`tokens.<name>` of virtual tokens, or `adapter.<name>` of an adapter that is merged in the delta.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mdpd_deploy.config import Config, read_config
 from mdpd_deploy.data import check_images, load_evaluation, load_task, readable
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mdpd_deploy.backbones import Backbone
-    from mdpd_deploy.model import Deployed, WithSide
+    from mdpd_deploy.model import Deployed, TaskModel, WithSide, WithTokens
     from mdpd_deploy.tasks.head import Head
 
 SCHEMA = 1
 RUNS = Path("runs")
-DELTA, SIDE, BACKBONE = "delta.safetensors", "side.safetensors", "backbone.safetensors"
+DELTA, SIDE, ADAPTER = "delta.safetensors", "side.safetensors", "adapter.safetensors"
+BACKBONE = "backbone.safetensors"
 LABELS = "labels.json"
 _NEEDED = ("task", "method", "backbone", "metrics", "files")  # of summary.json
 
@@ -92,9 +94,13 @@ class Run:
         return path
 
     @property
-    def keeps_side(self) -> bool:
-        """Whether the side network stays at inference (`--method side`)."""
-        return self.config.method == "side"
+    def keeps(self) -> Literal["side network", "virtual tokens"] | None:
+        """What stays beside the backbone at inference; None when nothing does."""
+        from mdpd_deploy.adapters import TOKENS
+
+        if self.config.method == "side":
+            return "side network"
+        return "virtual tokens" if self.config.method in TOKENS else None
 
     @cached_property
     def preprocess(self) -> Preprocess:
@@ -154,24 +160,80 @@ class Run:
             )
         return backbone
 
-    def load_deployed(self) -> Deployed | WithSide:
-        """Load the model that is deployed: backbone with tuned norms + head, float32, eval mode.
+    def load_deployed(self) -> TaskModel:
+        """Load the model that is deployed, float32, eval mode: backbone with tuned weights + head.
 
-        For `--method side` that is the backbone with its side network.
+        It has a side network or virtual tokens beside it where the method `keeps` them.
         """
-        if self.keeps_side:
+        if self.keeps == "side network":
             return self.load_with_side()[0]
+        if self.keeps == "virtual tokens":
+            return self.load_with_tokens(self.config.method)[0]
         return self._deployed(tuned=True)
 
     def load_bare(self) -> Deployed:
         """Load the same head on the backbone's own untouched norms, the floor of any latency."""
         return self._deployed(tuned=False)
 
-    def load_with_side(self, name: str | None = None) -> tuple[WithSide, bool]:
+    def load_merged(self, method: str) -> tuple[Deployed, bool]:
+        """Load what a method deploys that only changes values of the backbone: full, lora, ….
+
+        Returns:
+            The model (float32, eval mode), and whether `method` is the run's own. Another one's has
+            the untouched backbone's values: its graph is the same.
+        """
+        trained = method == self.config.method
+        return self._deployed(tuned=trained), trained
+
+    def load_unmerged(self, method: str) -> tuple[Deployed, bool]:
+        """Load the backbone with the layers of an adapter beside its own, and the head.
+
+        Args:
+            method: lora, adalora or ia3.
+
+        Returns:
+            The model (float32, eval mode), and whether the adapter is the trained one. One the run
+            did not train has random values.
+        """
+        import torch
+
+        from mdpd_deploy.adapters import inject
+        from mdpd_deploy.model import Deployed
+
+        trained = method == self.config.method
+        backbone = self.load_backbone()
+        head = self._own_head(backbone)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            inject(backbone, method, self.config.peft, random=not trained)
+        if trained:
+            self._fill(backbone, _below(self._tensors(ADAPTER), "adapter."), ADAPTER)
+        return Deployed(backbone, head).eval(), trained
+
+    def load_with_tokens(self, method: str) -> tuple[WithTokens, bool]:
+        """Load the backbone with virtual tokens: prompt or prefix; what comes is as above."""
+        import torch
+
+        from mdpd_deploy.adapters import build_tokens
+        from mdpd_deploy.model import WithTokens
+
+        trained = method == self.config.method
+        backbone = self.load_backbone()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            tokens = build_tokens(backbone, method, self.config.peft)
+        if trained:
+            _load(tokens, _below(self._tensors(ADAPTER), "tokens."), self.path)
+        return WithTokens(backbone, tokens, self._own_head(backbone)).eval(), trained
+
+    def load_with_side(
+        self, name: str | None = None, *, late_layers: int = 1
+    ) -> tuple[WithSide, bool]:
         """Load the backbone with a side network at inference.
 
         Args:
             name: A side network; None means the run's own.
+            late_layers: SHERL enters at least so many blocks anew.
 
         Returns:
             The model (float32, eval mode), and whether its side network is the trained one. One
@@ -183,14 +245,16 @@ class Run:
         from mdpd_deploy.sides import build_side, other_side
 
         backbone = self.load_backbone()
-        config = self.config.side
-        trained = (self.path / "model" / SIDE).is_file() and name in (None, config.name)
+        config = other_side(self.config.side, name or self.config.side.name)
+        if late_layers > config.late_layers:
+            config = config.model_copy(update={"late_layers": late_layers})
+        trained = (self.path / "model" / SIDE).is_file() and config == self.config.side
         last_feature = trained and self.config.distill.side_head == "paper"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             side = build_side(
                 backbone,
-                other_side(config, name) if name else config,
+                config,
                 last_feature=last_feature,
             )
             head = self._head(side.width if last_feature else backbone.width)
@@ -205,12 +269,18 @@ class Run:
         from mdpd_deploy.model import Deployed
 
         backbone = self.load_backbone()
-        head = self._head(backbone.width)
-        source, prefix = (SIDE, "side_head.") if self.keeps_side else (DELTA, "head.")
-        _load(head, _below(self._tensors(source), prefix), self.path)
+        head = self._own_head(backbone)
         if tuned:
             self._tune(backbone)
         return Deployed(backbone, head).eval()
+
+    def _own_head(self, backbone: Backbone) -> Head:
+        """Return the trained head of the deployed model."""
+        head = self._head(backbone.width)
+        kept = self.keeps == "side network"
+        source, prefix = (SIDE, "side_head.") if kept else (DELTA, "head.")
+        _load(head, _below(self._tensors(source), prefix), self.path)
+        return head
 
     def _head(self, width: int) -> Head:
         from mdpd_deploy.tasks.head import Head
@@ -220,11 +290,14 @@ class Run:
 
     def _tune(self, backbone: Backbone) -> None:
         """Put the trained values into a backbone."""
-        tuned = _below(self._tensors(DELTA), "backbone.")
+        self._fill(backbone, _below(self._tensors(DELTA), "backbone."), DELTA)
+
+    def _fill(self, backbone: Backbone, values: dict[str, Tensor], file: str) -> None:
+        """Copy named values from a file of the run into a backbone."""
         weights = dict(backbone.named_parameters())
-        for name, value in tuned.items():
+        for name, value in values.items():
             if name not in weights or weights[name].shape != value.shape:
-                raise UserError(f"{self.path}/model/{DELTA} does not fit the backbone ({name}).")
+                raise UserError(f"{self.path}/model/{file} does not fit the backbone ({name}).")
             weights[name].data.copy_(value)
 
     def _tensors(self, file: str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdpd_deploy.model import Deployed, WithSide
+from mdpd_deploy.model import TaskModel
 from mdpd_deploy.serve.latency_inputs import Arrays
 
 
@@ -21,7 +21,7 @@ def count_nodes(path: Path) -> int:
     return len(onnx.load(path, load_external_data=False).graph.node)
 
 
-def count_flops(model: Deployed | WithSide, arrays: Arrays) -> int:
+def count_flops(model: TaskModel, arrays: Arrays) -> int:
     """Return the floating-point operations of one forward (a multiply-add counts as two).
 
     PyTorch's own counter on eager attention, so that every product is seen; it counts matrix
@@ -32,7 +32,7 @@ def count_flops(model: Deployed | WithSide, arrays: Arrays) -> int:
     return int(counter.get_total_flops())
 
 
-def count_operators(model: Deployed | WithSide, arrays: Arrays) -> int:
+def count_operators(model: TaskModel, arrays: Arrays) -> int:
     """Return how many PyTorch operators one eager forward runs, views not counted.
 
     On a GPU this is close to the number of kernels launched.
@@ -43,7 +43,7 @@ def count_operators(model: Deployed | WithSide, arrays: Arrays) -> int:
     return counter.count
 
 
-def _forward(model: Deployed | WithSide, arrays: Arrays, *, attention: str) -> None:
+def _forward(model: TaskModel, arrays: Arrays, *, attention: str) -> None:
     inputs = [torch.from_numpy(arrays[name]) for name in model.backbone.input_names]
     model.backbone.set_attention(attention, model)
     try:

@@ -54,7 +54,7 @@ def load_shared(runs: Sequence[Run]) -> SharedTasks:
         raise UserError("name at least one run of --method side.")
     first = runs[0]
     for run in runs:
-        if not run.keeps_side:
+        if run.keeps != "side network":
             raise UserError(
                 f"{run.path} was trained with --method {run.config.method}, which tunes the "
                 "backbone itself: only runs of --method side share its blocks."

@@ -1,35 +1,92 @@
-"""Which models are compared: the deployed one, the bare backbone, and rivals with a side network.
+"""Which models are compared: the deployed one, the bare backbone, and its rivals.
 
 `deployed` is timed twice, the second time as its own A/A control. `bare` is the same head on the
-backbone's own norms. Every other rival keeps its side network at inference, which is what methods
-without fading must do.
+backbone's own norms. The other rivals are what other methods deploy: a side network, adapter layers or virtual
+tokens beside the backbone, or the backbone's graph with other values.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from mdpd_deploy.adapters import LAYERS, TOKENS
 from mdpd_deploy.config import SIDE_ALIASES
 from mdpd_deploy.errors import UserError, unknown
-from mdpd_deploy.model import Deployed, WithSide
+from mdpd_deploy.model import TaskModel
 from mdpd_deploy.serve.latency_report import CONTROL, DEPLOYED
 from mdpd_deploy.sides import SIDES
 
 BARE = "bare"
 DEFAULT_RIVALS = (BARE, "unipt", "sherl")
 
-Model = Deployed | WithSide
-
 
 class RunModels(Protocol):
-    """What a run offers here (`mdpd_deploy.run.Run`)."""
+    """What a run offers here (`mdpd_deploy.run.Run`).
 
-    def load_deployed(self) -> Model: ...
+    A rival comes with whether its weights are the run's; others are random or the backbone's own.
+    """
 
-    def load_bare(self) -> Model: ...
+    def load_deployed(self) -> TaskModel: ...
 
-    def load_with_side(self, name: str | None = None) -> tuple[WithSide, bool]: ...
+    def load_bare(self) -> TaskModel: ...
+
+    def load_merged(self, method: str) -> tuple[TaskModel, bool]: ...
+
+    def load_unmerged(self, method: str) -> tuple[TaskModel, bool]: ...
+
+    def load_with_tokens(self, method: str) -> tuple[TaskModel, bool]: ...
+
+    def load_with_side(
+        self, name: str | None = None, *, late_layers: int = 1
+    ) -> tuple[TaskModel, bool]: ...
+
+
+@dataclass(frozen=True)
+class Rival:
+    """What a run can be compared with.
+
+    Attributes:
+        what: One sentence.
+        load: Returns the model, and whether its weights are trained.
+    """
+
+    what: str
+    load: Callable[[RunModels], tuple[TaskModel, bool]]
+
+
+def _merged(method: str) -> Rival:
+    what = f"the backbone's graph with the values that {method} leaves"
+    return Rival(what, lambda run: run.load_merged(method))
+
+
+def _unmerged(method: str) -> Rival:
+    what = f"backbone with the layers of {method} beside its own"
+    return Rival(what, lambda run: run.load_unmerged(method))
+
+
+def _tokens(method: str) -> Rival:
+    what = f"backbone with the virtual tokens of {method} tuning"
+    return Rival(what, lambda run: run.load_with_tokens(method))
+
+
+def _side(name: str) -> Rival:
+    what = f"backbone with the side network {name} kept at inference"
+    return Rival(what, lambda run: run.load_with_side(name))
+
+
+RIVALS: dict[str, Rival] = {
+    BARE: Rival("the same head on the untouched backbone", lambda run: (run.load_bare(), True)),
+    **{name: _side(name) for name in SIDES},
+    "sherl-multi": Rival(
+        "backbone with SHERL over two or more late blocks kept at inference",
+        lambda run: run.load_with_side("sherl", late_layers=2),
+    ),
+    **{name: _merged(name) for name in ("full", *LAYERS)},
+    **{f"{name}-unmerged": _unmerged(name) for name in LAYERS},
+    **{name: _tokens(name) for name in TOKENS},
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +104,7 @@ class Variant:
 
     name: str
     what: str
-    load: Callable[[], tuple[Model, bool]] | None = None
+    load: Callable[[], tuple[TaskModel, bool]] | None = None
     graph: Callable[[Path], Path] | None = None
 
 
@@ -55,16 +112,16 @@ def rival_names(asked: Sequence[str]) -> tuple[str, ...]:
     """Check and normalise rival names: `side:unipt` → `unipt`, `dtl` → `dtlv1`.
 
     Raises:
-        UserError: For no name, or one that is neither `bare` nor a side network.
+        UserError: For no name, or an unknown one.
     """
     if not asked:
-        raise UserError(f"--rivals: name at least one of {', '.join((BARE, *SIDES))}.")
+        raise UserError(f"--rivals: name at least one of {', '.join(RIVALS)}.")
     names = []
     for given in asked:
         name = given.strip().removeprefix("side:")
         name = SIDE_ALIASES.get(name, name)
-        if name != BARE and name not in SIDES:
-            raise unknown("--rivals", given, (BARE, *SIDES))
+        if name not in RIVALS:
+            raise unknown("--rivals", given, RIVALS)
         names.append(name)
     return tuple(dict.fromkeys(names))
 
@@ -80,7 +137,7 @@ def variants_of_run(
         graph: The graph of a bundle of this run, timed as `deployed`; None exports the model.
     """
 
-    def deployed() -> tuple[Model, bool]:
+    def deployed() -> tuple[TaskModel, bool]:
         return run.load_deployed(), True
 
     ready = None if graph is None else _ready(graph)
@@ -88,7 +145,7 @@ def variants_of_run(
         Variant(DEPLOYED, "the model that is deployed", deployed, ready),
         Variant(CONTROL, "the deployed model a second time", deployed, ready),
     ]
-    return variants + [_rival(run, name) for name in rivals]
+    return variants + [Variant(n, RIVALS[n].what, partial(RIVALS[n].load, run)) for n in rivals]
 
 
 def variants_of_methods(base: RunModels, others: Mapping[str, RunModels]) -> list[Variant]:
@@ -99,10 +156,10 @@ def variants_of_methods(base: RunModels, others: Mapping[str, RunModels]) -> lis
         others: Label → the run of a method that deploys more.
     """
 
-    def bare() -> tuple[Model, bool]:
+    def bare() -> tuple[TaskModel, bool]:
         return base.load_bare(), True
 
-    def deployed_by(run: RunModels) -> Callable[[], tuple[Model, bool]]:
+    def deployed_by(run: RunModels) -> Callable[[], tuple[TaskModel, bool]]:
         return lambda: (run.load_deployed(), True)
 
     variants = [
@@ -126,7 +183,7 @@ def variants_of_bundle(
         rivals: Names from `rival_names`.
 
     Raises:
-        UserError: For a rival other than `bare`: its side network lies in the run.
+        UserError: For a rival other than `bare`: it is built from the run.
     """
     others = [name for name in rivals if name != BARE]
     if others:
@@ -151,11 +208,3 @@ def variants_of_bundle(
 
 def _ready(graph: Path) -> Callable[[Path], Path]:
     return lambda _: graph
-
-
-def _rival(run: RunModels, name: str) -> Variant:
-    if name == BARE:
-        what = "the same head on the untouched backbone"
-        return Variant(name, what, lambda: (run.load_bare(), True))
-    what = f"backbone with the side network {name} kept at inference"
-    return Variant(name, what, lambda: run.load_with_side(name))

@@ -230,6 +230,24 @@ def test_method_side_deploys_its_side_network(side_bundle, side_run):
     assert prediction.score == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize(("method", "kind"), [("prompt", "image"), ("prefix", "pair")])
+def test_virtual_tokens_are_deployed_too(
+    method, kind, images, pair_table, tiny_vit, tiny_bert, tmp_path
+):
+    data = {
+        "image": dict(data=images, backbone=tiny_vit),
+        "pair": dict(
+            data=pair_table, text=["one", "two"], backbone=tiny_bert, set=["data.max_length=20"]
+        ),
+    }[kind]
+    run = fit(task="classify", method=method, out=tmp_path / "run", **data, **SHORT)
+    bundle = export_run(run.path)
+    assert not bundle.manifest["faded"]
+    expected = {"side_free": "not applicable", "identity": "not applicable"}
+    assert verdicts(bundle) == expected | dict.fromkeys(("parity", "metric", "golden"), "passed")
+    assert not (bundle.path / "bare_norms.safetensors").exists()
+
+
 def test_a_metric_that_training_did_not_report_stops_the_export(image_run, tmp_path):
     changed = copy_run(image_run, tmp_path / "run")
     summary = json.loads((changed / "summary.json").read_text())
@@ -545,7 +563,7 @@ def test_constant_norms_do_not_confuse_the_identity_gate(method, images, tiny_vi
 
 
 @pytest.mark.parametrize("kind", ["image", "pair"])
-@pytest.mark.parametrize("method", ["bitfit", "full"])
+@pytest.mark.parametrize("method", ["bitfit", "full", "lora", "adalora", "ia3"])
 def test_rivals_that_change_more_than_norms_export_too(
     method, kind, images, pair_table, tiny_vit, tiny_bert, tmp_path
 ):

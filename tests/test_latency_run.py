@@ -259,6 +259,20 @@ def test_a_bundle_without_its_run_is_compared_with_bare_only(
         variants_of_bundle(graph, write_bare, rival_names(["bare", "unipt"]))
 
 
+def test_rivals_of_other_methods_are_built_from_any_run(tiny_run):
+    names = ["full", "lora", "lora-unmerged", "prompt", "sherl-multi"]
+    variants = variants_of_run(tiny_run, rival_names(names))[2:]
+    models = {variant.name: variant.load() for variant in variants}
+    assert list(models) == names and not any(trained for _, trained in models.values())
+    arrays = tiny_run.preprocess(pictures(2))
+    counts = {name: count_operators(model, arrays) for name, (model, _) in models.items()}
+    bare = count_operators(tiny_run.load_bare(), arrays)
+    assert counts["full"] == counts["lora"] == bare
+    assert min(counts["lora-unmerged"], counts["prompt"], counts["sherl-multi"]) > bare
+    with pytest.raises(UserError, match=r"prefix: .* use --method prompt"):
+        variants_of_run(tiny_run, rival_names(["prefix"]))[2].load()
+
+
 def test_rival_names():
     assert rival_names(["bare", "side:unipt", "unipt", " sherl"]) == ("bare", "unipt", "sherl")
     with pytest.raises(UserError, match=r"--rivals: unknown 'uniptt'\. Did you mean 'unipt'"):

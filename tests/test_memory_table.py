@@ -77,7 +77,7 @@ def test_a_dry_run_prints_every_method_and_marks_its_own(capsys, tiny_vit, digit
     assert "side:sherl (this run)" in printed
     assert printed.count("this run)") == 1
     for label in LABELS:
-        assert f" {label} " in printed
+        assert f" {label} " in printed or f"{label} does not fit" in printed
 
 
 def rows_of(markdown):

@@ -183,6 +183,8 @@ for name in {names!r}:
         importlib.import_module(name)
     except Exception as err:
         failed.append(f"{{name}}: {{err!r}}")
+if "peft" in sys.modules:
+    failed.append("peft is imported where no adapter is built")
 print(*failed, sep="\\n")
 sys.exit(bool(failed))
 """

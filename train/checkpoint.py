@@ -1,6 +1,6 @@
 """Checkpoints: safetensors + JSON, complete or absent, small (trained tensors only).
 
-    RUN/checkpoints/step-00000120/state.safetensors   trained/…, optimiser/…, random/…
+    RUN/checkpoints/step-00000120/state.safetensors   trained/…, optimiser/…, method/…, random/…
                                   state.json          progress, and the SHA-256 of the tensors
     RUN/checkpoints/best.safetensors                  trained/… of the best evaluation
 
@@ -69,7 +69,7 @@ def save_checkpoint(
 
     Args:
         folder: RUN/checkpoints.
-        method: Gives the trained tensors.
+        method: Gives the trained tensors, and what else it must know to go on.
         optimizer: Gives its state.
         progress: Goes into state.json.
         config: The run's config as YAML; a resume refuses another one.
@@ -77,6 +77,7 @@ def save_checkpoint(
     """
     tensors = {f"trained/{k}": t for k, t in method.trained_state().items()}
     tensors |= {f"optimiser/{k}": t for k, t in optimizer_tensors(optimizer).items()}
+    tensors |= {f"method/{k}": t for k, t in method.extra_state().items()}
     tensors |= random_tensors()
     target = folder / f"step-{progress.step:08d}"
     with atomic_folder(target, overwrite=True) as temporary:
@@ -126,6 +127,7 @@ def load_checkpoint(
     except (OSError, SafetensorError, KeyError, RuntimeError) as err:
         raise UserError(f"checkpoint {path} does not fit this run ({err}); {mend}.") from err
     load_optimizer_tensors(optimizer, _below(tensors, "optimiser/"))
+    method.load_extra_state(_below(tensors, "method/"))
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mdpd_deploy.files import atomic_folder, sha256_file, write_json
 from mdpd_deploy.machine import versions
-from mdpd_deploy.model import Deployed, WithSide
-from mdpd_deploy.run import BACKBONE, DELTA, LABELS, SCHEMA, SIDE, Run, read_metrics
+from mdpd_deploy.model import TaskModel
+from mdpd_deploy.run import BACKBONE, LABELS, SCHEMA, Run, read_metrics
 from mdpd_deploy.tasks.metrics import compute, majority
 from mdpd_deploy.train.checkpoint import Progress, load_best
 from mdpd_deploy.train.evaluate import Outputs, run_over
@@ -76,13 +76,9 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
 
 
 def write_model(setup: Setup, folder: Path) -> None:
-    """Write delta, side network, labels, preprocessing and, where needed, the backbone (D12)."""
-    state = setup.method.trained_state()
-    delta = {k: t for k, t in state.items() if k.startswith(("backbone.", "head."))}
-    side = {k: t for k, t in state.items() if k not in delta}
-    _save(delta, folder / DELTA)
-    if side:
-        _save(side, folder / SIDE)
+    """Write trained tensors, labels, preprocessing and, where needed, the backbone (D12)."""
+    for file, tensors in setup.method.model_files().items():
+        _save(tensors, folder / file)
     write_json(folder / LABELS, {"names": list(setup.data.label_names)})
     setup.backbone.preprocess.save(folder)
     if not setup.config.backbone.pretrained:
@@ -95,7 +91,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 def measure(setup: Setup, model: nn.Module, split: str) -> Outputs:
     """Return a rebuilt model's outputs on a split."""
-    assert isinstance(model, (Deployed, WithSide))
+    assert isinstance(model, TaskModel)
     names = model.backbone.input_names
     return run_over(
         lambda inputs: {"output": model(*(inputs[name] for name in names))},
@@ -135,7 +131,7 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
         "primary_metric": setup.data.metrics[0],
         "metrics": {},
         "params": {
-            "backbone": sum(p.numel() for p in backbone.parameters()),
+            "backbone": method.backbone_numbers,
             "trained": sum(groups.values()),
             "deployed_delta": method.deployed_delta,
             "side": groups.get("side", 0),

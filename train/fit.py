@@ -86,7 +86,7 @@ def _plan(setup: Setup) -> Plan:
         steps_per_epoch=setup.schedule.steps_per_epoch,
         batch=setup.schedule.step_size,
         params={
-            "backbone": sum(p.numel() for p in setup.backbone.parameters()),
+            "backbone": method.backbone_numbers,
             "trained": sum(groups.values()),
             **groups,
         },

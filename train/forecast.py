@@ -86,7 +86,7 @@ def measured_step(
         device_type=next(method.backbone.parameters()).device.type,
         weights=method.backbone,
         trained=method.modules,
-        optimizer_state=optimizer,
+        optimizer_state=(optimizer, method.extra_state()),
         batch=[(part.inputs, part.labels) for part in parts],
     )
 
@@ -105,6 +105,7 @@ def _step(method: Method, optimizer: torch.optim.Optimizer, parts: Sequence[Batc
         method.step(part)
     clip_gradients(method, method.config.optim.clip)
     optimizer.step()
+    method.after_step(0, 2)
     optimizer.zero_grad(set_to_none=True)
 
 

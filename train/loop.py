@@ -87,10 +87,10 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
         set_learning_rate(optimizer, factor)
         if step < MEASURED_STEPS:
             with measured_step(method, optimizer, parts) as peak:
-                losses, norms = one_step(setup, optimizer, parts)
+                losses, norms = one_step(setup, optimizer, parts, step)
             progress.memory = {"peak_live_bytes": peak.peak_bytes, "parts": dict(peak.parts)}
         else:
-            losses, norms = one_step(setup, optimizer, parts)
+            losses, norms = one_step(setup, optimizer, parts, step)
             if setup.device.type == "cuda":
                 torch.cuda.synchronize()
             window.add(len(setup.schedule.members(step)), time.perf_counter() - started)
@@ -119,9 +119,9 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
 
 
 def one_step(
-    setup: Setup, optimizer: torch.optim.Optimizer, parts: Iterable[Batch]
+    setup: Setup, optimizer: torch.optim.Optimizer, parts: Iterable[Batch], step: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Run one optimiser step; return its losses and gradient norms by name.
+    """Run optimiser step `step` (0-based); return its losses and gradient norms by name.
 
     Gradients stay in place, so that the caller can look at them, and are cleared by it.
     """
@@ -142,6 +142,7 @@ def one_step(
         losses = sum_over_processes(setup, losses)
     norms = clip_gradients(setup.method, setup.config.optim.clip)
     optimizer.step()
+    setup.method.after_step(step, setup.steps)
     return losses, norms
 
 

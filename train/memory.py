@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -220,8 +221,20 @@ def fake_tensors() -> Iterator[None]:
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     numbers = _ReadNumbers()  # type: ignore[no-untyped-call]  # as above
-    with torch.random.fork_rng(devices=[]), fake, numbers:
+    moves = patch.object(nn.Module, "to", _to)
+    with torch.random.fork_rng(devices=[]), fake, numbers, moves:
         yield
+
+
+_torch_to = nn.Module.to
+
+
+def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """`Module.to` that leaves a module alone where nothing changes: torch cannot swap fake ones."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if all(tensor.to(*args, **kwargs) is tensor for tensor in tensors):
+        return module
+    return _torch_to(module, *args, **kwargs)
 
 
 class _ReadNumbers(TorchDispatchMode):

@@ -1,7 +1,7 @@
 """AdamW groups, schedule and clipping.
 
-Three groups with their own learning rate and their own clip norm: `side`, `norms`, `head`. Norms
-and biases get no weight decay. Tensors that only the logits loss reaches (MDPD without a student
+Groups with their own learning rate and their own clip norm: `side` or `adapter`, `norms` or
+`backbone`, `head`. Norms, biases and an adapter's scales get no weight decay. Tensors that only the logits loss reaches (MDPD without a student
 task loss) see gradients scaled by 1e-4, which Adam undoes only down to its eps: they take 1e-12
 (D9).
 """
@@ -22,6 +22,7 @@ def build_optimizer(method: Method) -> torch.optim.AdamW:
     student = method.lr * method.student_factor
     peak = {
         "side": method.lr,
+        "adapter": method.lr,
         "backbone": method.lr,
         "norms": optim.norm_lr or student,
         "head": optim.head_lr or student,
@@ -48,7 +49,10 @@ def build_optimizer(method: Method) -> torch.optim.AdamW:
 def _by_decay(
     group: str, parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    plain = {k: p for k, p in parameters.items() if group == "norms" or p.dim() < 2}
+    def scales(p: nn.Parameter) -> bool:
+        return group == "norms" or (p.squeeze() if group == "adapter" else p).dim() < 2
+
+    plain = {k: p for k, p in parameters.items() if scales(p)}
     return {k: p for k, p in parameters.items() if k not in plain}, plain
 
 

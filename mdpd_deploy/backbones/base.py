@@ -59,6 +59,7 @@ class Backbone(nn.Module, ABC):
         pooling: "mean" over real tokens without prefix tokens, or "cls" (D3).
         heads: Attention heads of each block.
         preprocess: Raw inputs → arrays named `input_names`.
+        takes_prefix: Whether `run_block_after` works.
     """
 
     family: str
@@ -72,6 +73,7 @@ class Backbone(nn.Module, ABC):
     heads: int
     preprocess: Preprocess
     source: BackboneSource
+    takes_prefix: bool = False
 
     # --- what a family provides ---------------------------------------------------------------
 
@@ -106,7 +108,11 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def layers(self, index: int) -> tuple[Layer, ...]:
-        """Return the layers of one block in the order in which a token passes them."""
+        """Return the layers of one block in the order in which a token passes them.
+
+        Four of them are linear: the attention's input (query, key and value, or one fused map),
+        its output, and the two maps of the MLP.
+        """
 
     @abstractmethod
     def embedding_weight(self) -> tuple[Tensor, int]:
@@ -125,6 +131,20 @@ class Backbone(nn.Module, ABC):
     def token_mask(self, inputs: Inputs) -> Tensor | None:
         """Return [B, N], 1 for real tokens and 0 for padding; None when there is no padding."""
         return None
+
+    def run_block_after(
+        self, index: int, x: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Run block `index`, whose attention also reads T given keys and values.
+
+        Args:
+            index: 0-based.
+            x: [B, N, D].
+            mask: [B, T + N] or None.
+            keys: [heads, T, D / heads], the same for every example.
+            values: As `keys`.
+        """
+        raise NotImplementedError(f"takes_prefix is False for {self.family}")
 
     # --- what follows from it -----------------------------------------------------------------
 

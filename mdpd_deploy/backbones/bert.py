@@ -32,6 +32,7 @@ class Layout:
         pooler: Whether the model takes `add_pooling_layer`.
         offset: Whether positions start behind the padding index, as in RoBERTa.
         segments: Whether the embeddings take `token_type_ids`.
+        prefix: Whether the attention takes keys and values of a cache.
     """
 
     blocks: str = "encoder.layer"
@@ -49,6 +50,7 @@ class Layout:
     pooler: bool = True
     offset: bool = False
     segments: bool = True
+    prefix: bool = True
 
 
 LAYOUTS = {
@@ -70,6 +72,7 @@ LAYOUTS = {
         hidden="hidden_dim",
         pooler=False,
         segments=False,
+        prefix=False,
     ),
 }
 
@@ -99,6 +102,7 @@ class BertBackbone(Backbone):
         self.max_length = preprocess.max_length
         self.pad_id = preprocess.pad_id
         self.pooling = "mean"
+        self.takes_prefix = self.layout.prefix
         self.set_attention("sdpa")
 
     def embed(self, inputs: Inputs) -> Tensor:
@@ -122,10 +126,16 @@ class BertBackbone(Backbone):
 
         The mask becomes an additive one [B, 1, 1, N], which means the same to "sdpa" and "eager".
         """
-        added = None
-        if mask is not None:
-            added = (1 - mask[:, None, None, :].to(x.dtype)) * torch.finfo(x.dtype).min
-        out: Tensor = module(x, attention_mask=added)
+        out: Tensor = module(x, attention_mask=_added(mask, x))
+        return out
+
+    def run_block_after(
+        self, index: int, x: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Run a block whose attention also reads T given keys and values, through its cache."""
+        module: Any = self.block(index)
+        cache = _Prefix(keys, values)
+        out: Tensor = module(x, attention_mask=_added(mask, x), past_key_values=cache)
         return out
 
     def final_norm(self) -> nn.Module | None:
@@ -204,3 +214,25 @@ class BertBackbone(Backbone):
         blocks = self.model.get_submodule(self.layout.blocks)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
+
+
+def _added(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return a token mask [B, N] as the one that attention adds to its scores [B, 1, 1, N]."""
+    if mask is None:
+        return None
+    return (1 - mask[:, None, None, :].to(x.dtype)) * torch.finfo(x.dtype).min
+
+
+class _Prefix:
+    """What a block's attention asks of a transformers cache: keys and values from before."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.before = (keys, values)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
+        """Put the given keys and values [heads, T, D / heads] before the block's own."""
+        wide = [
+            torch.cat([first.to(own.dtype).expand(own.shape[0], -1, -1, -1), own], dim=2)
+            for first, own in zip(self.before, (keys, values), strict=True)
+        ]
+        return wide[0], wide[1]

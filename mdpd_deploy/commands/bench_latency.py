@@ -1,4 +1,4 @@
-"""`mdpd bench-latency`: time a deployed model against its bare backbone and side-network rivals."""
+"""`mdpd bench-latency`: time a deployed model against its bare backbone and its rivals."""
 
 import logging
 import tempfile
@@ -27,7 +27,11 @@ def command(
         Path | None, typer.Argument(metavar="RUN|BUNDLE", help="Default: the newest run.")
     ] = None,
     rivals: Annotated[
-        str | None, typer.Option(help="bare and side networks. Default: bare,unipt,sherl.")
+        str | None,
+        typer.Option(
+            help="bare, full, side networks, sherl-multi, lora, lora-unmerged, prompt, …. Default: "
+            "bare,unipt,sherl."
+        ),
     ] = None,
     runtime: Annotated[str | None, typer.Option(help="Default: onnx,torch.")] = None,
     batch: Annotated[str | None, typer.Option(help="Batch sizes. Default: 1,8,32.")] = None,
@@ -97,8 +101,8 @@ def bench_latency(
 
     Args:
         run_or_bundle: A run or a bundle; None = the newest completed run under `runs/`.
-        rivals: `bare` and names of side networks; None = bare, unipt, sherl (a bundle without its
-            run: bare).
+        rivals: Names of `mdpd_deploy.serve.variants.RIVALS`; None = bare, unipt, sherl (a bundle
+            without its run: bare).
         runtime: `onnx`, `torch`; None = both (a bundle without its run: onnx).
         batch: Examples per call; None = 1, 8, 32.
         seconds: Measured seconds per cell; None = 100 rounds and 10 s, at most 20 s.

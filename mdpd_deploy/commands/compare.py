@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mdpd_deploy.config import Config
     from mdpd_deploy.study import Ask, Latency, Plan, Results
 
-METHODS = "probe,norms,bitfit,full,unipt,mdpd:unipt"
+METHODS = "probe,norms,bitfit,lora,full,unipt,mdpd:unipt"
 FACTORS = "0.3,1,3"
 FLAGS = ("data", "eval_data", "text", "image", "label", "backbone", "steps", "epochs", "batch",
          "device")  # fmt: skip
@@ -393,7 +393,7 @@ def _time(
     )
     from mdpd_deploy.study import Latency
 
-    faded = {label: run for label, run in runs.items() if not run.keeps_side}
+    faded = {label: run for label, run in runs.items() if run.keeps is None}
     first = next(iter(faded.values()), next(iter(runs.values())))
     kept = {label: run for label, run in runs.items() if label not in faded}
     same = Latency(1.0, None, "backbone + head: the same graph")

@@ -35,7 +35,11 @@ def command(
         str | None, typer.Option(help="timm:NAME, hf:NAME[@revision] or a local folder.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="mdpd (default), side, norms, probe, bitfit or full.")
+        str | None,
+        typer.Option(
+            help="mdpd (default), side, norms, probe, bitfit, full, lora, adalora, ia3, prompt or "
+            "prefix."
+        ),
     ] = None,
     side: Annotated[str | None, typer.Option(help="unipt (default), sherl, lst, dtl.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,

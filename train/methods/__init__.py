@@ -3,7 +3,16 @@
 Adding a method is one file here, an import below, and a row in the tests.
 """
 
-from mdpd_deploy.train.methods import direct, mdpd, norms, probe, side
+from mdpd_deploy.train.methods import (
+    adalora,
+    adapters,
+    direct,
+    mdpd,
+    norms,
+    probe,
+    side,
+    tokens,
+)
 from mdpd_deploy.train.methods.base import METHODS, Batch, Method, TaskSpec, build_method
 
 __all__ = [
@@ -11,10 +20,13 @@ __all__ = [
     "Batch",
     "Method",
     "TaskSpec",
+    "adalora",
+    "adapters",
     "build_method",
     "direct",
     "mdpd",
     "norms",
     "probe",
     "side",
+    "tokens",
 ]

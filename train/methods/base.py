@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone
-from mdpd_deploy.config import Config, DistillConfig, SideConfig
+from mdpd_deploy.config import Config, DistillConfig, PeftConfig, SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
+from mdpd_deploy.run import DELTA
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.tasks.losses import TaskLoss
 from mdpd_deploy.train.norm_grad import Trace
@@ -61,6 +62,7 @@ class Batch:
 
 Parameters = dict[str, nn.Parameter]
 Parts = dict[str, Tensor]
+Files = dict[str, dict[str, Tensor]]
 
 
 class Method(ABC):
@@ -70,11 +72,13 @@ class Method(ABC):
     """
 
     uses_side: ClassVar[bool] = False
-    deploys_side: ClassVar[bool] = False  # the side network stays at inference
+    deploys_added: ClassVar[bool] = False  # what is added to the backbone stays at inference
     distils: ClassVar[bool] = False  # backbone and side network teach each other
     tunes_norms: ClassVar[bool] = False  # through the norm-gradient engine
     holds_frozen: ClassVar[bool] = True  # in bf16 the backbone is held in bfloat16
+    peft_options: ClassVar[tuple[str, ...]] = ()  # those of the section `peft` that it reads
     backbone_group: ClassVar[str] = "norms"  # name of the group of the backbone's weights
+    added_group: ClassVar[str] = "side"  # name of the group of modules beside it, and of their file
     default_lr: ClassVar[float] = 1e-3
     student_factor: ClassVar[float] = 1.0  # × lr for norms and head where they have none
     loss_names: tuple[str, ...] = ("loss", "loss_task")  # what `step` returns
@@ -84,6 +88,7 @@ class Method(ABC):
         self.backbone = backbone
         self.task = task
         self.config = config
+        self.backbone_numbers = sum(weight.numel() for weight in backbone.parameters())
         backbone.requires_grad_(False)
         if config.train.precision == "bf16" and self.holds_frozen:
             hold_in_bfloat16(backbone)
@@ -115,6 +120,16 @@ class Method(ABC):
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return {"deployed": [B, C]} and, where there is one, {"side": [B, C]}, for users."""
 
+    def after_step(self, step: int, steps: int) -> None:  # noqa: B027  # most do nothing
+        """Do what follows an optimiser step (0-based, of `steps`); gradients are still in place."""
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Return what training must know to go on and the model does not, by name."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Put `extra_state` of an equal method back."""
+
     # --- what follows from it -----------------------------------------------------------------
 
     @property
@@ -124,14 +139,14 @@ class Method(ABC):
 
     @property
     def groups(self) -> dict[str, Parameters]:
-        """Trained parameters by optimiser group: side, norms, head."""
-        side: Parameters = {}
+        """Trained parameters by optimiser group: side or adapter, norms or backbone, head."""
+        added: Parameters = {}
         head: Parameters = {}
         for name, module in self.modules.items():
-            target = head if name == "head" else side
+            target = head if name == "head" else added
             target.update({f"{name}.{key}": p for key, p in module.named_parameters()})
         named = {
-            "side": side,
+            self.added_group: added,
             self.backbone_group: {f"backbone.{k}": p for k, p in self.backbone_weights.items()},
         }
         return {name: group for name, group in {**named, "head": head}.items() if group}
@@ -144,10 +159,8 @@ class Method(ABC):
     @property
     def deployed_delta(self) -> int:
         """Numbers by which the deployed model differs from the bare backbone, head included."""
-        counts = self.parameter_counts
-        if self.deploys_side:
-            return counts["side"]
-        return counts.get(self.backbone_group, 0) + counts.get("head", 0)
+        kept = {name for name in self.groups if self.deploys_added or name != self.added_group}
+        return sum(count for name, count in self.parameter_counts.items() if name in kept)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return every tensor that training changes, and the modules' buffers, by full name."""
@@ -163,6 +176,13 @@ class Method(ABC):
             raise KeyError(min(set(own) ^ set(state)))
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+    def model_files(self) -> Files:
+        """Return what RUN/model holds of the trained tensors, by file and full name."""
+        state = self.trained_state()
+        delta = {k: t for k, t in state.items() if k.startswith(("backbone.", "head."))}
+        added = {k: t for k, t in state.items() if k not in delta}
+        return {DELTA: delta} | ({f"{self.added_group}.safetensors": added} if added else {})
 
     def learn(self, raw: Tensor, batch: Batch) -> Parts:
         """Back-propagate the task loss of raw outputs: the whole step where nothing teaches."""
@@ -224,7 +244,8 @@ def ignored_options(method: type[Method]) -> list[str]:
         ignored += ["train.student_task_weight", "train.late_norm_grad"]
     if not method.tunes_norms:
         ignored += ["train.norm_grad", "optim.norm_lr"]
-    if method.deploys_side:
+    ignored += [f"peft.{n}" for n in PeftConfig.model_fields if n not in method.peft_options]
+    if method.uses_side and method.deploys_added:
         ignored += ["optim.head_lr"]
     return ignored
 

@@ -21,14 +21,19 @@ class Direct(Method):
         return nn.ModuleDict({"head": self.new_head()})
 
     def step(self, batch: Batch) -> Parts:
-        return self.learn(self.head("head").raw(self._pooled(batch.inputs)), batch)
+        return self.learn(self.head("head").raw(self.pooled(batch.inputs)), batch)
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"deployed": self.modules["head"](self._pooled(inputs))}
+        return {"deployed": self.modules["head"](self.pooled(inputs))}
 
-    def _pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the pooled features [B, D], float32."""
         with self.autocast(next(iter(inputs.values()))):
-            return self.backbone(inputs).float()
+            return self.encode(inputs).float()
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run the network that is trained: [B, D]."""
+        return self.backbone(inputs)
 
 
 @METHODS.register("full")

@@ -14,7 +14,7 @@ class Side(Method):
     """Trains the side network and its head; the backbone stays exactly as it was."""
 
     uses_side = True
-    deploys_side = True
+    deploys_added = True
 
     def build_modules(self) -> nn.ModuleDict:
         self.side = build_side(self.backbone, self.config.side)

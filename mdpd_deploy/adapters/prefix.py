@@ -1,0 +1,43 @@
+"""Prefix tuning (ACL 2021; on encoders P-tuning v2, ACL 2022): T trained keys and values per block.
+
+peft's `PrefixEncoder` without its reparameterising MLP. Queries of the real tokens read the prefix;
+it has none of its own, so nothing of it is pooled.
+"""
+
+from torch import Tensor
+
+from mdpd_deploy.adapters.tokens import TOKENS, VirtualTokens
+from mdpd_deploy.backbones.base import Backbone, Inputs
+from mdpd_deploy.config import PeftConfig
+from mdpd_deploy.errors import UserError
+
+
+@TOKENS.register("prefix")
+class Prefix(VirtualTokens):
+    """Keys and values [L, 2, heads, T, D / heads]."""
+
+    def __init__(self, backbone: Backbone, config: PeftConfig) -> None:
+        if not backbone.takes_prefix:
+            raise UserError(
+                f"--method prefix: the attention of {backbone.source.name} takes no further keys "
+                "and values, as that of BERT and RoBERTa does; use --method prompt."
+            )
+        from peft import PrefixEncoder, PrefixTuningConfig
+
+        super().__init__(config.tokens)
+        options = PrefixTuningConfig(
+            num_virtual_tokens=config.tokens,
+            token_dim=backbone.width,
+            num_layers=backbone.depth,
+        )
+        self.prefix = PrefixEncoder(options)  # standard normal, as peft's default
+
+    def forward(self, backbone: Backbone, inputs: Inputs) -> Tensor:
+        x, mask = backbone.embed(inputs), backbone.token_mask(inputs)
+        wide = self.extend(mask)
+        shape = (self.count, backbone.depth, 2, backbone.heads, backbone.width // backbone.heads)
+        pairs = self.prefix(self.positions).view(shape).permute(1, 2, 3, 0, 4)
+        for index in range(backbone.depth):
+            keys, values = pairs[index].unbind()
+            x = backbone.run_block_after(index, x, wide, keys, values)
+        return backbone.finish(x, mask)
