@@ -43,10 +43,13 @@ LOSSES = {
     "loss_deep": "Deep feature distillation",
     "loss_shallow": "Shallow feature distillation",
     "loss_student": "Task loss of the backbone's own head",
+    "loss_orthogonal": "AdaLoRA's orthogonality",
 }
 GRADIENT_NORMS = {
     "grad_norm_side": ("side", 2),
+    "grad_norm_adapter": ("adapter", 2),
     "grad_norm_norms": ("norms", 1),
+    "grad_norm_backbone": ("backbone", 1),
     "grad_norm_head": ("head", 3),
 }
 METRIC_WORDS = {
