@@ -93,7 +93,10 @@ def _plan(setup: Setup) -> Plan:
         forecast_bytes=memory["forecast_bytes"],
         forecast_parts=memory["forecast_parts"],
         memory_table=memory_table(
-            config, [entry.label for entry in default_entries()], outputs=setup.data.outputs, kind=setup.data.kind
+            config,
+            [entry.label for entry in default_entries()],
+            outputs=setup.data.outputs,
+            kind=setup.data.kind,
         ),
         device=str(setup.state.device),
         notes=setup.data.notes,

@@ -54,7 +54,9 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the plan and what every method would need; no work."),
+        typer.Option(
+            "--dry-run", help="Print the plan and every method's memory forecast; no training."
+        ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:

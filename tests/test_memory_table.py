@@ -1,0 +1,115 @@
+"""Many methods' forecasts side by side: the rows, the dry run that prints them, the page of them."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from mdpd_deploy.commands.train import _print_plan, plan
+from mdpd_deploy.config import check_config
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.train import default_entries
+from mdpd_deploy.train.forecast import forecast
+from mdpd_deploy.train.memory_table import memory_table
+
+ROOT = Path(__file__).parents[1]
+LABELS = [entry.label for entry in default_entries()]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("memory_script", ROOT / "benchmarks/memory.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config(tiny_vit):
+    return check_config({"backbone": {"name": str(tiny_vit)}, "train": {"batch": 4}})
+
+
+def test_rows_are_forecasts(config):
+    probe, mdpd = memory_table(config, ["probe", "mdpd"], outputs=3, kind="classify")
+    assert (probe.method, mdpd.method) == ("probe", "mdpd:unipt")
+    assert mdpd.forecast == forecast(config, outputs=3, kind="classify")
+    assert probe.forecast.trained == probe.forecast.deployed_delta == 32 * 3 + 3
+    assert sum(probe.forecast.parts.values()) == probe.forecast.peak_bytes
+
+
+def test_counts_are_those_of_a_run(tiny_run, tiny_side_run):
+    for run in (tiny_run, tiny_side_run):
+        word = f"{run.config.method}:{run.config.side.name}"
+        outputs = len(run.label_names)
+        (row,) = memory_table(run.config, [word], outputs=outputs, kind="classify")
+        params = run.summary["params"]
+        assert row.forecast.trained == params["trained"]
+        assert row.forecast.deployed_delta == params["deployed_delta"]
+        assert row.forecast.peak_bytes == run.summary["memory"]["forecast_bytes"]
+
+
+def test_what_does_not_fit_says_why(config):
+    config = config.model_copy(update={"side": config.side.model_copy(update={"reduction": 5})})
+    probe, unipt = memory_table(config, ["probe", "unipt"], outputs=3, kind="classify")
+    assert probe.forecast and probe.reason is None
+    assert unipt.forecast is None
+    assert "side.reduction=5 does not fit a backbone of width 32" in unipt.reason
+    with pytest.raises(UserError, match="unknown 'nope'"):
+        memory_table(config, ["probe", "nope"], outputs=3, kind="classify")
+
+
+def test_a_dry_run_has_every_method_and_marks_its_own(text_options, capsys):
+    made = plan(**text_options)
+    assert [row.method for row in made.memory_table] == LABELS
+    own = {row.method: row for row in made.memory_table}["mdpd:unipt"]
+    assert own.forecast.peak_bytes == made.forecast_bytes
+    _print_plan(made, as_json=True)
+    assert json.loads(capsys.readouterr().out)["memory_table"][0]["method"] == LABELS[0]
+    _print_plan(made, as_json=False)
+    printed = capsys.readouterr().out
+    assert printed.count("(this run)") == 1
+    assert " mdpd:unipt (this run) " in printed
+    for label in LABELS:
+        assert f" {label} " in printed
+
+
+def rows_of(markdown):
+    """Return the cells of every table row by its method."""
+    lines = [line for line in markdown.splitlines() if line.startswith("| `")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first.strip("`"): rest for first, *rest in cells}
+
+
+def test_a_table_of_the_page(script, tiny_vit):
+    setting = script.Setting("tiny", str(tiny_vit), 3, 5, {"probe": "0.6 (there)"})
+    text = script.table(setting, ["side:dtlv2", "probe", "side:unipt"])
+    assert text == script.table(setting, ["side:dtlv2", "probe", "side:unipt"])
+    rows = rows_of(text)
+    assert list(rows) == ["probe", "side:dtlv2"]  # least memory first
+    both = [setting.rows(["probe"], precision)[0].forecast for precision in ("fp32", "bf16")]
+    peaks = [f"{found.peak_bytes / 1e9:.2f}" for found in both]
+    assert rows["probe"] == ["165", "165", *peaks, "0.6 (there)"]
+    assert rows["side:dtlv2"][-1] == "–"
+    assert "`side:unipt` does not fit: side.reduction=3 does not fit" in text
+
+
+def test_the_page_is_complete(script):
+    """A new method or side network makes this fail: write the page again with its command."""
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert script.COMMAND in text.split("\n\n")[1]
+    tables = [part for part in text.split("\n## ")[1:] if "| trained |" in part]
+    assert len(tables) == 4
+    for part in tables:
+        shown = set(rows_of(part))
+        missing = {label for label in LABELS if f"`{label}`" not in part}
+        assert not missing, f"{script.COMMAND} writes the rows of {missing}"
+        assert shown <= set(LABELS)
+
+
+@pytest.mark.parametrize("word", ["probe", "side:dtlv2-ls"])
+def test_the_page_is_up_to_date(script, tmp_path, word):
+    """Two quick rows of the first table, as they would be written now."""
+    setting = script.settings(tmp_path)[0]
+    first = script.PAGE.read_text(encoding="utf-8").split(setting.heading)[1]
+    assert rows_of(script.table(setting, [word]))[word] == rows_of(first.split("\n## ")[0])[word]
