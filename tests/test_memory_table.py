@@ -6,17 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from mdpd_deploy.cli import main
-from mdpd_deploy.commands.train import plan
+from mdpd_deploy.commands.train import _print_plan, plan
 from mdpd_deploy.config import check_config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.train import default_entries
+from mdpd_deploy.train import default_entries, entry_configs, memory_table
 from mdpd_deploy.train.forecast import forecast
-from mdpd_deploy.train.memory_table import memory_table
 
 ROOT = Path(__file__).parents[1]
 LABELS = [entry.label for entry in default_entries()]
-TEXTS = ("data.max_length=24", "side.reduction=2")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +30,7 @@ def config(tiny_vit):
 
 
 def test_rows_are_forecasts(config):
-    probe, mdpd = memory_table(config, ["probe", "mdpd"], outputs=3, kind="classify")
+    probe, mdpd = memory_table(entry_configs(config, ["probe", "mdpd"]), outputs=3, kind="classify")
     assert (probe.method, mdpd.method) == ("probe", "mdpd:unipt")
     assert mdpd.forecast == forecast(config, outputs=3, kind="classify")
     assert probe.forecast.trained == probe.forecast.deployed_delta == 32 * 3 + 3
@@ -44,7 +41,8 @@ def test_counts_are_those_of_a_run(tiny_run, tiny_side_run):
     for run in (tiny_run, tiny_side_run):
         word = f"{run.config.method}:{run.config.side.name}"
         outputs = len(run.label_names)
-        (row,) = memory_table(run.config, [word], outputs=outputs, kind="classify")
+        configs = entry_configs(run.config, [word])
+        (row,) = memory_table(configs, outputs=outputs, kind="classify")
         params = run.summary["params"]
         assert row.forecast.trained == params["trained"]
         assert row.forecast.deployed_delta == params["deployed_delta"]
@@ -53,29 +51,26 @@ def test_counts_are_those_of_a_run(tiny_run, tiny_side_run):
 
 def test_what_does_not_fit_says_why(config):
     config = config.model_copy(update={"side": config.side.model_copy(update={"reduction": 5})})
-    probe, unipt = memory_table(config, ["probe", "unipt"], outputs=3, kind="classify")
+    configs = entry_configs(config, ["probe", "unipt"])
+    probe, unipt = memory_table(configs, outputs=3, kind="classify")
     assert probe.forecast and probe.reason is None
     assert unipt.forecast is None
     assert "side.reduction=5 does not fit a backbone of width 32" in unipt.reason
     with pytest.raises(UserError, match="unknown 'nope'"):
-        memory_table(config, ["probe", "nope"], outputs=3, kind="classify")
+        entry_configs(config, ["probe", "nope"])
 
 
-def test_a_plan_has_every_method(text_options):
+def test_a_dry_run_has_every_method_and_marks_its_own(text_options, capsys):
     made = plan(**text_options)
     assert [row.method for row in made.memory_table] == LABELS
     own = {row.method: row for row in made.memory_table}["mdpd:unipt"]
     assert own.forecast.peak_bytes == made.forecast_bytes
-    assert json.loads(json.dumps(made.to_dict()))["memory_table"][0]["method"] == LABELS[0]
-
-
-def test_a_dry_run_prints_every_method_and_marks_its_own(capsys, tiny_vit, digit_folder):
-    words = ["train", "--task", "classify", "--data", str(digit_folder), "--backbone", tiny_vit]
-    words += ["--method", "side", "--side", "sherl", "--set", "side.reduction=2", "--dry-run"]
-    assert main([str(word) for word in words]) == 0
+    _print_plan(made, as_json=True)
+    assert json.loads(capsys.readouterr().out)["memory_table"][0]["method"] == LABELS[0]
+    _print_plan(made, as_json=False)
     printed = capsys.readouterr().out
-    assert "side:sherl (this run)" in printed
-    assert printed.count("this run)") == 1
+    assert printed.count("(this run)") == 1
+    assert " mdpd:unipt (this run) " in printed
     for label in LABELS:
         assert f" {label} " in printed or f"{label} does not fit" in printed
 

@@ -3,16 +3,26 @@
 if __name__ != "mdpd_deploy.train":
     raise ImportError(f"import mdpd_deploy.train, not {__name__!r}: pyproject.toml maps the folder")
 
-from mdpd_deploy.train.entries import Entry, apply_entry, default_entries, parse_entry
+from mdpd_deploy.train.entries import (
+    Entry,
+    apply_entry,
+    default_entries,
+    entry_configs,
+    parse_entry,
+)
 from mdpd_deploy.train.fit import Plan, fit_run, make_plan, resume_run
+from mdpd_deploy.train.memory_table import MemoryRow, memory_table
 
 __all__ = [
     "Entry",
+    "MemoryRow",
     "Plan",
     "apply_entry",
     "default_entries",
+    "entry_configs",
     "fit_run",
     "make_plan",
+    "memory_table",
     "parse_entry",
     "resume_run",
 ]

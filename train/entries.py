@@ -4,6 +4,7 @@ A bare side name means that side network alone (`unipt` = `side:unipt`); a metho
 network and names none takes the default one (`mdpd` = `mdpd:unipt`).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mdpd_deploy.config import SIDE_ALIASES, Config, SideConfig
@@ -82,3 +83,9 @@ def apply_entry(config: Config, entry: Entry) -> Config:
         reset = getattr(config, section).model_copy(update={name: value})
         config = config.model_copy(update={section: reset})
     return config.model_copy(update={"method": entry.method})
+
+
+def entry_configs(config: Config, words: Iterable[str]) -> dict[str, Config]:
+    """Return label → config of every method that the words name."""
+    entries = map(parse_entry, words)
+    return {entry.label: apply_entry(config, entry) for entry in entries}

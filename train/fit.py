@@ -22,7 +22,7 @@ from mdpd_deploy.files import (
     write_text,
 )
 from mdpd_deploy.run import Run
-from mdpd_deploy.train.entries import default_entries
+from mdpd_deploy.train.entries import default_entries, entry_configs
 from mdpd_deploy.train.finish import finish
 from mdpd_deploy.train.forecast import forecast
 from mdpd_deploy.train.loop import train
@@ -93,8 +93,7 @@ def _plan(setup: Setup) -> Plan:
         forecast_bytes=memory["forecast_bytes"],
         forecast_parts=memory["forecast_parts"],
         memory_table=memory_table(
-            config,
-            [entry.label for entry in default_entries()],
+            entry_configs(config, [entry.label for entry in default_entries()]),
             outputs=setup.data.outputs,
             kind=setup.data.kind,
         ),

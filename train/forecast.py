@@ -86,13 +86,13 @@ def measured_step(
         device_type=next(method.backbone.parameters()).device.type,
         weights=method.backbone,
         trained=method.modules,
-        optimizer_state=(optimizer, method.extra_state()),
+        optimizer_state=optimizer,
         batch=[(part.inputs, part.labels) for part in parts],
     )
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Leave the optimiser as a first step would, without one: half the work of a forecast."""
+    """Give the optimiser the state that a first step would, without its passes."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -105,7 +105,6 @@ def _step(method: Method, optimizer: torch.optim.Optimizer, parts: Sequence[Batc
         method.step(part)
     clip_gradients(method, method.config.optim.clip)
     optimizer.step()
-    method.after_step(0, 2)
     optimizer.zero_grad(set_to_none=True)
 
 

@@ -18,6 +18,7 @@ METHODS = "probe,norms,bitfit,lora,full,unipt,mdpd:unipt"
 FACTORS = "0.3,1,3"
 FLAGS = ("data", "eval_data", "text", "image", "label", "backbone", "steps", "epochs", "batch",
          "device")  # fmt: skip
+CLASSES = 2  # that a forecast takes where no data are named; they hardly matter
 WIDTH = 140  # of the tables where lines do not end at a window
 SECONDS = 5.0  # of latency measurement
 
@@ -259,29 +260,39 @@ def _asked_plan(
     lr_factors: tuple[float, ...],
 ) -> Plan:
     from mdpd_deploy.files import refuse_nonempty
-    from mdpd_deploy.study import Ask, expand_tasks, read_plan
+    from mdpd_deploy.study import Ask, read_plan
     from mdpd_deploy.study.plan import PLAN
-    from mdpd_deploy.train import default_entries
 
-    words = list(methods) if methods else _words(METHODS)
-    if words == ["all"]:
-        words = [entry.label for entry in default_entries()]
     earlier: tuple[Ask, ...] = ()
     if (folder / PLAN).is_file():
         stored, earlier = read_plan(folder)
         _refuse_difference(folder, stored, base)
     else:
         refuse_nonempty(folder)
-    labels = list(_configs(base, words)[0])
+    labels = list(_configs(base, _labels(methods))[0])
     first = base.train.seed
     ask = Ask(
-        tuple(expand_tasks(tasks, base, _say)),
+        tuple(_tasks(tasks, base)),
         tuple(labels),
         lr_factors,
         tuple(range(first, first + seeds)),
     )
     asks = earlier if ask in earlier else (*earlier, ask)
     return _plan(base, asks)
+
+
+def _labels(words: Sequence[str] | None) -> list[str]:
+    """Return the words that name methods; none names the usual ones, `all` all there are."""
+    from mdpd_deploy.train import default_entries
+
+    chosen = list(words) if words else _words(METHODS)
+    return [entry.label for entry in default_entries()] if chosen == ["all"] else chosen
+
+
+def _tasks(words: Sequence[str], base: Config) -> list[str]:
+    from mdpd_deploy.study import expand_tasks
+
+    return expand_tasks(words, base, _say)
 
 
 def _stored_plan(folder: Path) -> Plan:
@@ -460,7 +471,30 @@ def _print_forecast(
     *,
     as_json: bool,
 ) -> None:
-    raise NotImplementedError
+    """Print what each method would need; the data are read only for their number of classes."""
+    from dataclasses import asdict
+    from json import dumps
+
+    from rich.console import Console
+
+    from mdpd_deploy.commands.train import print_memory
+    from mdpd_deploy.data import load_task
+    from mdpd_deploy.train import memory_table
+
+    base = _base(config, sets, flags)
+    outputs, kind = CLASSES, "classify"
+    if tasks or base.data.path is not None:
+        task = _tasks(tasks or [base.task], base)[0]
+        data = load_task(task, base.data, seed=base.train.seed)
+        outputs, kind = data.outputs, data.kind
+    configs = _configs(base, _labels(methods or ["all"]))[0]
+    rows = memory_table(configs, outputs=outputs, kind=kind)
+    if as_json:
+        print(dumps([asdict(row) for row in rows]))
+        return
+    what = f"{outputs} classes" if kind == "classify" else "regression"
+    where = f"· {base.backbone.name}, batch {base.train.batch}, {base.train.precision}, {what}"
+    print_memory(Console(), rows, where)
 
 
 def _print(results: Results, folder: Path) -> None:

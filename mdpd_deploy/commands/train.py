@@ -11,11 +11,9 @@ import typer
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from mdpd_deploy.config import Config
     from mdpd_deploy.run import Run
-    from mdpd_deploy.train import Plan
+    from mdpd_deploy.train import MemoryRow, Plan
 
 
 def command(
@@ -293,23 +291,21 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
         table.add_row("note", note)
     console = Console()
     console.print(table)
-    console.print(_memory_table(plan))
-    for row in plan.memory_table:
-        if row.reason is not None:
-            console.print(f"{row.method} does not fit: {row.reason}", highlight=False)
+    own = plan.method + (f":{plan.side}" if plan.side else "")
+    print_memory(console, plan.memory_table, "in this run's place", own=own)
 
 
-def _memory_table(plan: Plan) -> Table:
-    """Every method by need, this run's marked."""
+def print_memory(
+    console: Console, rows: Sequence[MemoryRow], where: str, own: str | None = None
+) -> None:
+    """Print the forecast of every method by need, the own one marked, and what does not fit."""
     from rich.table import Table
 
-    own = plan.method + (f":{plan.side}" if plan.side else "")
-    table = Table(title="memory forecast of every method in this run's place")
+    table = Table(title=f"memory forecast of every method {where}")
     table.add_column("method")
     for name in ("MB", "trained", "changed or added when deployed"):
         table.add_column(name, justify="right")
-    rows = [(row.method, row.forecast) for row in plan.memory_table]
-    fitting = [(name, need) for name, need in rows if need is not None]
+    fitting = [(row.method, row.forecast) for row in rows if row.forecast is not None]
     for name, need in sorted(fitting, key=lambda row: row[1].peak_bytes):
         table.add_row(
             f"{name} (this run)" if name == own else name,
@@ -318,4 +314,7 @@ def _memory_table(plan: Plan) -> Table:
             f"{need.deployed_delta:,}",
             style="bold" if name == own else None,
         )
-    return table
+    console.print(table)
+    for row in rows:
+        if row.reason is not None:
+            console.print(f"{row.method} does not fit: {row.reason}", highlight=False)
