@@ -15,6 +15,7 @@ PACKAGES = (
     "torchvision",
     "timm",
     "transformers",
+    "peft",
     "tokenizers",
     "numpy",
     "pillow",

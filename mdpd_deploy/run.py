@@ -252,11 +252,7 @@ class Run:
         last_feature = trained and self.config.distill.side_head == "paper"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            side = build_side(
-                backbone,
-                config,
-                last_feature=last_feature,
-            )
+            side = build_side(backbone, config, last_feature=last_feature)
             head = self._head(side.width if last_feature else backbone.width)
         if trained:
             tensors = self._tensors(SIDE)
