@@ -11,6 +11,8 @@ import typer
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mdpd_deploy.config import Config
     from mdpd_deploy.run import Run
     from mdpd_deploy.train import MemoryRow, Plan
