@@ -132,6 +132,8 @@ class LossConfig(Section):
     shallow: float | None = Field(default=None, ge=0)  # default 4e-5, and 0 over DTL
     logits_form: Literal["mse", "kl"] = "mse"  # Eq. 3, or KL divergence at `temperature`
     temperature: float = Field(default=2.0, gt=0)  # used by logits_form=kl
+    # which examples the logits loss counts: all, or those that the side network answers better
+    logits_where: Literal["all", "better"] = "all"
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # of the classification loss
 
 

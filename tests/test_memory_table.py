@@ -9,7 +9,7 @@ import pytest
 from mdpd_deploy.commands.train import _print_plan, plan
 from mdpd_deploy.config import check_config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.train import default_entries, entry_configs, memory_table
+from mdpd_deploy.train import default_entries, entry_configs, forecast_methods
 from mdpd_deploy.train.forecast import forecast
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,9 @@ def config(tiny_vit):
 
 
 def test_rows_are_forecasts(config):
-    probe, mdpd = memory_table(entry_configs(config, ["probe", "mdpd"]), outputs=3, kind="classify")
+    probe, mdpd = forecast_methods(
+        entry_configs(config, ["probe", "mdpd"]), outputs=3, kind="classify"
+    )
     assert (probe.method, mdpd.method) == ("probe", "mdpd:unipt")
     assert mdpd.forecast == forecast(config, outputs=3, kind="classify")
     assert probe.forecast.trained == probe.forecast.deployed_delta == 32 * 3 + 3
@@ -42,7 +44,7 @@ def test_counts_are_those_of_a_run(tiny_run, tiny_side_run):
         word = f"{run.config.method}:{run.config.side.name}"
         outputs = len(run.label_names)
         configs = entry_configs(run.config, [word])
-        (row,) = memory_table(configs, outputs=outputs, kind="classify")
+        (row,) = forecast_methods(configs, outputs=outputs, kind="classify")
         params = run.summary["params"]
         assert row.forecast.trained == params["trained"]
         assert row.forecast.deployed_delta == params["deployed_delta"]
@@ -52,7 +54,7 @@ def test_counts_are_those_of_a_run(tiny_run, tiny_side_run):
 def test_what_does_not_fit_says_why(config):
     config = config.model_copy(update={"side": config.side.model_copy(update={"reduction": 5})})
     configs = entry_configs(config, ["probe", "unipt"])
-    probe, unipt = memory_table(configs, outputs=3, kind="classify")
+    probe, unipt = forecast_methods(configs, outputs=3, kind="classify")
     assert probe.forecast and probe.reason is None
     assert unipt.forecast is None
     assert "side.reduction=5 does not fit a backbone of width 32" in unipt.reason

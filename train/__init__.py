@@ -11,7 +11,7 @@ from mdpd_deploy.train.entries import (
     parse_entry,
 )
 from mdpd_deploy.train.fit import Plan, fit_run, make_plan, resume_run
-from mdpd_deploy.train.memory_table import MemoryRow, memory_table
+from mdpd_deploy.train.memory_table import MemoryRow, forecast_methods
 
 __all__ = [
     "Entry",
@@ -21,8 +21,8 @@ __all__ = [
     "default_entries",
     "entry_configs",
     "fit_run",
+    "forecast_methods",
     "make_plan",
-    "memory_table",
     "parse_entry",
     "resume_run",
 ]

@@ -26,7 +26,7 @@ from mdpd_deploy.train.entries import default_entries, entry_configs
 from mdpd_deploy.train.finish import finish
 from mdpd_deploy.train.forecast import forecast
 from mdpd_deploy.train.loop import train
-from mdpd_deploy.train.memory_table import MemoryRow, memory_table
+from mdpd_deploy.train.memory_table import MemoryRow, forecast_methods
 from mdpd_deploy.train.progress import ProgressBar
 from mdpd_deploy.train.setup import Setup, default_out, prepare, process_state
 
@@ -92,7 +92,7 @@ def _plan(setup: Setup) -> Plan:
         },
         forecast_bytes=memory["forecast_bytes"],
         forecast_parts=memory["forecast_parts"],
-        memory_table=memory_table(
+        memory_table=forecast_methods(
             entry_configs(config, [entry.label for entry in default_entries()]),
             outputs=setup.data.outputs,
             kind=setup.data.kind,

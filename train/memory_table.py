@@ -23,7 +23,7 @@ class MemoryRow:
     reason: str | None = None
 
 
-def memory_table(
+def forecast_methods(
     configs: Mapping[str, Config], *, outputs: int, kind: str
 ) -> tuple[MemoryRow, ...]:
     """Forecast methods in the order given; one that does not fit has its reason in its row.

@@ -479,7 +479,7 @@ def _print_forecast(
 
     from mdpd_deploy.commands.train import print_memory
     from mdpd_deploy.data import load_task
-    from mdpd_deploy.train import memory_table
+    from mdpd_deploy.train import forecast_methods
 
     base = _base(config, sets, flags)
     outputs, kind = CLASSES, "classify"
@@ -488,7 +488,7 @@ def _print_forecast(
         data = load_task(task, base.data, seed=base.train.seed)
         outputs, kind = data.outputs, data.kind
     configs = _configs(base, _labels(methods or ["all"]))[0]
-    rows = memory_table(configs, outputs=outputs, kind=kind)
+    rows = forecast_methods(configs, outputs=outputs, kind=kind)
     if as_json:
         print(dumps([asdict(row) for row in rows]))
         return

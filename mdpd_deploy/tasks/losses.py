@@ -47,25 +47,33 @@ class TaskLoss:
         )
 
 
-def logits_loss(student: Tensor, teacher: Tensor, config: LossConfig) -> Tensor:
+def logits_loss(
+    student: Tensor, teacher: Tensor, config: LossConfig, labels: Tensor | None = None
+) -> Tensor:
     """Σ over the batch of the distance between two heads' outputs [B, C]; `teacher` is detached.
 
     `mse` is MDPD Eq. 3 with φ = identity on raw outputs (classification and regression heads have
     one width, and the paper mentions neither temperature nor softmax). `kl` is the usual
-    distillation loss, T² KL(teacher ‖ student), for users who prefer it; for one output it has no
-    meaning and falls under `mse`.
+    distillation loss, T² KL(teacher ‖ student); for one output it has no meaning and falls under
+    `mse`. With `logits_where=better` only the examples count whose label [B] the teacher comes
+    nearer to than the student: a side network that lags behind does not hold the backbone back.
     """
     student, teacher = student.float(), teacher.detach().float()
-    if config.logits_form == "mse" or student.shape[-1] == 1:
-        return (student - teacher).square().sum()
-    t = config.temperature
-    return (
-        t
-        * t
-        * F.kl_div(
-            F.log_softmax(student / t, dim=-1),
-            F.log_softmax(teacher / t, dim=-1),
-            reduction="sum",
-            log_target=True,
-        )
-    )
+    regression = student.shape[-1] == 1
+    if config.logits_form == "mse" or regression:
+        distance = (student - teacher).square().sum(dim=-1)
+    else:
+        t = config.temperature
+        soft = F.log_softmax(student / t, dim=-1), F.log_softmax(teacher / t, dim=-1)
+        distance = t * t * F.kl_div(*soft, reduction="none", log_target=True).sum(dim=-1)
+    if config.logits_where == "better":
+        assert labels is not None
+        distance = distance * (_error(teacher, labels) < _error(student.detach(), labels))
+    return distance.sum()
+
+
+def _error(raw: Tensor, labels: Tensor) -> Tensor:
+    """Return each example's own task loss [B]."""
+    if raw.shape[-1] == 1:
+        return (raw.squeeze(-1) - labels.float()).square()
+    return F.cross_entropy(raw, labels, reduction="none")

@@ -158,7 +158,7 @@ class MDPD(Method):
 
         def top_loss(top: Tensor) -> Tensor:
             raw = self.head("head").raw(self.backbone.finish(top, mask).float())
-            distance = logits_loss(raw, teacher, weights) / batch.count
+            distance = logits_loss(raw, teacher, weights, batch.labels) / batch.count
             losses["loss_logits"] = distance.detach()
             loss = weights.logits * distance
             if task_weight:
