@@ -67,7 +67,8 @@ def test_the_folder_holds_a_page_a_table_and_every_run(done):
     run = folder / "trials" / "classify" / "probe" / "lr×2-seed0" / "run"
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["optim"]["lr"], config["train"]["seed"]) == (0.02, 0)
-    assert str(folder) not in (folder / "report.html").read_text()
+    for name in ("report.html", "compare.md", "compare.json"):
+        assert str(folder.parents[1]) not in (folder / name).read_text()
 
 
 def test_the_same_again_repeats_nothing_and_more_is_added(done, options):

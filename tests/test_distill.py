@@ -183,3 +183,15 @@ def test_kl_is_zero_for_equal_and_equals_the_formula():
     assert float(logits_loss(a, a, config)) == pytest.approx(0, abs=1e-5)
     p, q = (b / 3).softmax(-1), (a / 3).softmax(-1)
     torch.testing.assert_close(logits_loss(a, b, config), 9 * (p * (p / q).log()).sum())
+
+
+def test_only_what_the_teacher_answers_better_is_distilled():
+    config = LossConfig(logits_where="better", logits=1)
+    labels = torch.tensor([0, 1, 0])
+    student = torch.tensor([[0.0, 1.0], [0.0, 1.0], [2.0, 0.0]])  # wrong, right, right and sure
+    teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])  # right, wrong, right, less sure
+    found = logits_loss(student, teacher, config, labels)
+    assert found == logits_loss(student[:1], teacher[:1], LossConfig()) == 2.0
+    scores, answers = torch.tensor([[1.0], [1.0]]), torch.tensor([0.0, 2.0])
+    nearer = torch.tensor([[0.5], [0.0]])  # nearer to 0, farther from 2
+    assert logits_loss(scores, nearer, config, answers) == 0.25

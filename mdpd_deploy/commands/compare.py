@@ -438,6 +438,9 @@ def _has_onnxruntime() -> bool:
     return find_spec("onnxruntime") is not None
 
 
+_PLACES: Any = {"data": {"path", "eval_path"}, "backbone": {"name", "weights"}}  # nobody's business
+
+
 def _facts(plan: Plan, jobs: int, threads: int) -> dict[str, Any]:
     from mdpd_deploy.machine import describe
 
@@ -457,7 +460,7 @@ def _facts(plan: Plan, jobs: int, threads: int) -> dict[str, Any]:
         "rates": f"{', '.join(f'×{factor:g}' for factor in factors)} of its own default",
         "machine": f"{device}, {jobs} training{'s' * (jobs > 1)} at a time, "
         f"{threads} thread{'s' * (threads > 1)} each",
-        "config": base.model_dump(mode="json", exclude_defaults=True, exclude={"data"}),
+        "config": base.model_dump(mode="json", exclude_defaults=True, exclude=_PLACES),
         "details": machine,
     }
 
