@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from mdpd_deploy import UserError, compare
+from mdpd_deploy.cli import main
 from mdpd_deploy.files import claimed
 
 QUICK = dict(steps=3, batch=8, latency_seconds=0)
@@ -124,8 +125,9 @@ def test_two_comparisons_never_write_to_one_folder(tmp_path, options):
 
 
 def test_resume_takes_no_other_option(done, tmp_path):
-    with pytest.raises(UserError, match="give no other option"):
-        compare(resume=done["folder"], steps=3)
+    for words in (dict(steps=3), dict(seeds=1), dict(lr_factors=[1]), dict(methods=["probe"])):
+        with pytest.raises(UserError, match="give no other option"):
+            compare(resume=done["folder"], **words)
     with pytest.raises(UserError, match=r"no folder that `mdpd compare` wrote"):
         compare(resume=tmp_path)
 
@@ -164,3 +166,14 @@ def test_the_command_prints_a_table_and_its_exit_code_tells_of_a_method_without_
     assert "probe" in ended.stdout and "report.html" in ended.stdout
     assert "failed: classify mdpd:unipt+side.reduction=7" in ended.stdout
     assert "Traceback" not in ended.stderr
+
+
+def test_a_forecast_needs_no_data_and_trains_nothing(tiny_vit, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["compare", "--forecast", "--backbone", str(tiny_vit), "--batch", "4", "--json"]
+    assert main([*words, "--methods", "probe,mdpd:unipt+side.reduction=2,mdpd:unipt,prefix"]) == 0
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["probe"]["forecast"]["peak_bytes"] < rows["mdpd:unipt"]["forecast"]["peak_bytes"]
+    assert rows["mdpd:unipt+side.reduction=2"]["forecast"] == rows["mdpd:unipt"]["forecast"]
+    assert rows["prefix"]["forecast"] is None and "use --method prompt" in rows["prefix"]["reason"]
+    assert not list(tmp_path.iterdir())

@@ -48,10 +48,13 @@ def command(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of each training.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data; default 10.")] = None,
     batch: Annotated[int | None, typer.Option(help="Examples per step; default 32.")] = None,
-    seeds: Annotated[int, typer.Option(help="How many.")] = 1,
+    seeds: Annotated[int | None, typer.Option(help="How many; default 1.")] = None,
     lr_factors: Annotated[
-        str, typer.Option(help="Of each method's own learning rate; swept on the first seed.")
-    ] = FACTORS,
+        str | None,
+        typer.Option(
+            help=f"Of each method's own learning rate; swept on the first seed. Default: {FACTORS}."
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     jobs: Annotated[int, typer.Option(help="Trainings at a time.")] = 1,
     threads: Annotated[
@@ -105,7 +108,7 @@ def command(
         methods=words,
         tasks=tasks,
         seeds=seeds,
-        lr_factors=_factors(lr_factors),
+        lr_factors=None if lr_factors is None else _factors(lr_factors),
         jobs=jobs,
         threads=threads,
         engine=engine,
@@ -130,7 +133,7 @@ def compare(
     *,
     methods: Sequence[str] | None = None,
     task: str | Sequence[str] | None = None,
-    seeds: int = 1,
+    seeds: int | None = None,
     lr_factors: Sequence[float] | None = None,
     jobs: int = 1,
     threads: int | None = None,
@@ -148,8 +151,8 @@ def compare(
         methods: METHOD, METHOD:SIDE, or a side network alone; each may carry options of its own,
             as in "mdpd:unipt+loss.logits=1". None takes a usual selection, ["all"] all there are.
         task: One task, several, or a suite: glue, vtab, vtab-full.
-        seeds: How many, from `train.seed` on.
-        lr_factors: Of each method's own learning rate, swept on the first seed.
+        seeds: How many, from `train.seed` on; None is 1.
+        lr_factors: Of each method's own learning rate, swept on the first seed; None is 0.3, 1, 3.
         jobs: Trainings at a time, each in a process of its own.
         threads: Of each training; None divides the processors.
         engine: local, or ray.
@@ -170,7 +173,7 @@ def compare(
         methods=methods,
         tasks=[task] if isinstance(task, str) else task,
         seeds=seeds,
-        lr_factors=_factors(FACTORS) if lr_factors is None else tuple(lr_factors),
+        lr_factors=lr_factors,
         jobs=jobs,
         threads=threads,
         engine=engine,
@@ -188,8 +191,8 @@ def _compare(
     *,
     methods: Sequence[str] | None,
     tasks: Sequence[str] | None,
-    seeds: int,
-    lr_factors: tuple[float, ...],
+    seeds: int | None,
+    lr_factors: Sequence[float] | None,
     jobs: int,
     threads: int | None,
     engine: str,
@@ -207,17 +210,19 @@ def _compare(
     for name, value in (("--seeds", seeds), ("--jobs", jobs), ("--threads", threads)):
         if value is not None and value < 1:
             raise UserError(f"{name} {value}: give at least 1.")
-    if not lr_factors or not all(0 < factor < float("inf") for factor in lr_factors):
-        raise UserError(f"--lr-factors {lr_factors}: give numbers above 0, as in {FACTORS}.")
+    factors = _factors(FACTORS) if lr_factors is None else tuple(lr_factors)
+    if not factors or not all(0 < factor < float("inf") for factor in factors):
+        raise UserError(f"--lr-factors {factors}: give numbers above 0, as in {FACTORS}.")
     each = threads or max(1, cpu_count() // jobs)
     if resume is not None:
-        if config is not None or methods or tasks or set or out or any(flags.values()):
+        asked = (config, methods, tasks, seeds, lr_factors, out, *flags.values())
+        if set or any(value is not None for value in asked):
             raise UserError("--resume goes on with what was asked for: give no other option.")
         folder, plan = resume, _stored_plan(resume)
     else:
-        base = _base(config, set, flags)
+        base, task = _base(config, set, flags)
         folder = _folder(out)
-        plan = _asked_plan(folder, base, methods, tasks or [base.task], seeds, lr_factors)
+        plan = _asked_plan(folder, base, methods, tasks or [task], seeds or 1, factors)
     with claimed(folder, by="comparison"):
         _store(folder, plan)
         gpus = 1 if _on_gpu(plan.base) else 0
@@ -236,8 +241,13 @@ def _compare(
     return results, folder
 
 
-def _base(config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]) -> Config:
-    """Return what all trials share; a method and side network in it give way to each trial's."""
+def _base(
+    config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]
+) -> tuple[Config, str]:
+    """Return what all trials share, and the task that the config names.
+
+    A method and a side network in it give way to each trial's.
+    """
     from mdpd_deploy.commands.train import build_config
     from mdpd_deploy.config import Config
     from mdpd_deploy.errors import unknown
@@ -248,7 +258,8 @@ def _base(config: Path | str | Config | None, sets: Sequence[str], flags: dict[s
     plain = Config()
     base = build_config(config, sets, flags)
     side = base.side.model_copy(update={"name": plain.side.name})
-    return base.model_copy(update={"method": plain.method, "side": side, "out": None})
+    own = {"task": plain.task, "method": plain.method, "side": side, "out": None}
+    return base.model_copy(update=own), base.task
 
 
 def _asked_plan(
@@ -484,11 +495,11 @@ def _print_forecast(
     from mdpd_deploy.data import load_task
     from mdpd_deploy.train import forecast_methods
 
-    base = _base(config, sets, flags)
+    base, task = _base(config, sets, flags)
     outputs, kind = CLASSES, "classify"
     if tasks or base.data.path is not None:
-        task = _tasks(tasks or [base.task], base)[0]
-        data = load_task(task, base.data, seed=base.train.seed)
+        first = _tasks(tasks or [task], base)[0]
+        data = load_task(first, base.data, seed=base.train.seed)
         outputs, kind = data.outputs, data.kind
     configs = _configs(base, _labels(methods or ["all"]))[0]
     rows = forecast_methods(configs, outputs=outputs, kind=kind)
