@@ -23,7 +23,12 @@ def render(results: Results) -> RenderableType:
         table = Table(title=title, title_justify="left", title_style="bold", box=None,
                       header_style="dim", pad_edge=False)  # fmt: skip
         for index, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+            table.add_column(
+                heading,
+                justify="right" if index else "left",
+                no_wrap=index > 0,
+                overflow="fold",
+            )
         for row in rows:
             table.add_row(*row)
         parts += [table, Text()]
