@@ -222,6 +222,14 @@ class Config(Section):
         """Return the config as YAML that `load_config` reads back unchanged."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
+    def flat(self) -> dict[str, Any]:
+        """Return every option by its dotted name, in the types that YAML has."""
+        found: dict[str, Any] = {}
+        for name, value in self.model_dump(mode="json").items():
+            inner = value.items() if isinstance(value, dict) else ()
+            found |= {f"{name}.{key}": item for key, item in inner} or {name: value}
+        return found
+
     def sha256(self) -> str:
         """Return the hash of `to_yaml`, by which a bundle knows its run."""
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()

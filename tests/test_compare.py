@@ -103,6 +103,11 @@ def test_other_options_in_the_same_folder_are_refused(done, options):
         (dict(lr_factors=(0,)), "--lr-factors"),
         (dict(engine="slurm"), "--engine: unknown 'slurm'"),
         (dict(method="probe"), "unknown 'method'"),
+        (dict(set=["method=probe"]), "method=probe is no option of all methods"),
+        (dict(methods=[]), "--methods names none"),
+        (dict(methods=["probe+train.steps=9"]), "train.steps is the same for all methods"),
+        (dict(methods=["probe+side.reduction=2"]), "does nothing with --method probe"),
+        (dict(latency_seconds=-1), "--latency-seconds -1"),
         (dict(task="nope"), "--task: unknown 'nope'"),
     ],
 )

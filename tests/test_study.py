@@ -10,6 +10,7 @@ import pytest
 from mdpd_deploy.charts import Dot, pareto_front, trade_off_chart
 from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.files import sha256_file
 from mdpd_deploy.study import (
     Ask,
     Latency,
@@ -24,8 +25,9 @@ from mdpd_deploy.study import (
     write_plan,
 )
 from mdpd_deploy.study.schedule import choose
+from mdpd_deploy.study.study_page import kind_of
 from mdpd_deploy.study.suites import group_means, group_of
-from mdpd_deploy.study.trial import Outcome, run_trial
+from mdpd_deploy.study.trial import Outcome, find_outcome, run_trial
 
 ASK = Ask(("rte", "sst2"), ("probe", "norms"), (0.3, 1.0, 3.0), (0, 1, 2))
 
@@ -106,7 +108,16 @@ def test_a_plan_is_read_back(tmp_path):
     assert read_plan(tmp_path) == (base, (ASK,))
 
 
-@pytest.mark.parametrize("text", [None, "schema: 99\nasks: []\nbase: {}\n", "- 1\n", "asks: ["])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "schema: 99\nasks: []\nbase: {}\n",
+        "schema: 1\nasks: [1]\nbase: {}\n",
+        "- 1\n",
+        "asks: [",
+    ],
+)
 def test_a_plan_that_cannot_be_read_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "compare.yaml").write_text(text)
@@ -151,8 +162,12 @@ def test_what_is_finished_is_not_run_again(tmp_path):
     cell = plan.cells()[0]
     for trial in plan.sweep(cell):
         folder = tmp_path / "trials" / trial.folder / "run"
-        folder.mkdir(parents=True)
-        (folder / "summary.json").write_text(json.dumps(summary(0.7)))
+        (folder / "model").mkdir(parents=True)
+        (folder / "config.yaml").write_text(trial.config.to_yaml())
+        (folder / "model" / "labels.json").write_text('{"names": []}')
+        files = {"labels.json": sha256_file(folder / "model" / "labels.json")}
+        more = dict(schema=1, task="rte", method="probe", backbone={}, files=files)
+        (folder / "summary.json").write_text(json.dumps(summary(0.7, **more)))
     _, asked = run(plan, tmp_path, lambda trial: 0.5)
     assert not [t for t in asked if (t.task, t.method, t.seed) == (cell.task, cell.method, 0)]
 
@@ -182,6 +197,47 @@ def test_an_unknown_engine_is_refused():
         build_engine("slurm", jobs=1, threads=1, gpus=0)
 
 
+def test_what_an_interrupt_leaves_waiting_is_never_started(tmp_path):
+    with build_engine("local", jobs=1, threads=1, gpus=0) as engine:
+        started: list[int] = []
+        for number in range(5):
+            engine.submit(lambda n=number: (started.append(n), time.sleep(0.2)))
+        time.sleep(0.05)
+        engine.shutdown(wait=True, cancel_futures=True)
+    assert started == [0]
+
+
+def test_a_run_that_other_options_made_is_no_finished_trial(tmp_path):
+    """As when a method's default has changed since: refused, not shown under the new one."""
+    plan = plan_of(ASK)
+    trial = plan.sweep(plan.cells()[0])[0]
+    folder = tmp_path / "trials" / trial.folder / "run"
+    folder.mkdir(parents=True)
+    optim = trial.config.optim.model_copy(update={"lr": 0.5})
+    before = trial.config.model_copy(update={"optim": optim})
+    (folder / "config.yaml").write_text(before.to_yaml())
+    outcome = find_outcome(tmp_path, trial)
+    assert outcome.summary is None and "optim.lr=0.5" in outcome.reason
+    (folder / "config.yaml").write_text(trial.config.to_yaml())
+    assert find_outcome(tmp_path, trial) is None
+    (folder / "summary.json").write_text("{")
+    assert "summary.json" in find_outcome(tmp_path, trial).reason
+
+
+def test_long_names_of_methods_are_cut_and_stay_apart():
+    labels = ["mdpd:unipt+" + "+".join(f"loss.logits={n}" for n in range(40)) + end for end in "ab"]
+    plan = plan_of(Ask(("rte",), tuple(labels), (1.0,), (0,)))
+    names = [plan.sweep(cell)[0].folder.parts[1] for cell in plan.cells()]
+    assert len(set(names)) == 2 and all(len(name) < 200 for name in names)
+
+
+def test_what_is_set_for_norms_and_head_is_swept_too():
+    config = Config.model_validate({"method": "mdpd", "optim": {"head_lr": 0.02}})
+    plan = Plan(config, (Ask(("rte",), ("mdpd",), (3.0,), (0,)),), {"mdpd": config}, {"mdpd": 0.01})
+    optim = plan.sweep(plan.cells()[0])[0].config.optim
+    assert (optim.lr, optim.head_lr, optim.norm_lr) == (0.03, 0.06, None)
+
+
 def test_a_child_that_fails_leaves_its_own_words(tmp_path):
     config = Config.model_validate({"task": "classify", "data": {"path": str(tmp_path / "none")}})
     plan = Plan(
@@ -190,6 +246,7 @@ def test_a_child_that_fails_leaves_its_own_words(tmp_path):
     outcome = run_trial(tmp_path, plan.sweep(plan.cells()[0])[0], 1)
     assert outcome.summary is None
     assert "does not exist" in outcome.reason and "Traceback" not in outcome.reason
+    assert str(tmp_path) not in outcome.reason  # reports name no places
     assert (outcome.folder / "log.txt").is_file()
 
 
@@ -256,7 +313,7 @@ def test_any_folder_in_the_layout_of_vtab_is_a_task(tmp_path):
 
 
 def results_of(outcomes, latency=None):
-    facts = dict(backbone="b", length="5 steps", batch=8, rates="×1", machine="m")
+    facts = dict(backbone="b", length="5 steps", batch=8, rate="its own default", machine="m")
     return collect(
         outcomes, latency=latency or {}, latency_setting="onnx" if latency else "", facts=facts
     )
@@ -297,12 +354,48 @@ def test_a_method_without_a_score_on_every_task_has_no_overall_one(tmp_path):
     assert results.overall("norms") == pytest.approx(0.25)
 
 
+def test_the_one_number_of_a_suite_leaves_wnli_and_foreign_tasks_out(tmp_path):
+    scores = {"glue/rte": 0.6, "glue/cola": 0.8, "glue/wnli": 0.2}
+    plan = plan_of(Ask(tuple(scores), ("probe",), (1.0,), (0,)))
+    outcomes, _ = run(plan, tmp_path, lambda trial: 2 * scores[trial.task])
+    results = results_of(outcomes)
+    assert results.overall("probe") == pytest.approx(0.7)
+    assert results.overall_words == "mean score over 2 tasks"
+    assert "mean glue (2 of 8)" in markdown(results)
+
+
+def test_a_method_that_was_asked_for_on_fewer_tasks_is_not_ranked(tmp_path):
+    plan = plan_of(ASK, Ask(("rte",), ("full",), (1.0,), (0,)))
+    outcomes, _ = run(plan, tmp_path, lambda trial: 0.9 if trial.method == "full" else 0.5)
+    results = results_of(outcomes)
+    assert not results.complete("full") and results.overall("full") is None
+    assert results.methods[-1] == "full"
+    assert "unequal sweeps" in markdown(results) and "×1 for full" in markdown(results)
+
+
+def test_scores_on_the_data_that_chose_the_rate_are_called_optimistic(tmp_path):
+    plan = plan_of(ASK)
+    outcomes, _ = run(plan, tmp_path, lambda trial: 0.5)
+    assert "optimistic" not in markdown(results_of(outcomes))  # scored on test
+    for outcome in outcomes:
+        for found in (*outcome.sweep.values(), *outcome.seeds.values()):
+            found.summary.pop("metrics_test", None)
+    assert "rte, sst2: the score is on the data that chose the rate" in markdown(
+        results_of(outcomes)
+    )
+
+
 # --- pictures -------------------------------------------------------------------------------------
 
 
 def test_the_front_joins_what_nothing_beats():
     dots = [Dot("a", 1, 1), Dot("b", 2, 3), Dot("c", 3, 2), Dot("d", 4, 4), Dot("e", 2, 2)]
     assert [dot.name for dot in pareto_front(dots)] == ["a", "b", "d"]
+
+
+def test_kinds_of_methods():
+    kinds = {"mdpd:lst+loss.logits=1": 1, "side:unipt": 2, "prompt": 2, "lora": 3, "probe+a=1": 4}
+    assert {label: kind_of(label) for label in kinds} == kinds
 
 
 def test_a_trade_off_names_every_dot_once():

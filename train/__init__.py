@@ -6,6 +6,7 @@ if __name__ != "mdpd_deploy.train":
 from mdpd_deploy.train.entries import (
     Entry,
     apply_entry,
+    check_options,
     default_entries,
     entry_configs,
     parse_entry,
@@ -18,6 +19,7 @@ __all__ = [
     "MemoryRow",
     "Plan",
     "apply_entry",
+    "check_options",
     "default_entries",
     "entry_configs",
     "fit_run",

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from mdpd_deploy.config import SIDE_ALIASES, Config, SideConfig
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.sides import SIDES, WITHOUT_FEATURES, other_side
+from mdpd_deploy.sides.base import check_options as check_side_options
 from mdpd_deploy.train.methods import METHODS
+from mdpd_deploy.train.methods.base import check_options as check_method_options
 from mdpd_deploy.train.methods.base import ignored_options
 
 
@@ -83,6 +85,14 @@ def apply_entry(config: Config, entry: Entry) -> Config:
         reset = getattr(config, section).model_copy(update={name: value})
         config = config.model_copy(update={section: reset})
     return config.model_copy(update={"method": entry.method})
+
+
+def check_options(config: Config) -> None:
+    """Refuse an option that the config's method or side network would ignore."""
+    method = METHODS.get_or_raise(config.method)
+    check_method_options(method, config)
+    if method.uses_side:
+        check_side_options(config.side)
 
 
 def entry_configs(config: Config, words: Iterable[str]) -> dict[str, Config]:

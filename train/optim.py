@@ -46,13 +46,16 @@ def build_optimizer(method: Method) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2))
 
 
+_SCALES = ("lora_E", "ia3_l")  # of AdaLoRA and IA3: vectors that peft keeps as columns
+
+
 def _by_decay(
     group: str, parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    def scales(p: nn.Parameter) -> bool:
-        return group == "norms" or (p.squeeze() if group == "adapter" else p).dim() < 2
+    def scales(name: str, p: nn.Parameter) -> bool:
+        return group == "norms" or p.dim() < 2 or any(part in name for part in _SCALES)
 
-    plain = {k: p for k, p in parameters.items() if scales(p)}
+    plain = {k: p for k, p in parameters.items() if scales(k, p)}
     return {k: p for k, p in parameters.items() if k not in plain}, plain
 
 

@@ -297,7 +297,7 @@ def _source(subject: _Subject) -> dict[str, Any]:
         backbone = manifest["source"].get("backbone")
         facts = {key: manifest[key] for key in ("task", "method")}
         facts["side"] = manifest["source"].get("side")
-        return {"kind": "bundle", "name": name, **facts, "backbone": _backbone_name(backbone)}
+        return {"kind": "bundle", "name": name, **facts, "backbone": backbone_name(backbone)}
     summary = subject.run.summary
     facts = {key: summary.get(key) for key in ("task", "method", "side")}
     kind = "run" if subject.bundle is None else "bundle of a run"
@@ -305,11 +305,12 @@ def _source(subject: _Subject) -> dict[str, Any]:
         "kind": kind,
         "name": name,
         **facts,
-        "backbone": _backbone_name(summary.get("backbone")),
+        "backbone": backbone_name(summary.get("backbone")),
     }
 
 
-def _backbone_name(backbone: Any) -> str:
+def backbone_name(backbone: Any) -> str:
+    """Return what a report calls a backbone: never a path."""
     name = str(backbone.get("name") if isinstance(backbone, dict) else backbone)
     return Path(name).name if name.startswith(("/", "~", ".")) else name
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mdpd_deploy.errors import UserError
+from mdpd_deploy.errors import MdpdError, UserError
 
 if TYPE_CHECKING:
     from mdpd_deploy.config import Config
@@ -83,7 +84,8 @@ def command(
     """Train every method on the same data, and say what each buys and costs.
 
     CONFIG.yaml and --set hold what all trainings share; a method that does not read an option is
-    trained without it. Interrupted, the same command goes on; finished trainings are not repeated. Writes compare.json,
+    trained without it. Interrupted, it goes on by --resume FOLDER, or by the same command with the
+    same --out; finished trainings are not repeated. Writes compare.json,
     compare.md and report.html.
     """
     flags = {
@@ -101,6 +103,10 @@ def command(
     words = None if methods is None else _words(methods)
     tasks = None if task is None else _words(task)
     if forecast:
+        for name, value in (("resume", resume), ("out", out), ("seeds", seeds),
+                            ("lr-factors", lr_factors)):  # fmt: skip
+            if value is not None:
+                raise UserError(f"--forecast trains nothing: leave --{name} out.")
         _print_forecast(config, words, tasks, set_ or (), flags, as_json=json)
         return
     results, folder = _compare(
@@ -202,52 +208,90 @@ def _compare(
     resume: Path | None,
     flags: dict[str, Any],
 ) -> tuple[Results, Path]:
-    from mdpd_deploy.files import claimed, write_json, write_text
+    from mdpd_deploy.files import claimed
     from mdpd_deploy.machine import cpu_count
-    from mdpd_deploy.study import ENGINES, build_engine, collect, markdown, run_trials, write_page
+    from mdpd_deploy.study import ENGINES, build_engine, collect, run_trials, write_plan
 
     ENGINES.get_or_raise(engine)
     for name, value in (("--seeds", seeds), ("--jobs", jobs), ("--threads", threads)):
         if value is not None and value < 1:
             raise UserError(f"{name} {value}: give at least 1.")
-    factors = _factors(FACTORS) if lr_factors is None else tuple(lr_factors)
+    factors = tuple(float(f) for f in (_factors(FACTORS) if lr_factors is None else lr_factors))
     if not factors or not all(0 < factor < float("inf") for factor in factors):
         raise UserError(f"--lr-factors {factors}: give numbers above 0, as in {FACTORS}.")
-    each = threads or max(1, cpu_count() // jobs)
+    if not 0 <= latency_seconds < float("inf"):
+        raise UserError(f"--latency-seconds {latency_seconds}: give 0 or a time above it.")
     if resume is not None:
         asked = (config, methods, tasks, seeds, lr_factors, out, *flags.values())
         if set or any(value is not None for value in asked):
             raise UserError("--resume goes on with what was asked for: give no other option.")
-        folder, plan = resume, _stored_plan(resume)
+        folder = resume.expanduser().resolve()
+        _stored_plan(folder)  # so that no other folder is locked
     else:
         base, task = _base(config, set, flags)
         folder = _folder(out)
-        plan = _asked_plan(folder, base, methods, tasks or [task], seeds or 1, factors)
-    with claimed(folder, by="comparison"):
-        _store(folder, plan)
-        gpus = 1 if _on_gpu(plan.base) else 0
-        with build_engine(engine, jobs=jobs, threads=each, gpus=gpus) as running:
+        _refuse_foreign(folder)
+    with claimed(folder, by="comparison"), _ended_by_sigterm():
+        if resume is not None:
+            plan = _stored_plan(folder)
+        else:
+            plan = _asked_plan(folder, base, methods, tasks or [task], seeds or 1, factors)
+        gpu = _on_gpu(plan.base)
+        if gpu and jobs > 1 and engine == "local":
+            raise UserError(
+                f"--jobs {jobs}: trainings at a time would share one GPU and spoil each other's "
+                "figures; leave --jobs out, or use --engine ray, which gives each a GPU."
+            )
+        write_plan(folder, plan.base, plan.asks)
+        _say(f"comparison: {folder}")
+        each = threads or (1 if engine == "ray" else max(1, cpu_count() // jobs))
+        with build_engine(engine, jobs=jobs, threads=each, gpus=int(gpu)) as running:
             cells = run_trials(plan, folder, running, threads=each, say=_say)
-        latency: dict[str, Latency] = {}
-        setting = ""
+        facts = _facts(plan, engine, jobs, each)
+        results = collect(cells, latency={}, latency_setting="", facts=facts)
+        _write(results, folder)
         if latency_seconds:
-            latency, setting = _latency(cells, folder, latency_seconds)
-        results = collect(
-            cells, latency=latency, latency_setting=setting, facts=_facts(plan, jobs, each)
-        )
-        write_json(folder / "compare.json", results.to_dict())
-        write_text(folder / "compare.md", markdown(results))
-        write_page(folder / "report.html", results)
+            try:
+                latency, setting = _latency(cells, folder, latency_seconds, plan.base.train.device)
+            except MdpdError as err:
+                latency, setting = {}, f"not measured ({err})"
+            results = collect(cells, latency=latency, latency_setting=setting, facts=facts)
+            _write(results, folder)
     return results, folder
+
+
+def _write(results: Results, folder: Path) -> None:
+    from mdpd_deploy.files import write_json, write_text
+    from mdpd_deploy.study import markdown, write_page
+
+    write_json(folder / "compare.json", results.to_dict())
+    write_text(folder / "compare.md", markdown(results))
+    write_page(folder / "report.html", results)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """End the children too when a scheduler ends this process; signals reach the main thread only."""
+    import signal
+    import threading
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _base(
     config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]
 ) -> tuple[Config, str]:
-    """Return what all trials share, and the task that the config names.
-
-    A method and a side network in it give way to each trial's.
-    """
+    """Return what all trials share, and the task that the config names."""
     from mdpd_deploy.commands.train import build_config
     from mdpd_deploy.config import Config
     from mdpd_deploy.errors import unknown
@@ -257,9 +301,13 @@ def _base(
             raise unknown("compare", name, FLAGS)
     plain = Config()
     base = build_config(config, sets, flags)
-    side = base.side.model_copy(update={"name": plain.side.name})
-    own = {"task": plain.task, "method": plain.method, "side": side, "out": None}
-    return base.model_copy(update=own), base.task
+    for name in ("method", "out", "side.name"):
+        if base.flat()[name] != plain.flat()[name]:
+            raise UserError(
+                f"{name}={base.flat()[name]} is no option of all methods: leave it out, and name "
+                "methods in --methods (METHOD:SIDE) and the folder in --out."
+            )
+    return base.model_copy(update={"task": plain.task}), base.task
 
 
 def _asked_plan(
@@ -270,7 +318,6 @@ def _asked_plan(
     seeds: int,
     lr_factors: tuple[float, ...],
 ) -> Plan:
-    from mdpd_deploy.files import refuse_nonempty
     from mdpd_deploy.study import Ask, read_plan
     from mdpd_deploy.study.plan import PLAN
 
@@ -278,12 +325,18 @@ def _asked_plan(
     if (folder / PLAN).is_file():
         stored, earlier = read_plan(folder)
         _refuse_difference(folder, stored, base)
-    else:
-        refuse_nonempty(folder)
     labels = list(_configs(base, _labels(methods))[0])
+    named = _tasks(tasks, base)
+    full = [task for task in named if task.startswith("vtab-full/")]
+    if full and (len(lr_factors) > 1 or base.train.keep != "last"):
+        raise UserError(
+            f"{full[0]} trains on its validation pictures too, so they can choose neither a rate "
+            "nor the best weights: find the factor on vtab/NAME, then add --lr-factors FACTOR "
+            "--set train.keep=last."
+        )
     first = base.train.seed
     ask = Ask(
-        tuple(_tasks(tasks, base)),
+        tuple(named),
         tuple(labels),
         lr_factors,
         tuple(range(first, first + seeds)),
@@ -292,12 +345,23 @@ def _asked_plan(
     return _plan(base, asks)
 
 
+def _refuse_foreign(folder: Path) -> None:
+    from mdpd_deploy.files import refuse_nonempty
+    from mdpd_deploy.study.plan import PLAN
+
+    if not (folder / PLAN).is_file():
+        refuse_nonempty(folder)
+
+
 def _labels(words: Sequence[str] | None) -> list[str]:
     """Return the words that name methods; none names the usual ones, `all` all there are."""
     from mdpd_deploy.train import default_entries
 
-    chosen = list(words) if words else _words(METHODS)
-    return [entry.label for entry in default_entries()] if chosen == ["all"] else chosen
+    chosen = _words(METHODS) if words is None else list(words)
+    if not chosen:
+        raise UserError("--methods names none: leave it out for the usual ones.")
+    every = [entry.label for entry in default_entries()]
+    return [label for word in chosen for label in (every if word == "all" else [word])]
 
 
 def _tasks(words: Sequence[str], base: Config) -> list[str]:
@@ -322,38 +386,48 @@ def _plan(base: Config, asks: tuple[Ask, ...]) -> Plan:
 
 def _configs(base: Config, words: Sequence[str]) -> tuple[dict[str, Config], dict[str, float]]:
     """Return label → config and label → learning rate of the methods that the words name."""
+    import re
+
     from mdpd_deploy.commands.train import build_config
-    from mdpd_deploy.train import apply_entry, parse_entry
+    from mdpd_deploy.train import apply_entry, check_options, parse_entry
 
     configs: dict[str, Config] = {}
     rates: dict[str, float] = {}
     for word in words:
-        name, *options = word.split("+")
+        name, *options = re.split(r"\+(?=[\w.]+=)", word)
         entry = parse_entry(name)
         label = "+".join((entry.label, *options))
-        configs[label] = build_config(apply_entry(base, entry), options, {})
+        plain = apply_entry(base, entry)
+        configs[label] = build_config(plain, options, {})
+        _refuse_other_data(label, plain, configs[label])
+        check_options(configs[label])
         rates[label] = configs[label].optim.lr or entry.default_lr
     return configs, rates
 
 
+def _refuse_other_data(label: str, base: Config, config: Config) -> None:
+    """Refuse options of one method that would make it incomparable with the others."""
+    before = base.flat()
+    for name, value in config.flat().items():
+        shared = name in _SHARED or name.startswith(("data.", "backbone."))
+        if shared and value != before[name]:
+            raise UserError(
+                f"--methods {label}: {name} is the same for all methods; set it for all with --set."
+            )
+
+
+_SHARED = ("task", "method", "out", "side.name", "train.seed", "train.steps", "train.epochs",
+           "train.batch", "train.accumulate", "train.device")  # fmt: skip
+
+
 def _refuse_difference(folder: Path, stored: Config, base: Config) -> None:
-    before, now = _flat(stored.model_dump()), _flat(base.model_dump())
+    before, now = stored.flat(), base.flat()
     for name, value in now.items():
         if before.get(name) != value:
             raise UserError(
                 f"--out {folder} holds a comparison with {name}={before.get(name)}, and this one "
                 f"has {name}={value}: choose another folder."
             )
-
-
-def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in plain.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
 
 
 def _folder(out: Path | None) -> Path:
@@ -366,19 +440,17 @@ def _folder(out: Path | None) -> Path:
     return free_path(Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-compare").resolve()
 
 
-def _store(folder: Path, plan: Plan) -> None:
-    from mdpd_deploy.study import write_plan
-
-    write_plan(folder, plan.base, plan.asks)
-
-
 def _on_gpu(base: Config) -> bool:
     import torch
 
-    return base.train.device != "cpu" and torch.cuda.is_available()
+    return base.train.device == "cuda" or (
+        base.train.device == "auto" and torch.cuda.is_available()
+    )
 
 
-def _latency(cells: Any, folder: Path, seconds: float) -> tuple[dict[str, Latency], str]:
+def _latency(
+    cells: Any, folder: Path, seconds: float, asked: str
+) -> tuple[dict[str, Latency], str]:
     """Time the deployed models of one task against each other, interleaved in one run.
 
     What is deployed as backbone + head is one graph whatever trained it, so that one of these is
@@ -394,15 +466,15 @@ def _latency(cells: Any, folder: Path, seconds: float) -> tuple[dict[str, Latenc
     if not found:
         return {}, ""
     task = max(found, key=lambda name: len(found[name]))
-    return _time(task, found[task], folder / "latency", seconds)
+    return _time(task, found[task], folder / "latency", seconds, asked)
 
 
 def _time(
-    task: str, runs: dict[str, Any], folder: Path, seconds: float
+    task: str, runs: dict[str, Any], folder: Path, seconds: float, asked: str
 ) -> tuple[dict[str, Latency], str]:
     import tempfile
 
-    from mdpd_deploy.commands.bench_latency import input_source
+    from mdpd_deploy.commands.bench_latency import backbone_name, input_source
     from mdpd_deploy.files import atomic_folder
     from mdpd_deploy.machine import cpu_count
     from mdpd_deploy.serve import (
@@ -421,7 +493,7 @@ def _time(
     same = Latency(1.0, None, "backbone + head: the same graph")
     latency = dict.fromkeys(faded, same)
     runtime = "onnx" if _has_onnxruntime() else "torch"
-    device = choose_device("auto", (runtime,))
+    device = choose_device(asked, (runtime,))
     grid = Grid((runtime,), (1,), device, cpu_count(), Plan(seconds=seconds), 0)
     setting = f"{runtime} on {device}, batch 1, {task}, {seconds:g} s interleaved"
     if not kept:
@@ -431,7 +503,11 @@ def _time(
             variants_of_methods(first, kept),
             input_source(first),
             grid,
-            source={"kind": "comparison", "task": task, "backbone": first.config.backbone.name},
+            source={
+                "kind": "comparison",
+                "task": task,
+                "backbone": backbone_name(first.summary["backbone"]),
+            },
             folder=Path(graphs),
         )
     with atomic_folder(folder, overwrite=True) as temporary:
@@ -452,7 +528,7 @@ def _has_onnxruntime() -> bool:
 _PLACES: Any = {"data": {"path", "eval_path"}, "backbone": {"name", "weights"}}  # nobody's business
 
 
-def _facts(plan: Plan, jobs: int, threads: int) -> dict[str, Any]:
+def _facts(plan: Plan, engine: str, jobs: int, threads: int) -> dict[str, Any]:
     from mdpd_deploy.machine import describe
 
     base, machine = plan.base, describe()
@@ -462,15 +538,14 @@ def _facts(plan: Plan, jobs: int, threads: int) -> dict[str, Any]:
         if base.train.steps is not None
         else f"{base.train.epochs or 10:g} epochs"
     )
-    factors = dict.fromkeys(factor for ask in plan.asks for factor in ask.factors)
+    running = f"{jobs} training{'s' * (jobs > 1)} of {threads} thread{'s' * (threads > 1)}"
     device = machine["gpu"][0]["name"] if _on_gpu(base) and machine["gpu"] else machine["cpu"]
     return {
         "backbone": Path(name).name if name.startswith("/") else name,
         "length": length,
         "batch": base.train.batch * base.train.accumulate,
-        "rates": f"{', '.join(f'×{factor:g}' for factor in factors)} of its own default",
-        "machine": f"{device}, {jobs} training{'s' * (jobs > 1)} at a time, "
-        f"{threads} thread{'s' * (threads > 1)} each",
+        "rate": "its own default" if base.optim.lr is None else f"optim.lr={base.optim.lr:g}",
+        "machine": "a Ray cluster" if engine == "ray" else f"{device}, {running} at a time",
         "config": base.model_dump(mode="json", exclude_defaults=True, exclude=_PLACES),
         "details": machine,
     }
@@ -527,7 +602,10 @@ def _say(line: str) -> None:
 
 
 def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    """Split at commas outside brackets."""
+    import re
+
+    return [word.strip() for word in re.split(r",(?![^\[]*\])", text) if word.strip()]
 
 
 def _factors(text: str) -> tuple[float, ...]:

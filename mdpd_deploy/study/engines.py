@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from mdpd_deploy.errors import UserError, missing_extra
 from mdpd_deploy.registry import Registry
-from mdpd_deploy.study.trial import stop_children
+from mdpd_deploy.study.trial import allow_children, stop_children
 
 T = TypeVar("T")
 
@@ -35,6 +35,7 @@ def build_engine(name: str, *, jobs: int, threads: int, gpus: int) -> Executor:
 @ENGINES.register("local")
 def local(jobs: int, threads: int, gpus: int) -> Executor:
     """Trials are child processes; a thread of ours waits for each."""
+    allow_children()
     return LocalExecutor(jobs)
 
 
@@ -92,6 +93,6 @@ class RayExecutor(Executor):
 
         if cancel_futures:
             for task in self.tasks:
-                ray.cancel(task, force=True)
+                ray.cancel(task)  # interrupts it, so that it ends its own child
         elif wait and self.tasks:
             ray.wait(self.tasks, num_returns=len(self.tasks))

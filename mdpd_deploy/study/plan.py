@@ -13,6 +13,7 @@ where that is set), on the first seed. The best factor by validation metric is r
 other seeds.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import write_text
 
 SCHEMA = 1
+LONGEST = 100  # bytes of a name that becomes a folder's
 PLAN = "compare.yaml"
 
 
@@ -76,7 +78,9 @@ class Trial:
     @property
     def folder(self) -> Path:
         """Where it lies below STUDY/trials."""
-        return Path(_plain(self.task), _plain(self.method), f"lr×{self.factor:g}-seed{self.seed}")
+        return Path(
+            _plain(self.task), _plain(self.method), f"lr×{self.factor:.10g}-seed{self.seed}"
+        )
 
     def __str__(self) -> str:
         return f"{self.task} {self.method} lr×{self.factor:g} seed {self.seed}"
@@ -135,13 +139,18 @@ class Plan:
     def trial(self, cell: Cell, factor: float, seed: int) -> Trial:
         """Return one trial of a cell."""
         config = self.configs[cell.method]
+        own = {"lr": self.rates[cell.method]}  # what is set for norms and head is swept alike
+        own |= {
+            name: rate
+            for name in ("norm_lr", "head_lr")
+            if (rate := getattr(config.optim, name)) is not None
+        }
+        rates = {name: _round(factor * rate) for name, rate in own.items()}
         changed = config.model_copy(
             update={
                 "task": cell.task,
                 "out": None,
-                "optim": config.optim.model_copy(
-                    update={"lr": _round(factor * self.rates[cell.method])}
-                ),
+                "optim": config.optim.model_copy(update=rates),
                 "train": config.train.model_copy(update={"seed": seed}),
             }
         )
@@ -175,17 +184,31 @@ def read_plan(folder: Path) -> tuple[Config, tuple[Ask, ...]]:
         asks = tuple(
             Ask(**{name: tuple(values) for name, values in ask.items()}) for ask in plain["asks"]
         )
+        if not all(ask.factors and ask.seeds for ask in asks):
+            raise KeyError("an ask without factors or seeds")
         return check_config(plain["base"]), asks
     except FileNotFoundError:
         raise UserError(
             f"{folder} is no folder that `mdpd compare` wrote (it has no {PLAN})."
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as err:
+    except (
+        OSError,
+        UnicodeDecodeError,
+        yaml.YAMLError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as err:
         raise UserError(f"{path} cannot be read ({str(err).splitlines()[0]}).") from err
 
 
 def _plain(name: str) -> str:
-    return name.replace("/", "-").replace(":", "-")
+    """Return a name as a folder's; a long one is cut and made unique by its hash."""
+    plain = name.replace("/", "-").replace(":", "-")
+    if len(plain.encode()) <= LONGEST:
+        return plain
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{plain.encode()[:LONGEST].decode(errors='ignore')}-{digest}"
 
 
 def _round(rate: float) -> float:

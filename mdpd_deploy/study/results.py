@@ -112,37 +112,43 @@ class Results:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Every label once, best mean first."""
-        means = {
-            label: statistics.mean([row.score.mean for row in self.of(label) if row.score] or [-9])
-            for label in dict.fromkeys(row.method for row in self.rows)
-        }
-        return tuple(sorted(means, key=lambda label: -means[label]))
+        """Every label once: those with a score on every task first, the best of them at the top."""
+        labels = dict.fromkeys(row.method for row in self.rows)
+        overall = {label: self.overall(label) for label in labels}
+        return tuple(sorted(labels, key=lambda label: -_or(overall[label], -9.0)))
 
     def of(self, method: str) -> list[Row]:
         """Return a method's rows."""
         return [row for row in self.rows if row.method == method]
 
     def complete(self, method: str) -> bool:
-        """Whether the method has a score on every task."""
-        return all(row.score is not None for row in self.of(method))
+        """Whether the method has a score on every task of the study."""
+        return {row.task for row in self.of(method) if row.score} == set(self.tasks)
 
     def means(self, method: str) -> dict[str, float]:
         """Return a method's group means (`suites.group_means`)."""
         return group_means({row.task: row.score.mean for row in self.of(method) if row.score})
 
     def overall(self, method: str) -> float | None:
-        """Return the one number of a method: its score, or its mean over the suite; else None."""
-        rows = self.of(method)
-        if not self.complete(method) or not rows:
+        """Return the one number of a method (`overall_words`); None unless it is complete."""
+        if not self.complete(method):
             return None
-        scores = {row.task: row.score.mean for row in rows if row.score}
-        if len(scores) == 1:
-            return next(iter(scores.values()))
         means = self.means(method)
-        if any(group_of(task) == OTHER for task in scores) or not means:
-            return statistics.mean(scores.values())
-        return means.get("mean", next(iter(means.values())))
+        if means:
+            return means.get("mean", next(iter(means.values())))
+        return statistics.mean(row.score.mean for row in self.of(method) if row.score)
+
+    @property
+    def overall_words(self) -> str:
+        """What `overall` is."""
+        if len(self.tasks) == 1:
+            row = next(row for row in self.rows if row.score is not None)
+            return f"{row.metric} on {row.split}"
+        groups = {group_of(task) for task in self.tasks} - {OTHER}
+        if len(groups) > 1:
+            return f"mean of {len(groups)} groups"
+        counted = [task for task in self.tasks if group_of(task) in groups] or self.tasks
+        return f"mean score over {len(counted)} tasks"
 
     def to_dict(self) -> dict[str, Any]:
         """Return compare.json, in the types that JSON has."""
@@ -203,6 +209,10 @@ def _row(outcome: CellOutcome) -> Row:
             if found.reason
         ),
     )
+
+
+def _or(value: float | None, other: float) -> float:
+    return other if value is None else value
 
 
 def _spread(values: Any) -> Spread | None:

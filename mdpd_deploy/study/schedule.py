@@ -58,10 +58,10 @@ def run_trials(
             future.set_result(found)
         waiting[future] = trial, cell
 
-    for cell in cells:
-        for trial in plan.sweep(cell):
-            submit(trial, cell)
     try:
+        for cell in cells:
+            for trial in plan.sweep(cell):
+                submit(trial, cell)
         while waiting:
             ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in ended:

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+from mdpd_deploy.adapters import TOKENS
 from mdpd_deploy.charts import Dot, trade_off_chart
 from mdpd_deploy.files import write_text
 from mdpd_deploy.page import document, figure, section, table, tag
 from mdpd_deploy.study.results import Results, Row
 from mdpd_deploy.study.table import DASH, failures, notes, tables
 
-KINDS = ("MDPD: the side network fades", "side network kept", "weights of the backbone", "floor")
+KINDS = ("MDPD: the side network fades", "more than the backbone at inference",
+         "weights of the backbone", "floor")  # fmt: skip
 
 
 def write_page(path: Path, results: Results) -> None:
@@ -33,8 +35,10 @@ def write_page(path: Path, results: Results) -> None:
 
 def kind_of(method: str) -> int:
     """Return a method's kind, 1 … 4, as `KINDS` names them."""
-    name = method.partition(":")[0]
-    return {"mdpd": 1, "side": 2, "probe": 4}.get(name, 3)
+    name = method.partition("+")[0].partition(":")[0]
+    if name in ("side", *TOKENS):
+        return 2
+    return {"mdpd": 1, "probe": 4}.get(name, 3)
 
 
 def _pictures(results: Results) -> object:
@@ -42,7 +46,7 @@ def _pictures(results: Results) -> object:
     drawn = {label: 100 * score for label, score in scores.items() if score is not None}
     if not drawn:
         return None
-    what = _score_words(results)
+    what = f"{results.overall_words} (×100)"
     keys = [(KINDS[kind - 1], kind) for kind in sorted({kind_of(label) for label in drawn})]
     peaks = {label: peak for label in drawn if (peak := _peak(results, label)) is not None}
     charts = []
@@ -73,13 +77,6 @@ def _pictures(results: Results) -> object:
     )
 
 
-def _score_words(results: Results) -> str:
-    if len(results.tasks) > 1:
-        return f"mean score over {len(results.tasks)} tasks (×100)"
-    row = next(row for row in results.rows if row.score is not None)
-    return f"{row.metric} on {row.split} (×100)"
-
-
 def _peak(results: Results, label: str) -> float | None:
     peaks = [row.peak_live_bytes for row in results.of(label) if row.peak_live_bytes]
     return max(peaks) if peaks else None
@@ -106,8 +103,8 @@ def _sweeps(results: Results) -> object:
             ["task", "method", *(f"×{factor}" for factor in factors)],
             [[row.task, row.method, *(_swept(row, factor) for factor in factors)] for row in rows],
         ),
-        note="Validation metric ×100 on the first seed, at factors of each method's own default "
-        "rate; the best one was repeated with the other seeds.",
+        note=f"Validation metric ×100 on the first seed, at factors of {results.facts['rate']}; the "
+        "best one was repeated with the other seeds.",
     )
 
 

@@ -25,6 +25,7 @@ VTAB_GROUPS = {
     "structured": ("clevr_count", "clevr_dist", "dmlab", "kitti", "dsprites_loc", "dsprites_ori",
                    "smallnorb_azi", "smallnorb_ele"),
 }  # fmt: skip
+GROUP_SIZES = {"glue": len(GLUE) - 1, **{name: len(tasks) for name, tasks in VTAB_GROUPS.items()}}
 
 
 def expand_tasks(words: Sequence[str], base: Config, warn: Callable[[str], None]) -> list[str]:

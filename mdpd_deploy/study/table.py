@@ -9,7 +9,7 @@ from rich.text import Text
 from mdpd_deploy.page import duration
 from mdpd_deploy.page import size as byte_size
 from mdpd_deploy.study.results import Latency, Results, Row, Spread
-from mdpd_deploy.study.suites import group_of
+from mdpd_deploy.study.suites import GROUP_SIZES, group_of
 
 DASH = "–"
 HEADINGS: tuple[str, ...] = ("method", "score", "side", "trained", "deployed extra", "peak memory", "training",
@@ -79,11 +79,15 @@ def failures(results: Results) -> list[str]:
 def notes(results: Results) -> list[str]:
     """Return what a reader must know to read the tables."""
     facts = results.facts
-    rates = f"the learning rate of each method is the best of {facts['rates']}"
+    rate = f"the learning rate is the best on validation, first seed, {_sweeps(results)}"
     said = [
-        f"score ×100, mean ± standard deviation over seeds; {rates} on validation, first seed",
+        f"score ×100, mean ± standard deviation over seeds; {rate}",
         f"{facts['backbone']}, {facts['length']}, batch {facts['batch']}, {facts['machine']}",
     ]
+    seen = [row.task for row in results.rows if row.split == "validation" and len(row.sweep) > 1]
+    if seen:
+        tasks = ", ".join(dict.fromkeys(seen))
+        said.append(f"{tasks}: the score is on the data that chose the rate, so it is optimistic")
     if results.latency:
         said.append(f"time ÷ backbone: {results.latency_setting}")
     return said
@@ -123,6 +127,29 @@ def _cells(row: Row, results: Results) -> list[str]:
     ]
 
 
+def _sweeps(results: Results) -> str:
+    """Say which factors were tried, and for which methods others."""
+    of: dict[str, list[str]] = {}
+    for row in results.rows:
+        factors = ", ".join(f"×{factor}" for factor in row.sweep)
+        methods = of.setdefault(factors, [])
+        if row.method not in methods:
+            methods.append(row.method)
+    if len(of) == 1:
+        return f"of {next(iter(of))} {results.facts['rate']}"
+    parts = [f"{factors} for {', '.join(methods)}" for factors, methods in of.items()]
+    return f"of unequal sweeps of {results.facts['rate']}: {'; '.join(parts)}"
+
+
+def _mean_words(name: str, tasks: Sequence[str]) -> str:
+    """Head a column of means; where tasks of the suite are missing, with their number."""
+    if name == "mean":
+        return "mean of groups"
+    count = len([task for task in tasks if group_of(task) == name])
+    whole = GROUP_SIZES[name]
+    return f"mean {name}" if count == whole else f"mean {name} ({count} of {whole})"
+
+
 def _overview(results: Results) -> tuple[str, Sequence[str], list[list[str]]]:
     tasks = sorted(results.tasks, key=lambda task: (group_of(task), results.tasks.index(task)))
     groups = list(dict.fromkeys(name for m in results.methods for name in results.means(m)))
@@ -136,8 +163,8 @@ def _overview(results: Results) -> tuple[str, Sequence[str], list[list[str]]]:
             + [_mean(scores.get(task)) for task in tasks]
             + [f"{100 * means[name]:.1f}" if name in means else DASH for name in groups]
         )
-    return "all tasks", ["method", *short, *(f"mean {name}" if name != "mean" else "mean of groups"
-                                             for name in groups)], rows  # fmt: skip
+    headings = ["method", *short, *(_mean_words(name, tasks) for name in groups)]
+    return "all tasks", headings, rows
 
 
 def _mean(spread: Spread | None) -> str:

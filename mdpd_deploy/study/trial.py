@@ -4,12 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mdpd_deploy.files import is_claimed, read_json, write_text
+from mdpd_deploy.config import Config, read_config
+from mdpd_deploy.errors import MdpdError, UserError
+from mdpd_deploy.files import is_claimed, remove_leftovers, write_text
 from mdpd_deploy.run import Run
 from mdpd_deploy.study.plan import Trial
 
@@ -18,6 +21,7 @@ LOG = "log.txt"
 POLL = 0.2  # seconds
 
 _children: set[subprocess.Popen[bytes]] = set()
+_stopped = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,32 @@ class Outcome:
 
 
 def find_outcome(study: Path, trial: Trial) -> Outcome | None:
-    """Return the outcome of a trial that has ended well; None when it must be run."""
+    """Return the outcome of a trial that has ended, or cannot go on; None when it must be run."""
     folder = study / TRIALS / trial.folder
-    if not (folder / "run" / "summary.json").is_file():
-        return None
-    return Outcome(folder, read_json(folder / "run" / "summary.json", "trial"), repeated=True)
+    run = folder / "run"
+    try:
+        if (run / "config.yaml").is_file():
+            _refuse_difference(read_config(run / "config.yaml"), trial.config)
+        if not (run / "summary.json").is_file():
+            return None
+        return Outcome(folder, Run.open(run).summary, repeated=True)
+    except MdpdError as err:
+        return Outcome(folder, None, str(err), repeated=True)
+
+
+def _refuse_difference(before: Config, now: Config) -> None:
+    """Refuse a run that was made by other options, as when a default has changed since."""
+    plain, asked = before.flat(), now.flat()
+    for name, value in asked.items():
+        if name != "out" and plain.get(name) != value:
+            raise UserError(
+                f"its folder holds a run with {name}={plain.get(name)}, and now it is {value}: "
+                "compare anew in another folder."
+            )
 
 
 def run_trial(study: Path, trial: Trial, threads: int) -> Outcome:
-    """Train, or go on where an earlier attempt stopped; never raises for a child that fails.
+    """Train, or go on where an earlier attempt stopped; a child that fails is an outcome.
 
     Args:
         study: The study's folder.
@@ -68,11 +89,10 @@ def run_trial(study: Path, trial: Trial, threads: int) -> Outcome:
     """
     folder = study / TRIALS / trial.folder
     run = folder / "run"
-    while is_claimed(run):  # the child of a study that was killed is still at work
-        time.sleep(POLL)
-    if found := find_outcome(study, trial):
+    if found := _wait(study, trial):
         return found
     write_text(folder / "config.yaml", trial.config.to_yaml())
+    remove_leftovers(run)
     if (run / "config.yaml").is_file():
         words = ["--resume", str(run)]
     else:
@@ -87,26 +107,48 @@ def run_trial(study: Path, trial: Trial, threads: int) -> Outcome:
             env=environment,
         )
         _children.add(child)
-        code = child.wait()
-        _children.discard(child)
-    if code == 0:
-        Run.open(run)  # a summary that cannot be read is no success
-        return Outcome(folder, read_json(run / "summary.json", "trial"))
-    return Outcome(folder, None, _reason(folder / LOG, code))
+        try:
+            if _stopped.is_set():
+                child.terminate()
+            code = child.wait()
+        finally:
+            child.terminate()  # where this thread or process is ended itself
+            _children.discard(child)
+    if code and (found := _wait(study, trial)):  # another child of it had the run
+        return found
+    found = None if code else find_outcome(study, trial)
+    return found or Outcome(folder, None, _reason(folder / LOG, code, trial.config, study))
+
+
+def _wait(study: Path, trial: Trial) -> Outcome | None:
+    """Wait for the child of a study that was killed, if one is still at work; see what it left."""
+    while is_claimed(study / TRIALS / trial.folder / "run") and not _stopped.is_set():
+        time.sleep(POLL)
+    return find_outcome(study, trial)
+
+
+def allow_children() -> None:
+    """Let trainings start again after `stop_children`."""
+    _stopped.clear()
 
 
 def stop_children() -> None:
-    """End the trainings that this process has started; each can be resumed."""
+    """End the trainings that this process has started, and start no more; each can be resumed."""
+    _stopped.set()
     for child in list(_children):
         child.terminate()
 
 
-def _reason(log: Path, code: int) -> str:
-    """Return why a child ended: its own last words, or the signal that ended it."""
+def _reason(log: Path, code: int, config: Config, study: Path) -> str:
+    """Return why a child ended: its own last words without places, or the signal that ended it."""
     if code < 0:
         return f"the process was ended by {signal.Signals(-code).name}"
     lines = [
         line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line
     ]
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (said or lines or [f"the process ended with exit code {code}"])[-1]
+    reason = (said or lines or [f"the process ended with exit code {code}"])[-1]
+    for place in (study, config.data.path, config.data.eval_path, config.backbone.name):
+        if place is not None and Path(place).is_absolute():
+            reason = reason.replace(str(place), Path(place).name)
+    return reason

@@ -239,7 +239,7 @@ def ignored_options(method: type[Method]) -> list[str]:
         ignored += [f"side.{name}" for name in SideConfig.model_fields]
     if not method.distils:
         ignored += [f"distill.{name}" for name in DistillConfig.model_fields]
-        ignored += ["loss.logits", "loss.deep", "loss.shallow"]
+        ignored += ["loss.task", "loss.logits", "loss.deep", "loss.shallow"]
         ignored += ["loss.logits_form", "loss.logits_where", "loss.temperature"]
         ignored += ["train.student_task_weight", "train.late_norm_grad"]
     if not method.tunes_norms:
