@@ -147,6 +147,7 @@ def test_killed_at_once_it_goes_on_and_repeats_no_finished_training(tmp_path, op
     words += ["--steps", "40", "--lr-factors", "1,2", "--latency-seconds", "0"]
     words += ["--out", str(folder)]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        assert process.stderr.readline().startswith("comparison: ")
         first = process.stderr.readline()
         assert first.startswith("[1/4] classify probe"), first
         deadline = time.monotonic() + 60

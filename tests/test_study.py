@@ -205,6 +205,7 @@ def test_what_an_interrupt_leaves_waiting_is_never_started(tmp_path):
         time.sleep(0.05)
         engine.shutdown(wait=True, cancel_futures=True)
     assert started == [0]
+    build_engine("local", jobs=1, threads=1, gpus=0).shutdown()  # the next one starts anew
 
 
 def test_a_run_that_other_options_made_is_no_finished_trial(tmp_path):
