@@ -106,7 +106,10 @@ def scatter_chart(
 
 @dataclass(frozen=True)
 class Dot:
-    """One named point of a trade-off: x is a cost, y what it buys, with its ± (0 for none)."""
+    """One named point of a trade-off: x is a cost, y what it buys, with its ± (0 for none).
+
+    The name may have several lines.
+    """
 
     name: str
     x: float
@@ -153,13 +156,14 @@ def pareto_front(dots: Sequence[Dot]) -> list[Dot]:
 def _name_dots(axes: Axes, dots: Sequence[Dot]) -> None:
     """Write each name beside its dot, where it covers no dot and no other name if that can be."""
     scale = axes.figure.dpi / 72
-    height = 8.5 * scale
     spots = [tuple(axes.transData.transform((dot.x, dot.y))) for dot in dots]
     near = 4 * scale
     taken = [(x - near, y - near, x + near, y + near) for x, y in spots]
     frame = axes.get_window_extent()
     for dot, (x, y) in sorted(zip(dots, spots, strict=True), key=lambda pair: pair[1]):
-        width = 4.6 * scale * len(dot.name)
+        lines = dot.name.split("\n")
+        width = 4.6 * scale * max(map(len, lines))
+        height = 9.5 * scale * len(lines)
         best, least = None, math.inf
         for reach in (6, 14, 24, 36):
             for side, rise in (

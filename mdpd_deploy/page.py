@@ -164,6 +164,9 @@ section { padding: 20px 22px; margin-top: 16px; }
   grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); }
 .pair { display: grid; gap: 0 16px;
   grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
+.trade-offs { display: grid; gap: 12px 20px;
+  grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); }
+.trade-offs figure { max-width: 620px; }
 figure { margin: 0; }
 .pair > *, .sides > *, .charts > *, .samples > *, .bars > * { min-width: 0; }
 figcaption { font-size: 13px; margin-bottom: 4px; }

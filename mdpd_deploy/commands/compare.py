@@ -227,14 +227,16 @@ def _compare(
             raise UserError("--resume goes on with what was asked for: give no other option.")
         folder = resume.expanduser().resolve()
         _stored_plan(folder)  # so that no other folder is locked
+        shared = None
     else:
-        base, task = _base(config, set, flags)
+        shared = _base(config, set, flags)
         folder = _folder(out)
         _refuse_foreign(folder)
     with claimed(folder, by="comparison"), _ended_by_sigterm():
-        if resume is not None:
+        if shared is None:
             plan = _stored_plan(folder)
         else:
+            base, task = shared
             plan = _asked_plan(folder, base, methods, tasks or [task], seeds or 1, factors)
         gpu = _on_gpu(plan.base)
         if gpu and jobs > 1 and engine == "local":

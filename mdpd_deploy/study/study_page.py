@@ -53,14 +53,20 @@ def _pictures(results: Results) -> object:
     if peaks:
         unit, scale = ("GB", 1e9) if max(peaks.values()) >= 1e9 else ("MB", 1e6)
         memory = [
-            Dot(label, peak / scale, drawn[label], _error(results, label), kind_of(label))
+            Dot(_name(label), peak / scale, drawn[label], _error(results, label), kind_of(label))
             for label, peak in peaks.items()
         ]
         words = f"peak training memory ({unit}, live tensors)"
         chart = trade_off_chart(memory, x_label=words, y_label=what, log=True)
         charts.append(figure("Training memory", chart, keys))
     timed = [
-        Dot(label, results.latency[label].ratio, score, _error(results, label), kind_of(label))
+        Dot(
+            _name(label),
+            results.latency[label].ratio,
+            score,
+            _error(results, label),
+            kind_of(label),
+        )
         for label, score in drawn.items()
         if label in results.latency
     ]
@@ -71,10 +77,16 @@ def _pictures(results: Results) -> object:
         charts.append(figure("Inference time", chart, keys))
     return section(
         "Trade-offs",
-        tag("div", charts, class_="pair"),
+        tag("div", charts, class_="trade-offs"),
         note="Up and to the left is better; the dashed line joins what nothing else beats. "
         "Bars are standard deviations over seeds.",
     )
+
+
+def _name(label: str) -> str:
+    """Put a method's own options on lines of their own, without their section."""
+    method, *options = label.split("+")
+    return "\n".join((method, *(f"+{option.partition('.')[2]}" for option in options)))
 
 
 def _peak(results: Results, label: str) -> float | None:
