@@ -211,8 +211,9 @@ def test_a_delta_holds_what_merging_changed_and_the_adapter_lies_beside_it(metho
     delta = load_file(run.path / "model" / "delta.safetensors")
     fresh = run.load_backbone().state_dict()
     for name, value in delta.items():
-        if not name.startswith("head."):
-            assert not torch.equal(fresh[name.removeprefix("backbone.")], value)
+        before = fresh.get(name.removeprefix("backbone."))
+        if before is not None and before.any():  # a bias of zeros stays one when it is scaled
+            assert not torch.equal(before, value)
     assert run.summary["params"]["deployed_delta"] == sum(t.numel() for t in delta.values())
     assert run.summary["params"]["backbone"] == sum(
         p.numel() for p in run.load_bare().backbone.parameters()
@@ -291,12 +292,19 @@ def test_a_prefix_needs_an_attention_that_takes_it(backbones):
         build_tokens(backbones("image"), "prefix", SMALL)
 
 
-def test_scales_are_not_decayed():
+@pytest.mark.parametrize(
+    "method, scales", [("adalora", "lora_E"), ("ia3", "ia3_l"), ("lora", None)]
+)
+def test_scales_are_not_decayed(method, scales, backbones):
+    """And the maps are, those of rank one included."""
     from mdpd_deploy.train.optim import _by_decay
 
-    maps, scale = torch.nn.Parameter(torch.ones(4, 3)), torch.nn.Parameter(torch.ones(4, 1))
-    decayed, plain = _by_decay("adapter", {"maps": maps, "scale": scale})
-    assert list(decayed) == ["maps"] and list(plain) == ["scale"]
+    backbone = backbones("text")
+    inject(backbone, method, SMALL.model_copy(update={"rank": 1}))
+    added = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    decayed, plain = _by_decay("adapter", added)
+    assert set(plain) == {name for name in added if scales and scales in name}
+    assert set(decayed) == set(added) - set(plain)
 
 
 def test_every_adapter_is_a_method():
