@@ -64,6 +64,32 @@ class Prediction:
 
 
 @dataclass(frozen=True, eq=False)
+class Task:
+    """One task that a bundle's graph answers.
+
+    Attributes:
+        name: As requests name it.
+        index: The row's `task_id`, where the graph takes one.
+        kind: "classify" or "regress".
+        label_names: Class names in index order; empty for regression.
+        pair: Whether an input is a pair of texts.
+        preprocess: Raw inputs → the graph's inputs, but for `task_id`.
+    """
+
+    name: str
+    index: int
+    kind: str
+    label_names: tuple[str, ...]
+    pair: bool
+    preprocess: Preprocess
+
+    @property
+    def width(self) -> int:
+        """How many of the graph's output columns belong to the task, counted from the first."""
+        return len(self.label_names) or 1
+
+
+@dataclass(frozen=True, eq=False)
 class Bundle:
     """A verified bundle on disk.
 
@@ -80,6 +106,13 @@ class Bundle:
     preprocess: Preprocess
     label_names: tuple[str, ...]
     kind: str
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What the graph answers, in the order of `task_id`."""
+        name = self.manifest["task"].rpartition("/")[2]
+        pair = bool(self.manifest["pair"])
+        return (Task(name, 0, self.kind, self.label_names, pair, self.preprocess),)
 
     def runner(self, device: str = "cpu", threads: int | None = None) -> OnnxRunner:
         """Open the graph on a device; see `OnnxRunner`."""
