@@ -1,9 +1,7 @@
 """Building models of foreign libraries: without weights, quietly, and with errors in our words."""
 
 import contextlib
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pickle import UnpicklingError
@@ -14,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.quiet import quiet
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -65,16 +64,8 @@ def _build_on_meta(build: Callable[[], ModuleT]) -> ModuleT:
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep timm, transformers and the hub client from writing to stderr inside the block."""
-    levels = {name: logging.getLogger(name).level for name in _LOUD}
-    for name in _LOUD:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), _no_bars():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+    with quiet(*_LOUD), _no_bars():
+        yield
 
 
 @contextlib.contextmanager

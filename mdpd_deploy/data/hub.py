@@ -6,7 +6,6 @@ they are asked for and pass our own limits (`images.decode_image`).
 
 import contextlib
 import io
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -18,6 +17,7 @@ from mdpd_deploy.data.rows import Rows
 from mdpd_deploy.data.splits import SPLIT_NAMES
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.network import hub_reachable
+from mdpd_deploy.quiet import quiet
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -69,7 +69,7 @@ def load_hub(spec: str) -> "DatasetDict":
     import datasets
 
     name, config, revision = _parse(spec)
-    with _quiet_and_quick():
+    with quiet("datasets", "huggingface_hub"), _no_tries_in_vain():
         return _load(datasets, name, config, revision)
 
 
@@ -89,24 +89,18 @@ def _load(datasets: Any, name: str, config: str | None, revision: str | None) ->
 
 
 @contextlib.contextmanager
-def _quiet_and_quick() -> Iterator[None]:
-    """Keep the libraries from writing to stderr, and from trying a hub that cannot be reached."""
+def _no_tries_in_vain() -> Iterator[None]:
+    """Keep the libraries from trying a hub that cannot be reached."""
     from datasets import config
     from huggingface_hub import constants
 
-    loggers = {name: logging.getLogger(name) for name in ("datasets", "huggingface_hub")}
-    levels = {name: logger.level for name, logger in loggers.items()}
     offline: Any = (constants, config)
     before = [module.HF_HUB_OFFLINE for module in offline]
-    for logger in loggers.values():
-        logger.setLevel(logging.CRITICAL)
     for module in offline:
         module.HF_HUB_OFFLINE = module.HF_HUB_OFFLINE or not hub_reachable()
     try:
         yield
     finally:
-        for name, level in levels.items():
-            loggers[name].setLevel(level)
         for module, value in zip(offline, before, strict=True):
             module.HF_HUB_OFFLINE = value
 
