@@ -7,13 +7,25 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    DistilBertConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
 
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import SideConfig, check_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides import SIDES, other_side
-from mdpd_deploy.train.forecast import _parts, _step, _task, forecast, measured_step
+from mdpd_deploy.train.forecast import (
+    _parts,
+    _step,
+    _task,
+    forecast,
+    measured_step,
+    reason_against,
+)
 from mdpd_deploy.train.memory import storage_bytes
 from mdpd_deploy.train.methods import build_method
 from mdpd_deploy.train.optim import build_optimizer
@@ -31,18 +43,28 @@ def folders(tmp_path_factory):
     config = {"timm_model": "vit_tiny_patch16_224", "timm_kwargs": {**VIT, "num_classes": 0}}
     (root / "vit" / "config.json").write_text(json.dumps(config))
     words = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"])}
-    bert = BertConfig(
+    shape = dict(
         vocab_size=len(words), hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
         intermediate_size=128, max_position_embeddings=40,
     )  # fmt: skip
-    bert.architectures = ["BertModel"]
-    bert.save_pretrained(root / "bert")
+    distil = DistilBertConfig(
+        vocab_size=len(words), dim=64, n_layers=4, n_heads=4, hidden_dim=128,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    configs = {
+        "bert": (BertConfig(**shape), "BertModel", ["token_type_ids"]),
+        "roberta": (RobertaConfig(**shape, type_vocab_size=1), "RobertaModel", []),
+        "distilbert": (distil, "DistilBertModel", []),
+    }
     tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
-        sep_token="[SEP]", model_input_names=["input_ids", "attention_mask", "token_type_ids"],
-    ).save_pretrained(root / "bert")  # fmt: skip
+    for name, (config, kind, segments) in configs.items():
+        config.architectures = [kind]
+        config.save_pretrained(root / name)
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
+            sep_token="[SEP]", model_input_names=["input_ids", "attention_mask", *segments],
+        ).save_pretrained(root / name)  # fmt: skip
     return root
 
 
@@ -87,7 +109,9 @@ ROWS = [
     ("vit", "lora", "unipt", {"precision": "bf16", "accumulate": 2}),
     ("vit", "prompt", "unipt", {}),
     ("bert", "prompt", "unipt", {"precision": "bf16"}),
-    ("bert", "prefix", "unipt", {}),
+    *((family, "prefix", "unipt", {}) for family in ("bert", "roberta")),
+    *((family, "lora", "unipt", {}) for family in ("roberta", "distilbert")),
+    ("distilbert", "prompt", "unipt", {}),
     ("bert", "mdpd", "unipt", {}),
     ("bert", "mdpd", "sherl", {"norm_grad": "local"}),
     *((family, "side", side, {}) for family in ("vit", "bert") for side in sorted(SIDES)),
@@ -136,6 +160,11 @@ def test_forecast_leaves_the_random_state_alone(folders):
     before = torch.get_rng_state()
     forecast(config_of(folders / "vit", "probe"), outputs=2, kind="classify")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_does_not_fit_a_backbone_has_a_reason(folders):
+    assert "use --method prompt" in reason_against(config_of(folders / "distilbert", "prefix"))
+    assert reason_against(config_of(folders / "roberta", "prefix")) is None
 
 
 def test_errors_stay_sentences(folders):

@@ -12,6 +12,7 @@ from mdpd_deploy.train.entries import (
     parse_entry,
 )
 from mdpd_deploy.train.fit import Plan, fit_run, make_plan, resume_run
+from mdpd_deploy.train.forecast import reason_against
 from mdpd_deploy.train.memory_table import MemoryRow, forecast_methods
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "forecast_methods",
     "make_plan",
     "parse_entry",
+    "reason_against",
     "resume_run",
 ]

@@ -14,6 +14,7 @@ import torch
 
 from mdpd_deploy.backbones import Backbone, load_backbone
 from mdpd_deploy.config import Config
+from mdpd_deploy.errors import UserError
 from mdpd_deploy.train.memory import PeakBytes, fake_tensors, measure_peak
 from mdpd_deploy.train.methods import Batch, Method, TaskSpec, build_method
 from mdpd_deploy.train.optim import build_optimizer, clip_gradients
@@ -69,6 +70,23 @@ def forecast(
             _step(method, optimizer, parts)
     trained = sum(method.parameter_counts.values())
     return MemoryForecast(peak.peak_bytes, peak.parts, trained, method.deployed_delta)
+
+
+def reason_against(config: Config) -> str | None:
+    """Return why a run's method or side network does not fit its backbone; None where it does.
+
+    Raises:
+        UserError: If the backbone itself cannot be used.
+    """
+    with fake_tensors():
+        backbone = load_backbone(
+            config.backbone, max_length=config.data.max_length, pad=config.data.pad, fake=True
+        )
+        try:
+            build_method(backbone, _task(config, 2, "classify"), config)
+        except UserError as err:
+            return str(err)
+    return None
 
 
 def measured_step(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdpd_deploy.commands.options import split_numbers, split_words
 from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -52,9 +53,9 @@ def command(
     """
     report, folder = _bench(
         run_or_bundle,
-        rivals=_words(rivals),
-        runtime=_words(runtime),
-        batch=_batches(batch),
+        rivals=None if rivals is None else split_words(rivals),
+        runtime=None if runtime is None else split_words(runtime),
+        batch=None if batch is None else split_numbers(batch, "--batch"),
         seconds=seconds,
         out=out,
         device=device,
@@ -326,14 +327,3 @@ def _default_out(subject: _Subject) -> Path:
         folder = first.with_name(f"{first.name}-{number}")
         number += 1
     return folder
-
-
-def _words(text: str | None) -> list[str] | None:
-    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _batches(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"--batch {text}: give whole numbers with commas, as in 1,8,32.") from None

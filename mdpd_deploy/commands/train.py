@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdpd_deploy.commands import options
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,16 +25,12 @@ def command(
         str | None,
         typer.Option(help="glue/NAME, vtab/NAME, classify, regress or digits (the default)."),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="File, folder or hub:NAME; for glue and vtab their root.")
-    ] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Separate evaluation data.")] = None,
-    text: Annotated[str | None, typer.Option(help="Text column, or two: A,B.")] = None,
-    image: Annotated[str | None, typer.Option(help="Column of image paths.")] = None,
-    label: Annotated[str | None, typer.Option(help="Label column.")] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="timm:NAME, hf:NAME[@revision] or a local folder.")
-    ] = None,
+    data: options.Data = None,
+    eval_data: options.EvalData = None,
+    text: options.Text = None,
+    image: options.Image = None,
+    label: options.Label = None,
+    backbone: options.Backbone = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -42,12 +39,12 @@ def command(
         ),
     ] = None,
     side: Annotated[str | None, typer.Option(help="unipt (default), sherl, lst, dtl.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data; default 10.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Examples per step; default 32.")] = None,
+    steps: options.Steps = None,
+    epochs: options.Epochs = None,
+    batch: options.Batch = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random; default 0.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    device: options.Device = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default runs/DATE-TASK-METHOD.")
     ] = None,
@@ -190,7 +187,7 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if name == "text" and isinstance(value, str):
-        return [column.strip() for column in value.split(",")]
+        return options.split_words(value)
     return value
 
 

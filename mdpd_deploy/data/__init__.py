@@ -40,13 +40,15 @@ def load_task(task: str, config: DataConfig, *, seed: int) -> TaskData:
     Args:
         task: A task name, see the table above.
         config: Where the data is, and its options.
-        seed: Seed of the splits that are made and of the shuffle before `data.limit`.
+        seed: Seed of the splits that are made and of the shuffle before `data.limit`;
+            `data.split_seed` takes its place.
 
     Raises:
         UserError: For an unknown task, a wrong path or anything wrong in the data, naming the file
             and the row.
     """
-    return find_reader(task)(task, config, seed=seed)
+    own = config.split_seed
+    return find_reader(task)(task, config, seed=seed if own is None else own)
 
 
 def load_evaluation(

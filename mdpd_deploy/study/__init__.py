@@ -13,16 +13,18 @@ Nothing here trains: a trial is `mdpd train` on a config file.
 """
 
 from mdpd_deploy.study.engines import ENGINES, build_engine
-from mdpd_deploy.study.plan import Ask, Plan, read_plan, write_plan
+from mdpd_deploy.study.plan import PLAN, Ask, Plan, on_one_split, read_plan, write_plan
 from mdpd_deploy.study.results import Latency, Results, collect
-from mdpd_deploy.study.schedule import run_trials
+from mdpd_deploy.study.schedule import CellOutcome, run_trials
 from mdpd_deploy.study.study_page import write_page
 from mdpd_deploy.study.suites import expand_tasks
 from mdpd_deploy.study.table import markdown, render
 
 __all__ = [
     "ENGINES",
+    "PLAN",
     "Ask",
+    "CellOutcome",
     "Latency",
     "Plan",
     "Results",
@@ -30,6 +32,7 @@ __all__ = [
     "collect",
     "expand_tasks",
     "markdown",
+    "on_one_split",
     "read_plan",
     "render",
     "run_trials",

@@ -92,7 +92,7 @@ class Plan:
 
     Attributes:
         base: The config that all trials share; its task, method, side network, seed and
-            learning rate are those of the trials.
+            learning rate are those of the trials. `on_one_split` has settled its data.
         asks: What was asked for, oldest first.
         configs: Label → the base config with that method.
         rates: Label → the learning rate that a factor of 1 means.
@@ -155,6 +155,15 @@ class Plan:
             }
         )
         return Trial(cell.task, cell.method, factor, seed, changed)
+
+
+def on_one_split(base: Config) -> Config:
+    """Let every seed of a study train and measure on the same examples of data that it splits."""
+    if base.data.split_seed is not None:
+        return base
+    return base.model_copy(
+        update={"data": base.data.model_copy(update={"split_seed": base.train.seed})}
+    )
 
 
 def write_plan(folder: Path, base: Config, asks: Sequence[Ask]) -> None:

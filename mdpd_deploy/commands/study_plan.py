@@ -1,0 +1,187 @@
+"""What a comparison runs: from the words of `mdpd compare` to a plan in its folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mdpd_deploy.commands.options import split_words
+from mdpd_deploy.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from mdpd_deploy.config import Config
+    from mdpd_deploy.study import Ask, Plan
+
+METHODS = "probe,norms,bitfit,lora,full,unipt,mdpd:unipt"
+FACTORS = "0.3,1,3"
+FLAGS = ("data", "eval_data", "text", "image", "label", "backbone", "steps", "epochs", "batch",
+         "device")  # fmt: skip
+SHARED = ("task", "method", "out", "side.name", "train.seed", "train.steps", "train.epochs",
+          "train.batch", "train.accumulate", "train.device")  # fmt: skip
+
+
+def shared_config(
+    config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]
+) -> tuple[Config, str]:
+    """Return what all trials share, and the task that the config names."""
+    from mdpd_deploy.commands.train import build_config
+    from mdpd_deploy.config import Config
+
+    for name in flags:
+        if name not in FLAGS:
+            raise unknown("compare", name, FLAGS)
+    plain = Config()
+    base = build_config(config, sets, flags)
+    for name in ("method", "out", "side.name"):
+        if base.flat()[name] != plain.flat()[name]:
+            raise UserError(
+                f"{name}={base.flat()[name]} is no option of all methods: leave it out, and name "
+                "methods in --methods (METHOD:SIDE) and the folder in --out."
+            )
+    return base.model_copy(update={"task": plain.task}), base.task
+
+
+def asked_plan(
+    folder: Path,
+    base: Config,
+    methods: Sequence[str] | None,
+    tasks: Sequence[str],
+    seeds: int,
+    lr_factors: tuple[float, ...],
+    say: Callable[[str], None],
+) -> Plan:
+    """Return what was asked for now, added to what the folder's comparison already is.
+
+    Args:
+        folder: Of the comparison.
+        base: From `shared_config`.
+        methods: Words of --methods; None means the usual ones.
+        tasks: Words of --task.
+        seeds: How many, from `train.seed` on.
+        lr_factors: Of each method's own learning rate.
+        say: Takes a line for each task or method that is left out.
+
+    Raises:
+        UserError: For words that mean nothing, or a folder of other trainings.
+    """
+    from mdpd_deploy.study import PLAN, Ask, expand_tasks, on_one_split, read_plan
+
+    base = on_one_split(base)
+    earlier: tuple[Ask, ...] = ()
+    if (folder / PLAN).is_file():
+        stored, earlier = read_plan(folder)
+        _refuse_difference(folder, stored, base)
+    labels = method_labels(base, methods, say)
+    named = expand_tasks(tasks, base, say)
+    full = [task for task in named if task.startswith("vtab-full/")]
+    if full and (len(lr_factors) > 1 or base.train.keep != "last"):
+        raise UserError(
+            f"{full[0]} trains on its validation pictures too, so they can choose neither a rate "
+            "nor the best weights: find the factor on vtab/NAME, then add --lr-factors FACTOR "
+            "--set train.keep=last."
+        )
+    first = base.train.seed
+    ask = Ask(tuple(named), tuple(labels), lr_factors, tuple(range(first, first + seeds)))
+    asks = earlier if ask in earlier else (*earlier, ask)
+    return _plan(base, asks)
+
+
+def stored_plan(folder: Path) -> Plan:
+    """Return the plan of a folder that `mdpd compare` wrote."""
+    from mdpd_deploy.study import read_plan
+
+    base, asks = read_plan(folder)
+    return _plan(base, asks)
+
+
+def method_labels(
+    base: Config, words: Sequence[str] | None, say: Callable[[str], None]
+) -> list[str]:
+    """Return the labels of the methods that words name.
+
+    `all` means every method that fits the backbone; a line says which one does not, and why. One
+    that is named itself stays, to be reported as a row.
+    """
+    from mdpd_deploy.train import reason_against
+
+    chosen = split_words(METHODS) if words is None else list(words)
+    if not chosen:
+        raise UserError("--methods names none: leave it out for the usual ones.")
+    named = method_configs(base, [word for word in chosen if word != "all"])[0]
+    fitting = []
+    for label, config in method_configs(base, expand_all(chosen))[0].items():
+        reason = None if label in named else reason_against(config)
+        if reason is None:
+            fitting.append(label)
+        else:
+            say(f"{label} is left out: {reason}")
+    return fitting
+
+
+def expand_all(words: Sequence[str]) -> list[str]:
+    """Return words of --methods with every method there is in the place of `all`."""
+    from mdpd_deploy.train import default_entries
+
+    every = [entry.label for entry in default_entries()]
+    return [label for word in words for label in (every if word == "all" else [word])]
+
+
+def _plan(base: Config, asks: tuple[Ask, ...]) -> Plan:
+    from mdpd_deploy.study import Plan
+
+    labels = dict.fromkeys(method for ask in asks for method in ask.methods)
+    return Plan(base, asks, *method_configs(base, list(labels)))
+
+
+def method_configs(
+    base: Config, words: Sequence[str]
+) -> tuple[dict[str, Config], dict[str, float]]:
+    """Return label → config and label → learning rate of the methods that the words name."""
+    from mdpd_deploy.commands.train import build_config
+    from mdpd_deploy.train import apply_entry, check_options, parse_entry
+
+    configs: dict[str, Config] = {}
+    rates: dict[str, float] = {}
+    for word in words:
+        name, *options = re.split(r"\+(?=[\w.]+=)", word)
+        entry = parse_entry(name)
+        label = "+".join((entry.label, *options))
+        plain = apply_entry(base, entry)
+        configs[label] = build_config(plain, options, {})
+        _refuse_other_data(label, plain, configs[label])
+        check_options(configs[label])
+        rates[label] = configs[label].optim.lr or entry.default_lr
+    return configs, rates
+
+
+def _refuse_other_data(label: str, base: Config, config: Config) -> None:
+    """Refuse options of one method that would make it incomparable with the others."""
+    before = base.flat()
+    for name, value in config.flat().items():
+        shared = name in SHARED or name.startswith(("data.", "backbone."))
+        if shared and value != before[name]:
+            raise UserError(
+                f"--methods {label}: {name} is the same for all methods; set it for all with --set."
+            )
+
+
+def _refuse_difference(folder: Path, stored: Config, base: Config) -> None:
+    before, now = stored.flat(), base.flat()
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"--out {folder} holds a comparison with {name}={before.get(name)}, and this one "
+                f"has {name}={value}: choose another folder."
+            )
+
+
+def parse_factors(text: str) -> tuple[float, ...]:
+    """Read --lr-factors, numbers with commas; each once."""
+    try:
+        return tuple(dict.fromkeys(float(word) for word in split_words(text)))
+    except ValueError:
+        raise UserError(
+            f"--lr-factors {text}: give numbers with commas, as in {FACTORS}."
+        ) from None
