@@ -178,7 +178,9 @@ def evaluate(
     method.train_mode()
     measured = {name: compute(data.metrics, out, split.labels) for name, out in outputs.items()}
     score = measured["deployed"][data.metrics[0]]
-    if progress.best is None or score > progress.best:
+    if not method.may_deploy(progress.step, setup.steps):
+        pass  # measured and logged only
+    elif progress.best is None or score > progress.best:
         progress.best, progress.best_step, progress.stale = score, progress.step, 0
         if setup.state.is_main_process:
             save_best(checkpoints, method)

@@ -71,6 +71,10 @@ class AdaLora(Adapted):
         options.deltaT = max(1, steps // ROUNDS)
         self.model.update_and_allocate(step)
 
+    def may_deploy(self, step: int, steps: int) -> bool:
+        """Whether the budget is reached; until then more triplets are left than it allows."""
+        return step > steps - int(FINAL * steps) or step == steps
+
     def extra_state(self) -> dict[str, Tensor]:
         """Return the importance of every number, and which triplets are left."""
         allocator = self.model.rankallocator

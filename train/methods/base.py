@@ -123,6 +123,10 @@ class Method(ABC):
     def after_step(self, step: int, steps: int) -> None:  # noqa: B027  # most do nothing
         """Do what follows an optimiser step (0-based, of `steps`); gradients are still in place."""
 
+    def may_deploy(self, step: int, steps: int) -> bool:
+        """Whether the weights after `step` of `steps` steps can be the best ones."""
+        return True
+
     def extra_state(self) -> dict[str, Tensor]:
         """Return what training must know to go on and the model does not, by name."""
         return {}
