@@ -62,7 +62,20 @@ def on_ray(jobs: int, threads: int, gpus: int) -> Executor:
             ray.init(log_to_driver=False)
         except (ConnectionError, RuntimeError) as err:
             raise UserError(f"--engine ray: no cluster could be reached ({err}).") from err
+    _refuse_small_machines([n["Resources"] for n in ray.nodes() if n["Alive"]], threads, gpus)
     return RayExecutor(num_cpus=threads, num_gpus=gpus)
+
+
+def _refuse_small_machines(machines: list[dict[str, float]], threads: int, gpus: int) -> None:
+    """Refuse a trial that no machine can hold, for which Ray would wait for ever."""
+    if any(m.get("CPU", 0) >= threads and m.get("GPU", 0) >= gpus for m in machines):
+        return
+    largest = max((m.get("CPU", 0) for m in machines), default=0)
+    gpu = " and a GPU" if gpus else ""
+    raise UserError(
+        f"--engine ray: no machine of the cluster has the {threads} processors{gpu} that a training "
+        f"is to have (the largest has {largest:g}): lower --threads, or add such a machine first."
+    )
 
 
 class RayExecutor(Executor):
