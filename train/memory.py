@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 ACTIVATIONS = "activations"  # the part of everything that has no other name
 
@@ -130,10 +129,10 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        given: set[int] = set()
-        tree_map_only(Tensor, lambda t: given.add(t.untyped_storage()._cdata), (args, kwargs))
+        given = {t.untyped_storage()._cdata for t in _arguments((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, lambda t: self._see(t, given), out)
+        for tensor in _arguments(out):
+            self._see(tensor, given)
         return out
 
     def _counts(self, tensor: Tensor) -> bool:
@@ -200,6 +199,17 @@ def tensors_of(*things: object) -> Iterator[Tensor]:
             yield from tensors_of(*thing.values())
         elif isinstance(thing, Sequence) and not isinstance(thing, str | bytes):
             yield from tensors_of(*thing)
+
+
+def _arguments(thing: object) -> Iterator[Tensor]:
+    """Yield the tensors that an operator takes or returns: alone, or in lists and keywords."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, list | tuple):
+        for part in thing:
+            yield from _arguments(part)
+    elif isinstance(thing, dict):
+        yield from _arguments(tuple(thing.values()))
 
 
 def storage_bytes(*things: object) -> int:
