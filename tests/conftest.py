@@ -181,6 +181,19 @@ def text_options(tiny_bert, sentence_folder) -> dict:
 
 
 @pytest.fixture(scope="session")
+def fit_in():
+    """`fit` into a folder with the words of one dict and others on top, those of `set` added."""
+    from mdpd_deploy import fit
+
+    def run(folder, options, **more):
+        both = {**options, **more}
+        both["set"] = [*options.get("set", ()), *more.get("set", ())]
+        return fit(out=folder, quiet=True, **both)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, image_options):
     """A completed MDPD run on images (over UniPT); treat it as read-only."""
     from mdpd_deploy import fit

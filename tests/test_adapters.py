@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from safetensors.torch import load_file
 from mdpd_deploy import fit
 from mdpd_deploy.adapters import LAYERS, TOKENS, build_tokens, inject, merged_weights
 from mdpd_deploy.backbones import load_backbone
-from mdpd_deploy.config import BackboneConfig, PeftConfig
+from mdpd_deploy.config import BackboneConfig, PeftConfig, load_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.onnx_graph import export_onnx, same_structure
 from mdpd_deploy.tasks.head import Head
+from mdpd_deploy.train.batches import StepDataset
 from mdpd_deploy.train.checkpoint import load_best
 from mdpd_deploy.train.methods import METHODS
 from mdpd_deploy.train.setup import prepare
@@ -187,6 +189,30 @@ def test_what_is_deployed_answers_as_in_training(method, kind, run_of):
         assert (bare - expected).abs().max() > 1e-4
 
 
+CHANGED = {
+    "lora": ("query.weight", "value.weight", "qkv.weight"),
+    # biases are scaled too, and stay: those of a tiny encoder are all zero
+    "ia3": ("key.weight", "value.weight", "qkv.weight", "fc2.weight", "0.output.dense.weight",
+            "1.output.dense.weight", "2.output.dense.weight"),
+}  # fmt: skip
+CHANGED["adalora"] = CHANGED["lora"]
+
+
+@pytest.mark.parametrize(("method", "kind"), METHOD_ROWS)
+def test_each_changes_only_what_it_declares_and_reloads_equal(method, kind, run_of):
+    run = run_of(method, kind)
+    model, fresh = run.load_deployed(), run.load_backbone()
+    for name, value in model.backbone.state_dict().items():
+        tuned = name.endswith(CHANGED.get(method, ("nothing",)))
+        assert torch.equal(value, fresh.state_dict()[name]) == (not tuned), name
+    split = run.load_evaluation()["validation"]
+    arrays = run.preprocess(list(split.inputs))
+    with torch.no_grad():
+        logits = model(*(torch.from_numpy(arrays[name]) for name in model.backbone.input_names))
+    reported = run.summary["metrics"]["deployed"]["accuracy"]
+    assert float((logits.argmax(-1).numpy() == split.labels).mean()) == pytest.approx(reported)
+
+
 @pytest.mark.parametrize("kind", ["image", "text"])
 @pytest.mark.parametrize("method", list(LAYERS))
 def test_the_unmerged_rival_has_the_trained_values(method, kind, run_of):
@@ -232,8 +258,6 @@ def test_the_layers_of_an_unmerged_adapter_are_in_its_graph(run_of, tmp_path):
 
 
 def test_adapter_dropout_is_on_in_training_only(tiny_bert, sentence_folder):
-    from mdpd_deploy.config import load_config
-
     flags = {
         "task": "classify", "data.path": str(sentence_folder), "data.text": ["sentence"],
         "backbone.name": str(tiny_bert), "method": "lora", "data.max_length": 24,
@@ -248,8 +272,11 @@ def test_adapter_dropout_is_on_in_training_only(tiny_bert, sentence_folder):
 
 
 def test_adalora_ends_with_its_budget(tmp_path, text_options):
-    options = {**text_options, "set": ["data.max_length=24", "train.keep=last", "peft.rank=2"]}
-    run = fit(out=tmp_path / "run", method="adalora", quiet=True, **{**options, "steps": 20})
+    """Evaluations before it is reached cannot be the best, nor end the run early."""
+    sets = ["data.max_length=24", "train.eval_every=1", "train.patience=2", "peft.rank=2"]
+    options = {**text_options, "set": sets, "steps": 20}
+    run = fit(out=tmp_path / "run", method="adalora", quiet=True, **options)
+    assert run.summary["best_step"] >= 11 and run.summary["steps"] > 11
     adapter = load_file(run.path / "model" / "adapter.safetensors")
     left = sum(int(t.count_nonzero()) for name, t in adapter.items() if "lora_E" in name)
     assert left == 2 * 2 * 3  # rank × query and value × blocks
@@ -270,6 +297,47 @@ def test_a_resumed_adalora_is_bit_identical(every, steps, tmp_path, text_options
     shutil.rmtree(run.path / "model")
     again = fit(resume=run.path, quiet=True)
     assert {path.name: path.read_bytes() for path in (again.path / "model").iterdir()} == whole
+
+
+def test_parts_of_a_step_share_adaloras_penalty(tiny_bert, sentence_folder):
+    """Gradients of parts of 5 and 3 examples are those of all 8 at once, the penalty's included."""
+    flags = {
+        "task": "classify", "data.path": str(sentence_folder), "data.text": ["sentence"],
+        "backbone.name": str(tiny_bert), "method": "adalora", "data.max_length": 24,
+        "train.batch": 8, "backbone.dropout_active": False,
+    }  # fmt: skip
+    setup = prepare(load_config(None, flags))
+    method = setup.method
+    for name, weight in method.backbone_weights.items():  # Λ starts at 0, which hides P and Q
+        if "lora_E" in name:
+            torch.nn.init.constant_(weight, 0.3)
+    dataset = StepDataset(
+        setup.data.train, setup.backbone.preprocess, setup.task, setup.config, setup.schedule
+    )
+    (whole,) = dataset[0]
+
+    def gradients(*cuts):
+        method.modules.zero_grad(), method.backbone.zero_grad()
+        losses = [
+            method.step(
+                replace(
+                    whole,
+                    inputs={name: tensor[cut] for name, tensor in whole.inputs.items()},
+                    labels=whole.labels[cut],
+                    keys=whole.keys[cut],
+                )
+            )
+            for cut in cuts
+        ]
+        grads = {n: p.grad.clone() for group in method.groups.values() for n, p in group.items()}
+        return grads, {name: sum(float(loss[name]) for loss in losses) for name in losses[0]}
+
+    one, loss_of_one = gradients(slice(0, 8))
+    parts, loss_of_parts = gradients(slice(0, 5), slice(5, 8))
+    assert loss_of_one["loss_orthogonal"] > 0.1
+    assert loss_of_parts == pytest.approx(loss_of_one, rel=1e-5)
+    for name, grad in one.items():
+        torch.testing.assert_close(parts[name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "prompt"])

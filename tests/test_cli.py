@@ -240,10 +240,11 @@ def users_folder(tmp_path):
 @pytest.mark.slow
 def test_python_m_works_beside_the_users_own_scripts(users_folder, run_python):
     done = run_python(
-        "-m", "mdpd_deploy", "train", "--dry-run", "--json", "--steps", "2", cwd=users_folder
+        *("-m", "mdpd_deploy", "compare", "--forecast", "--methods", "probe", "--json"),
+        cwd=users_folder,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["forecast_bytes"] > 0
+    assert json.loads(done.stdout)[0]["forecast"]["peak_bytes"] > 0
 
 
 def test_users_scripts_keep_their_names(users_folder, run_python):

@@ -13,44 +13,55 @@ import yaml
 
 from mdpd_deploy import UserError, compare
 from mdpd_deploy.cli import main
-from mdpd_deploy.files import claimed
+from mdpd_deploy.commands.study_plan import method_labels, shared_config
+from mdpd_deploy.config import DataConfig
+from mdpd_deploy.data import load_task
+from mdpd_deploy.files import claimed, is_claimed
+from mdpd_deploy.run import Run
 
-QUICK = dict(steps=3, batch=8, latency_seconds=0)
+BAD = "mdpd:unipt+side.reduction=7"
 
 
 @pytest.fixture(scope="module")
 def options(tiny_vit, digit_folder) -> dict:
-    return dict(task="classify", data=digit_folder, backbone=tiny_vit, **QUICK)
+    """Pictures without a validation split: some are held out."""
+    data = digit_folder / "train"
+    return dict(task="classify", data=data, backbone=tiny_vit, steps=3, batch=8, latency_seconds=0)
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, options) -> dict:
-    """Two methods and a rival that does not fit, with a sweep, two seeds and latency."""
-    return compare(
-        methods=["probe", "unipt", "mdpd:unipt+side.reduction=7"],
-        seeds=2,
-        lr_factors=(1, 2),
-        jobs=2,
-        out=tmp_path_factory.mktemp("compare") / "study",
-        **{**options, "latency_seconds": 0.2},
-    )
+def swept(tmp_path_factory, options) -> dict:
+    """One method with a sweep and two seeds."""
+    folder = tmp_path_factory.mktemp("compare") / "study"
+    return compare(methods=["probe"], seeds=2, lr_factors=(1, 2), jobs=2, out=folder, **options)
+
+
+@pytest.fixture(scope="module")
+def done(swept, options) -> dict:
+    """A second method, and a rival that does not fit, added to it; with latency."""
+    folder = Path(swept["folder"])
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("summary.json")}
+    more = {**options, "latency_seconds": 0.2}
+    added = compare(methods=["unipt", BAD], lr_factors=(1,), jobs=2, out=folder, **more)
+    return {**added, "before": before}
 
 
 def test_every_method_has_its_row(done):
     rows = {row["method"]: row for row in done["rows"]}
-    assert set(rows) == {"probe", "side:unipt", "mdpd:unipt+side.reduction=7"}
+    assert set(rows) == {"probe", "side:unipt", BAD}
+    assert rows["probe"]["seeds"] == [0, 1] and set(rows["probe"]["sweep"]) == {"1", "2"}
+    assert rows["probe"]["score"]["sd"] is not None and rows["side:unipt"]["score"]["sd"] is None
     for name in ("probe", "side:unipt"):
         row = rows[name]
-        assert row["seeds"] == [0, 1] and set(row["sweep"]) == {"1", "2"}
-        assert 0 <= row["score"]["mean"] <= 1 and row["score"]["sd"] is not None
+        assert 0 <= row["score"]["mean"] <= 1
         assert row["peak_live_bytes"] > 0 and row["train_s"] >= 0
     assert rows["side:unipt"]["trained"] > rows["probe"]["trained"]
 
 
 def test_a_rival_that_does_not_fit_is_a_row_with_the_reason(done):
-    row = next(row for row in done["rows"] if row["method"].endswith("=7"))
+    row = next(row for row in done["rows"] if row["method"] == BAD)
     assert row["score"] is None
-    assert len(row["failures"]) == 2 and "side.reduction=7 does not fit" in row["failures"][0]
+    assert len(row["failures"]) == 1 and "side.reduction=7 does not fit" in row["failures"][0]
 
 
 def test_only_what_deploys_more_than_the_backbone_is_timed(done):
@@ -72,19 +83,37 @@ def test_the_folder_holds_a_page_a_table_and_every_run(done):
         assert str(folder.parents[1]) not in (folder / name).read_text()
 
 
-def test_the_same_again_repeats_nothing_and_more_is_added(done, options):
-    folder = Path(done["folder"])
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("summary.json")}
-    again = compare(methods=["probe", "norms"], lr_factors=(1,), out=folder, **options)
+def test_adding_repeats_nothing(swept, done):
+    folder, before = Path(done["folder"]), done["before"]
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("summary.json")}
     assert {path: after[path] for path in before} == before
     assert len(after) == len(before) + 1
-    assert {row["method"] for row in again["rows"]} == {
-        *(r["method"] for r in done["rows"]),
-        "norms",
-    }
-    probe = next(row for row in again["rows"] if row["method"] == "probe")
-    assert probe == next(row for row in done["rows"] if row["method"] == "probe")
+    probe = next(row for row in done["rows"] if row["method"] == "probe")
+    assert probe == swept["rows"][0]
+
+
+def test_every_seed_trains_and_measures_on_the_same_examples(done, options):
+    folder = Path(done["folder"]) / "trials" / "classify"
+    runs = [Run.open(path.parent) for path in folder.rglob("summary.json")]
+    assert {run.config.train.seed for run in runs} == {0, 1}
+    held_out = [list(run.load_task_data().evaluation["validation"].inputs) for run in runs]
+    assert len(held_out) == 4 and all(found == held_out[0] for found in held_out)
+    alone = DataConfig(path=str(options["data"]))  # as a run without a comparison has it
+    other = load_task("classify", alone, seed=1).evaluation["validation"]
+    assert list(other.inputs) != held_out[0]
+
+
+def test_all_means_every_method_that_fits_the_backbone(tiny_vit):
+    said: list[str] = []
+    base = shared_config(None, [], {"backbone": tiny_vit})[0]
+    labels = method_labels(base, ["all"], said.append)
+    assert {"probe", "lora", "prompt", "mdpd:unipt"} <= set(labels)
+    left_out = [line.partition(" is left out: ") for line in said]
+    assert {name for name, _, _ in left_out} == {"prefix", "side:lst", "mdpd:lst"}  # width 32
+    assert not {"prefix", "side:lst", "mdpd:lst"} & set(labels)
+    assert all("use --method prompt" in why for name, _, why in left_out if name == "prefix")
+    assert method_labels(base, ["prefix", "probe"], said.append) == ["prefix", "probe"]
+    assert len(said) == 3
 
 
 def test_other_options_in_the_same_folder_are_refused(done, options):
@@ -138,40 +167,52 @@ def test_resume_takes_no_other_option(done, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_once_it_goes_on_and_repeats_no_finished_training(tmp_path, options):
-    """The parent is killed while a training is at work; its child ends on its own and counts."""
+def test_ended_or_killed_it_goes_on_and_repeats_no_finished_training(tmp_path, options):
+    """SIGTERM ends the child too; after SIGKILL the child ends on its own, and counts."""
     folder = tmp_path / "study"
     words = [sys.executable, "-m", "mdpd_deploy", "compare", "--methods", "probe,norms"]
     for name in ("task", "data", "backbone", "batch"):
         words += [f"--{name}", str(options[name])]
-    words += ["--steps", "40", "--lr-factors", "1,2", "--latency-seconds", "0"]
-    words += ["--out", str(folder)]
+    words += ["--steps", "100", "--lr-factors", "1", "--latency-seconds", "0"]
+    words += ["--set", "train.eval_every=50", "--out", str(folder)]
+    cut = folder / "trials" / "classify" / "norms" / "lr×1-seed0" / "run"
+    log = cut / "metrics.jsonl"  # written anew when a training starts
+
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         assert process.stderr.readline().startswith("comparison: ")
-        first = process.stderr.readline()
-        assert first.startswith("[1/4] classify probe"), first
-        deadline = time.monotonic() + 60
-        while len(list(folder.rglob("run/config.yaml"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        assert process.stderr.readline().startswith("[1/2] classify probe")
+        wait_for(log.exists, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130
+    assert not is_claimed(cut) and not (cut / "summary.json").exists()
+    (finished,) = folder.rglob("summary.json")
+    times = finished.stat().st_mtime_ns, log.stat().st_mtime_ns
+
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL, env=os.environ) as process:
+        wait_for(lambda: log.stat().st_mtime_ns != times[1], process)
         process.send_signal(signal.SIGKILL)
-    finished = {path: path.stat().st_mtime_ns for path in folder.rglob("summary.json")}
-    assert 1 <= len(finished) < 4
     found = compare(resume=folder, latency_seconds=0)
-    assert all(row["score"] for row in found["rows"]) and not found["rows"][0]["failures"]
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    assert len(list(folder.rglob("summary.json"))) == 4
+    assert all(row["score"] and not row["failures"] for row in found["rows"])
+    assert finished.stat().st_mtime_ns == times[0]
+    assert len(list(folder.rglob("summary.json"))) == 2
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_the_command_prints_a_table_and_its_exit_code_tells_of_a_method_without_a_score(
-    done, run_python
+    done, capsys
 ):
     """Every training is there already, so that this only reads."""
-    ended = run_python("-m", "mdpd_deploy", "compare", "--resume", done["folder"],
-                       "--latency-seconds", "0")  # fmt: skip
-    assert ended.returncode == 1
-    assert "probe" in ended.stdout and "report.html" in ended.stdout
-    assert "failed: classify mdpd:unipt+side.reduction=7" in ended.stdout
-    assert "Traceback" not in ended.stderr
+    assert main(["compare", "--resume", done["folder"], "--latency-seconds", "0"]) == 1
+    printed = capsys.readouterr()
+    assert "probe" in printed.out and "report.html" in printed.out
+    assert f"failed: classify {BAD}" in printed.out
+    assert "(found)" in printed.err and "Traceback" not in printed.err
 
 
 def test_a_forecast_needs_no_data_and_trains_nothing(tiny_vit, tmp_path, monkeypatch, capsys):

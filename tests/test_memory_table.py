@@ -62,8 +62,11 @@ def test_what_does_not_fit_says_why(config):
         entry_configs(config, ["probe", "nope"])
 
 
-def test_a_dry_run_has_every_method_and_marks_its_own(text_options, capsys):
+def test_a_dry_run_counts_without_training_and_has_every_method(text_options, capsys):
     made = plan(**text_options)
+    assert made.examples == {"train": 60, "validation": 30}
+    assert (made.steps, made.steps_per_epoch) == (6, 8)
+    assert made.params["trained"] == sum(made.params[k] for k in ("side", "norms", "head"))
     assert [row.method for row in made.memory_table] == LABELS
     own = {row.method: row for row in made.memory_table}["mdpd:unipt"]
     assert own.forecast.peak_bytes == made.forecast_bytes
