@@ -213,5 +213,5 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{what}: {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+    except (OSError, ValueError, RecursionError) as err:  # also numbers of 5000 digits, and depth
         raise UserError(f"{what}: {path} is not readable JSON ({err}).") from None
