@@ -78,7 +78,7 @@ def check_identity(faded: Faded, graph: OnnxGraph) -> Gate:
     if faded.bare is None:
         return Gate("identity", "not applicable", DEPLOYS_MORE)
     norms = bare_norms(faded)
-    kept = norms and {name: value_digest(tensor.numpy()) for name, tensor in norms.items()}
+    kept = None if norms is None else {n: value_digest(t.numpy()) for n, t in norms.items()}
     make_comparable(faded)
     with tempfile.TemporaryDirectory(prefix="mdpd-bare-") as folder:
         bare = export_onnx(faded.bare, Path(folder, "bare.onnx"))

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -74,6 +75,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling folder; rename it to `folder` when the block succeeds.
 
+    What a killed program left beside `folder` is removed. A folder that is replaced goes out of the
+    way by a rename too: whoever is killed here leaves the old folder, the new one or none.
+
     Raises:
         UserError: If `folder` holds files and `overwrite` is not set.
     """
@@ -81,20 +85,35 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         refuse_nonempty(folder)
     folder = folder.resolve()  # a link to a folder stays a link
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    replaced = temporary.with_suffix(".old.tmp")
     with saying_disk_full(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_those_of_killed(folder)
         temporary.mkdir(parents=True)
         try:
             yield temporary
             for file in temporary.rglob("*"):
                 fsync_path(file)
             if folder.exists():
-                shutil.rmtree(folder)
+                os.replace(folder, replaced)
             os.replace(temporary, folder)
             fsync_path(folder.parent)
         except BaseException:
+            if replaced.exists() and not folder.exists():
+                os.replace(replaced, folder)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        finally:
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_those_of_killed(folder: Path) -> None:
+    """Delete temporary siblings of a folder whose program no longer runs on this machine."""
+    from psutil import pid_exists
+
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        process = path.name.removeprefix(f".{folder.name}.").split(".")[0]
+        if process.isdigit() and (int(process) == os.getpid() or not pid_exists(int(process))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def refuse_nonempty(

@@ -153,6 +153,12 @@ def check_graph(folder: Path, manifest: Manifest) -> None:
     for tensor in tensors_in(proto):  # those inside of nodes too
         if tensor.data_location == onnx.TensorProto.EXTERNAL and not _inside(tensor, manifest):
             raise _changed(folder, f"weight {tensor.name!r} lies outside the bundle's files")
+    for ports, values in (
+        (manifest.inputs, proto.graph.input),
+        (manifest.outputs, proto.graph.output),
+    ):
+        if [(port.name, port.shape) for port in ports] != [_name_and_shape(v) for v in values]:
+            raise _changed(folder, f"inputs or outputs of {MODEL_FILE} contradict {FILE}")
     notes = {p.key: p.value for p in proto.metadata_props if p.key.startswith(METADATA_PREFIX)}
     if notes != graph_notes(manifest.model_dump()):
         raise _changed(folder, f"the notes inside {MODEL_FILE} contradict {FILE}")
@@ -165,6 +171,11 @@ def _inside(tensor: Any, manifest: Manifest) -> bool:
     offset, length = where.get("offset", "0"), where.get("length", "0")
     numbers = all(number.isascii() and number.isdigit() for number in (offset, length))
     return entry is not None and numbers and int(offset[:20]) + int(length[:20]) <= entry.bytes
+
+
+def _name_and_shape(value: Any) -> tuple[str, list[str | int]]:
+    """Return a graph's input or output as `Port` says it."""
+    return value.name, [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
 def graph_notes(facts: Mapping[str, Any]) -> dict[str, str]:
