@@ -67,8 +67,8 @@ class ImagePreprocess:
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS or self.crop_mode not in CROP_MODES:
             raise UserError(
-                f"image preprocessing: interpolation {self.interpolation!r} must be one of "
-                f"{', '.join(INTERPOLATIONS)} and crop mode {self.crop_mode!r} one of "
+                f"image preprocessing: interpolation {self.interpolation!r:.60} must be one of "
+                f"{', '.join(INTERPOLATIONS)} and crop mode {self.crop_mode!r:.60} one of "
                 f"{', '.join(CROP_MODES)}."
             )
         finite = all(map(math.isfinite, (*self.mean, *self.std)))
@@ -178,7 +178,7 @@ class TextPreprocess:
         unknown = set(self.input_names) - {"input_ids", "attention_mask", "token_type_ids"}
         if unknown or "input_ids" not in self.input_names:
             raise UserError(
-                f"text preprocessing: inputs {', '.join(self.input_names)} must be input_ids with "
+                f"text preprocessing: inputs {', '.join(self.input_names)[:60]!r} must be input_ids with "
                 "attention_mask and token_type_ids as options."
             )
         if not 1 <= self.max_length <= MAX_TOKENS or abs(self.pad_id) >= 2**63:
@@ -239,7 +239,7 @@ def load_preprocess(folder: Path) -> Preprocess:
     if not isinstance(plain, dict) or plain.get("schema") != SCHEMA:
         found = plain.get("schema") if isinstance(plain, dict) else type(plain).__name__
         raise UserError(
-            f"{path} has schema {found!r}, this version reads {SCHEMA}: "
+            f"{path} has schema {found!r:.60}, this version reads {SCHEMA}: "
             "make the file again with this version."
         )
     try:
@@ -249,7 +249,7 @@ def load_preprocess(folder: Path) -> Preprocess:
             return _load_text(plain, folder / TOKENIZER_FILE)
     except (KeyError, TypeError, ValueError, OverflowError) as err:
         raise UserError(f"{path} is damaged ({err!r:.200}): take it from a sound copy.") from err
-    raise UserError(f"{path} has the unknown kind {plain['kind']!r}: expected image or text.")
+    raise UserError(f"{path} has the unknown kind {plain['kind']!r:.60}: expected image or text.")
 
 
 def _load_image(plain: dict[str, Any]) -> ImagePreprocess:
