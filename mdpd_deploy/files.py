@@ -2,10 +2,10 @@
 
 import contextlib
 import errno
-import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -110,9 +110,10 @@ def _remove_those_of_killed(folder: Path) -> None:
     """Delete temporary siblings of a folder whose program no longer runs on this machine."""
     from psutil import pid_exists
 
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-        process = path.name.removeprefix(f".{folder.name}.").split(".")[0]
-        if process.isdigit() and (int(process) == os.getpid() or not pid_exists(int(process))):
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)(\.old)?\.tmp")
+    for path in folder.parent.glob(".*.tmp"):
+        found = ours.fullmatch(path.name)
+        if found and (int(found[1]) == os.getpid() or not pid_exists(int(found[1]))):
             shutil.rmtree(path, ignore_errors=True)
 
 
