@@ -8,7 +8,7 @@ golden     raw inputs through the bundle's own preprocessing give the right outp
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +18,12 @@ import onnx
 from numpy.typing import NDArray
 
 from mdpd_deploy.bundle import batches
-from mdpd_deploy.data.examples import Split
+from mdpd_deploy.data.examples import Split, split_sha256
 from mdpd_deploy.data.preprocess import Preprocess, load_preprocess
 from mdpd_deploy.errors import VerificationError
-from mdpd_deploy.export.fade import Faded, make_comparable
+from mdpd_deploy.export.fade import Faded, bare_norms, make_comparable
 from mdpd_deploy.golden import Golden, load_golden, replay
+from mdpd_deploy.graph_signature import Signature, graph_signature, value_digest, values_sha256
 from mdpd_deploy.model import TaskModel
 from mdpd_deploy.onnx_graph import OnnxGraph, changed_weights, export_onnx, same_structure
 from mdpd_deploy.parity import Arrays, Parity, compare_with_torch, shape_batches, torch_outputs
@@ -76,6 +77,8 @@ def check_identity(faded: Faded, graph: OnnxGraph) -> Gate:
     """Node for node the bare backbone's graph; only values of changed tensors differ."""
     if faded.bare is None:
         return Gate("identity", "not applicable", DEPLOYS_MORE)
+    norms = bare_norms(faded)
+    kept = None if norms is None else {n: value_digest(t.numpy()) for n, t in norms.items()}
     make_comparable(faded)
     with tempfile.TemporaryDirectory(prefix="mdpd-bare-") as folder:
         bare = export_onnx(faded.bare, Path(folder, "bare.onnx"))
@@ -83,6 +86,7 @@ def check_identity(faded: Faded, graph: OnnxGraph) -> Gate:
         if differences:
             raise VerificationError(f"identity: the graph is not the backbone's: {differences[0]}.")
         values = changed_weights(graph.path, bare.path)
+        bare_signature = graph_signature(bare.path)
     shapes = {name: tensor.dim() for name, tensor in faded.model.state_dict().items()}
     vectors_only = all(shapes[name] <= 1 for name in faded.changed)
     strays = sorted(set(values) - set(faded.changed)) if vectors_only else []
@@ -91,7 +95,21 @@ def check_identity(faded: Faded, graph: OnnxGraph) -> Gate:
             f"identity: {strays[0]} differs from the backbone's untuned weight."
         )
     note = f"{graph.nodes} nodes equal the bare backbone's; {len(values)} weights differ in value"
-    return Gate("identity", "passed", note, {"nodes": graph.nodes, "changed_weights": values})
+    details = {
+        "nodes": graph.nodes,
+        "changed_weights": values,
+        "structure_sha256": bare_signature.structure_sha256,
+        "bare_values_sha256": None
+        if kept is None
+        else _bare_values(graph.path, bare_signature, kept),
+    }
+    return Gate("identity", "passed", note, details)
+
+
+def _bare_values(path: Path, bare: Signature, kept: Mapping[str, str]) -> str:
+    """Hash the bare graph's weights; norms that were varied for the trace count by what is kept."""
+    pairs = zip(graph_signature(path).weights, bare.weights, strict=True)
+    return values_sha256(kept.get(own.name, weight.digest) for own, weight in pairs)
 
 
 def check_parity(model: TaskModel, runner: OnnxRunner, golden: Golden) -> tuple[Gate, Parity]:
@@ -148,6 +166,8 @@ def check_metric(
     note = f"{primary} {by_onnx[primary]:.4f} on {len(labels)} examples, PyTorch {by_torch[primary]:.4f}"
     details = {
         "examples": len(labels),
+        "examples_sha256": split_sha256(measured.split),
+        "allowed": {name: allowed_drop(name, labels) for name in names},
         "onnx": by_onnx,
         "torch": by_torch,
         "reported": measured.reported,
@@ -194,6 +214,12 @@ def _both_outputs(
     return np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
 
 
+def allowed_drop(name: str, labels: NDArray[np.int64] | NDArray[np.float64]) -> float:
+    """Return how far a metric may be off: 0.1 point or one example, the larger (D15)."""
+    scale = max(float(np.std(labels)), 1e-12) if name in LOWER_IS_BETTER else 1.0
+    return max(METRIC_TOLERANCE, 1 / len(labels)) * scale
+
+
 def _compare(
     what: str,
     found: dict[str, float],
@@ -201,11 +227,9 @@ def _compare(
     expected: dict[str, float],
     labels: NDArray[np.int64] | NDArray[np.float64],
 ) -> None:
-    """Raise when a metric differs by more than 0.1 point and more than one example counts (D15)."""
+    """Raise when a metric differs by more than `allowed_drop`."""
     for name in found.keys() & expected.keys():
-        scale = max(float(np.std(labels)), 1e-12) if name in LOWER_IS_BETTER else 1.0
-        allowed = max(METRIC_TOLERANCE, 1 / len(labels)) * scale
-        if not abs(found[name] - expected[name]) <= allowed:  # also true for NaN
+        if not abs(found[name] - expected[name]) <= allowed_drop(name, labels):  # true for NaN
             raise VerificationError(
                 f"metric: {name} is {found[name]:.4f} by {what} and {expected[name]:.4f} by "
                 f"{other}, {len(labels)} examples."

@@ -29,6 +29,7 @@ from mdpd_deploy.manifest import (
 from mdpd_deploy.onnx_graph import OnnxGraph, export_onnx
 from mdpd_deploy.run import Run
 from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.verification import Subject, require_sound, verify
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def pack(run: Run, out: Path, options: ExportOptions) -> Bundle:
         }
         write_json(folder / PARITY_FILE, {gate.name: gate.details for gate in passed})
         seal(folder, facts)
-        load_bundle(folder)
+        require_sound(verify(Subject(load_bundle(folder))))  # its certificate can be checked again
     return load_bundle(out)
 
 

@@ -6,6 +6,8 @@ The Python API uses the command line's words and is loaded on first use, so that
     fit            train a model                        `mdpd train`
     export_run     turn a run into a verified bundle    `mdpd export`
     compare        methods on the same data    `mdpd compare`
+    verify_bundle  check a bundle again                 `mdpd verify`
+    sign_bundle    sign a bundle with a key             `mdpd sign`
     bench_latency  time a run or bundle                 `mdpd bench-latency`
     load_bundle    open a bundle for prediction         `mdpd predict`
 
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     from mdpd_deploy.commands.bench_latency import bench_latency
     from mdpd_deploy.commands.compare import compare
     from mdpd_deploy.commands.export import export_run
+    from mdpd_deploy.commands.sign import sign_bundle
     from mdpd_deploy.commands.train import fit
+    from mdpd_deploy.commands.verify import verify_bundle
     from mdpd_deploy.errors import MdpdError, UserError
 
     __version__: str
@@ -39,6 +43,8 @@ _HOME = {
     "export_run": "mdpd_deploy.commands.export",
     "fit": "mdpd_deploy.commands.train",
     "load_bundle": "mdpd_deploy.bundle",
+    "sign_bundle": "mdpd_deploy.commands.sign",
+    "verify_bundle": "mdpd_deploy.commands.verify",
 }
 
 __all__ = [
@@ -50,6 +56,8 @@ __all__ = [
     "export_run",
     "fit",
     "load_bundle",
+    "sign_bundle",
+    "verify_bundle",
 ]
 
 

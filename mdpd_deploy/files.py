@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -74,6 +75,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling folder; rename it to `folder` when the block succeeds.
 
+    What a killed program left beside `folder` is removed. A folder that is replaced goes out of the
+    way by a rename too: whoever is killed here leaves the old folder, the new one or none.
+
     Raises:
         UserError: If `folder` holds files and `overwrite` is not set.
     """
@@ -81,20 +85,36 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         refuse_nonempty(folder)
     folder = folder.resolve()  # a link to a folder stays a link
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    replaced = temporary.with_suffix(".old.tmp")
     with saying_disk_full(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_those_of_killed(folder)
         temporary.mkdir(parents=True)
         try:
             yield temporary
             for file in temporary.rglob("*"):
                 fsync_path(file)
             if folder.exists():
-                shutil.rmtree(folder)
+                os.replace(folder, replaced)
             os.replace(temporary, folder)
             fsync_path(folder.parent)
         except BaseException:
+            if replaced.exists() and not folder.exists():
+                os.replace(replaced, folder)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        finally:
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_those_of_killed(folder: Path) -> None:
+    """Delete temporary siblings of a folder whose program no longer runs on this machine."""
+    from psutil import pid_exists
+
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)(\.old)?\.tmp")
+    for path in folder.parent.glob(".*.tmp"):
+        found = ours.fullmatch(path.name)
+        if found and (int(found[1]) == os.getpid() or not pid_exists(int(found[1]))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def refuse_nonempty(
@@ -213,5 +233,5 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{what}: {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+    except (OSError, ValueError, RecursionError) as err:  # also numbers of 5000 digits, and depth
         raise UserError(f"{what}: {path} is not readable JSON ({err}).") from None

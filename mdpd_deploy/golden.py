@@ -19,6 +19,7 @@ from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.runner import OnnxRunner
 
+MOST = 256  # golden inputs that are read; they run as one batch, and an export keeps 8
 LONGEST_EDGE = 640  # pixels; larger pictures are scaled down before they become golden
 
 
@@ -73,8 +74,10 @@ def load_golden(path: Path) -> Golden:
     try:
         tensors = load_file(path)
         outputs = tensors["output"]
+        if outputs.ndim != 2 or not 1 <= len(outputs) <= MOST:
+            raise ValueError(f"outputs of the shape {outputs.shape}")
         raws = tuple(_raw_from_arrays(index, tensors) for index in range(len(outputs)))
-    except (OSError, SafetensorError, KeyError, ValueError) as err:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as err:
         raise UserError(f"{path} holds no golden vectors ({err}); export the run again.") from err
     arrays = {n.removeprefix("input."): t for n, t in tensors.items() if n.startswith("input.")}
     return Golden(raws, arrays, outputs)
@@ -90,6 +93,8 @@ def replay(golden: Golden, preprocess: Preprocess, runner: OnnxRunner, spread: f
         spread: Standard deviation of the model's outputs, which the difference is scaled by.
     """
     arrays = preprocess(golden.raws)
+    if arrays.keys() != golden.arrays.keys():
+        return Replay(float("inf"), float("inf"))
     before = max(_largest_gap(arrays[name], array) for name, array in golden.arrays.items())
     return Replay(before, _largest_gap(runner(arrays), golden.outputs) / spread)
 
@@ -114,7 +119,12 @@ def _raw_from_arrays(index: int, tensors: dict[str, NDArray[Any]]) -> Raw:
         return _text(tensors[stem + "text"])
     if stem + "first" in tensors:
         return _text(tensors[stem + "first"]), _text(tensors[stem + "second"])
-    return Image.fromarray(tensors[stem + "rgb"])
+    pixels = tensors[stem + "rgb"]
+    height, width, channels = pixels.shape
+    fits = min(height, width) >= 1 and max(height, width) <= LONGEST_EDGE
+    if pixels.dtype != np.uint8 or channels != 3 or not fits:
+        raise ValueError(f"a picture of the shape {pixels.shape} and type {pixels.dtype}")
+    return Image.fromarray(pixels)
 
 
 def _bytes(text: str) -> NDArray[np.uint8]:

@@ -5,12 +5,15 @@ weights are looked at where they are used, not by name: that un-shares them.
 """
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import external_data_helper, numpy_helper
 
 TypeAndShape = tuple[int, tuple[str, ...]]
@@ -67,6 +70,12 @@ class Signature:
         """Every use of an initialiser, in order."""
         return [item for node in self.nodes for item in node.inputs if isinstance(item, Weight)]
 
+    @property
+    def structure_sha256(self) -> str:
+        """Hex SHA-256 of all that `same_structure` compares: equal for equal structures."""
+        nodes = [node.structure for node in self.nodes]
+        return _sha256_of([self.opset, self.inputs, self.outputs, nodes])
+
 
 def graph_signature(path: Path) -> Signature:
     """Read a graph and return its signature; weights outside the file are read beside it."""
@@ -122,6 +131,33 @@ def changed_weights(a: Path, b: Path) -> list[str]:
     return list(dict.fromkeys(left.name for left, right in pairs if left.digest != right.digest))
 
 
+def tensors_in(message: Any) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor of a model, wherever it is: weights, attributes, subgraphs, functions."""
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for description, value in message.ListFields():
+        if description.message_type is None:
+            continue
+        for item in [value] if hasattr(value, "ListFields") else value:
+            yield from tensors_in(item)
+
+
+def values_sha256(digests: Iterable[str]) -> str:
+    """Return the hex SHA-256 of the values of all weights, from `Weight.digest` in order of use."""
+    return _sha256_of(list(digests))
+
+
+def value_digest(array: NDArray[Any]) -> str:
+    """Return what `Weight.digest` is for a weight of these values."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _sha256_of(plain: Any) -> str:
+    """Hash nested tuples and lists of strings, whole numbers and None."""
+    return hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode()).hexdigest()
+
+
 def _weight_reader(graph: onnx.GraphProto, folder: Path) -> Callable[[str], Weight]:
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     seen: dict[str, Weight] = {}
@@ -130,9 +166,12 @@ def _weight_reader(graph: onnx.GraphProto, folder: Path) -> Callable[[str], Weig
         if name not in seen:
             tensor = tensors[name]
             if external_data_helper.uses_external_data(tensor):
-                external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-            data = numpy_helper.to_array(tensor).tobytes()
-            digest = hashlib.sha256(data).hexdigest()
+                loaded = onnx.TensorProto()  # a copy, so that one tensor at a time is in memory
+                loaded.CopyFrom(tensor)
+                external_data_helper.load_external_data_for_tensor(loaded, str(folder))
+            else:
+                loaded = tensor
+            digest = value_digest(numpy_helper.to_array(loaded))
             seen[name] = Weight(name, tensor.data_type, tuple(tensor.dims), digest)
         return seen[name]
 

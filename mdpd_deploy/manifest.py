@@ -9,9 +9,9 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import read_json, sha256_file, write_json
@@ -25,6 +25,7 @@ BARE_FILE = "bare_norms.safetensors"
 PREPROCESSOR = "preprocessor"
 SCHEMA = "1.0"  # a reader refuses another major number, and ignores what a later minor one adds
 METADATA_PREFIX = "mdpd."
+MAX_MANIFEST_BYTES = 16_000_000  # a real one has a few kB
 
 
 class FileEntry(BaseModel):
@@ -48,6 +49,12 @@ class AxisRange(BaseModel):
     min: int = Field(ge=1)
     opt: int = Field(ge=1)
     max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError("min, opt and max must not fall")
+        return self
 
 
 class Engine(BaseModel):
@@ -91,7 +98,7 @@ def seal(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write `manifest.json` with the SHA-256 of every file in the folder; return the manifest."""
     listed = {
         name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in sorted(_regular_files(folder))
+        for name in sorted(list_files(folder))
         if name != FILE
     }
     manifest = {"schema": SCHEMA, **facts, "caches": {}, "files": listed}
@@ -112,7 +119,9 @@ def read_checked(folder: Path) -> tuple[dict[str, Any], Manifest]:
         raise UserError(
             f"{folder} is not a bundle (it has no {FILE}): give the folder that `mdpd export` wrote."
         )
-    present = set(_regular_files(folder))
+    present = set(list_files(folder))
+    if (folder / FILE).stat().st_size > MAX_MANIFEST_BYTES:
+        raise _changed(folder, f"{FILE} is larger than any that was exported")
     plain = read_json(folder / FILE, "bundle")
     manifest = _parse(folder, plain)
     listed = {**manifest.files, **manifest.caches}
@@ -134,23 +143,39 @@ def check_graph(folder: Path, manifest: Manifest) -> None:
         UserError: If they do not.
     """
     import onnx
-    from onnx import external_data_helper
+
+    from mdpd_deploy.graph_signature import tensors_in
 
     try:
         proto = onnx.load(folder / MODEL_FILE, load_external_data=False)
     except Exception as err:  # protobuf's DecodeError is no stable import
         raise _changed(folder, f"{MODEL_FILE} is not an ONNX file") from err
-    for tensor in proto.graph.initializer:
-        if not external_data_helper.uses_external_data(tensor):
-            continue
-        where = {entry.key: entry.value for entry in tensor.external_data}
-        entry = manifest.files.get(where.get("location", ""))
-        end = int(where.get("offset", 0)) + int(where.get("length", 0))
-        if entry is None or end > entry.bytes:
+    for tensor in tensors_in(proto):  # those inside of nodes too
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and not _inside(tensor, manifest):
             raise _changed(folder, f"weight {tensor.name!r} lies outside the bundle's files")
+    for ports, values in (
+        (manifest.inputs, proto.graph.input),
+        (manifest.outputs, proto.graph.output),
+    ):
+        if [(port.name, port.shape) for port in ports] != [_name_and_shape(v) for v in values]:
+            raise _changed(folder, f"inputs or outputs of {MODEL_FILE} contradict {FILE}")
     notes = {p.key: p.value for p in proto.metadata_props if p.key.startswith(METADATA_PREFIX)}
     if notes != graph_notes(manifest.model_dump()):
         raise _changed(folder, f"the notes inside {MODEL_FILE} contradict {FILE}")
+
+
+def _inside(tensor: Any, manifest: Manifest) -> bool:
+    """Return whether a tensor's bytes are a part of a file that the manifest lists."""
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    entry = manifest.files.get(where.get("location", ""))
+    offset, length = where.get("offset", "0"), where.get("length", "0")
+    numbers = all(number.isascii() and number.isdigit() for number in (offset, length))
+    return entry is not None and numbers and int(offset[:20]) + int(length[:20]) <= entry.bytes
+
+
+def _name_and_shape(value: Any) -> tuple[str, list[str | int]]:
+    """Return a graph's input or output as `Port` says it."""
+    return value.name, [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
 def graph_notes(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -168,7 +193,7 @@ def graph_notes(facts: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _regular_files(folder: Path) -> Iterator[str]:
+def list_files(folder: Path) -> Iterator[str]:
     """Yield every file below `folder` by POSIX name; raises `UserError` for a link or device."""
     for root, folders, names in os.walk(folder):
         for name in (*folders, *names):
@@ -212,4 +237,5 @@ def _compare_names(folder: Path, present: set[str], listed: set[str]) -> None:
 
 
 def _changed(folder: Path, what: str) -> UserError:
+    what = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in what)  # names are a stranger's
     return UserError(f"bundle {folder}: {what}; take a sound copy or export the run again.")

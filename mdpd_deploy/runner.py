@@ -55,8 +55,16 @@ class OnnxRunner:
 
         Returns:
             The output [B, C], float32.
+
+        Raises:
+            WorkFailed: If ONNX Runtime cannot run them: a wrong name, type or shape, or no memory.
         """
-        (result,) = self._session.run([self.output_name], arrays)
+        try:
+            (result,) = self._session.run([self.output_name], arrays)
+        except Exception as err:  # ONNX Runtime has no base class of its own for these
+            raise WorkFailed(
+                f"ONNX Runtime could not run the graph: {str(err).splitlines()[0][:300]}"
+            ) from err
         return np.asarray(result, dtype=np.float32)
 
 

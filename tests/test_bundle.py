@@ -194,6 +194,24 @@ DAMAGE = {
     "named pipe": (lambda b: os.mkfifo(b / "pipe"), "pipe is not a regular file"),
     "schema": (lambda b: rewrite(b, lambda p: p.update(schema="2.0")), "bundle schema 2.0"),
     "no schema": (lambda b: rewrite(b, lambda p: p.pop("schema")), "not a manifest of mdpd-deploy"),
+    "too deep": (lambda b: (b / "manifest.json").write_text("[" * 200_000), "not readable JSON"),
+    "a number of 5000 digits": (
+        lambda b: (b / "manifest.json").write_text('{"schema": ' + "9" * 5000 + "}"),
+        "not readable JSON",
+    ),
+    "a giant manifest": (
+        lambda b: (b / "manifest.json").write_bytes(b" " * 17_000_000),
+        "manifest.json is larger than any",
+    ),
+    "a name with a line break": (lambda b: (b / "a\nb").write_bytes(b""), "a\\nb is not listed"),
+    "a falling range": (
+        lambda b: rewrite(b, lambda p: p["shapes"].update(batch={"min": 9, "opt": 1, "max": 1})),
+        "damaged at 'shapes.batch'",
+    ),
+    "other ports": (
+        lambda b: rewrite(b, lambda p: p["inputs"][0].update(shape=["batch", 3, 99, 99])),
+        "inputs or outputs of model.onnx contradict",
+    ),
     "not JSON": (lambda b: (b / "manifest.json").write_text("{"), "not readable JSON"),
     "a list": (lambda b: (b / "manifest.json").write_text("[]"), "not a manifest of mdpd-deploy"),
     "missing field": (lambda b: rewrite(b, lambda p: p.pop("labels")), "damaged at 'labels'"),

@@ -235,3 +235,47 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             load_preprocess(tmp_path)
         file.write_text(json.dumps(plain))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(size=[100_000, 100_000]),
+        dict(crop_pct=1e-9),
+        dict(size=[1e400, 16]),
+        dict(mean=[float("nan"), 0, 0]),
+        dict(std=[float("inf"), 1, 1]),
+        dict(crop_mode="x" * 5000),
+    ],
+)
+def test_preprocessing_that_would_eat_the_memory_is_refused(changes, tmp_path):
+    ImagePreprocess((16, 16), MEAN, STD).save(tmp_path)
+    plain = json.loads((tmp_path / "preprocess.json").read_text())
+    (tmp_path / "preprocess.json").write_text(json.dumps(plain | changes))
+    with pytest.raises(UserError) as refused:
+        load_preprocess(tmp_path)
+    assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("shape", [(1, 400_000), (400_000, 1)])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_a_picture_like_a_thread_never_becomes_a_carpet(shape, crop_mode):
+    preprocess = ImagePreprocess((224, 224), MEAN, STD, crop_mode=crop_mode)
+    picture = Image.new("RGB", shape)
+    if crop_mode == "center":  # keeps the aspect ratio: 224 x 90 million
+        with pytest.raises(UserError, match="too long for its width"):
+            preprocess([picture])
+    else:
+        assert preprocess([picture])["pixel_values"].shape == (1, 3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(max_length=10**12), dict(max_length=0), dict(pad_id=2**70)]
+)
+def test_text_limits_are_checked(changes, tmp_path):
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    TextPreprocess(tokenizer, ("input_ids",), 8, 0).save(tmp_path)
+    plain = json.loads((tmp_path / "preprocess.json").read_text())
+    (tmp_path / "preprocess.json").write_text(json.dumps(plain | changes))
+    with pytest.raises(UserError, match="text preprocessing: max_length"):
+        load_preprocess(tmp_path)

@@ -24,6 +24,7 @@ PURPOSES = {
     "onnx-gpu": "run exported models on an NVIDIA GPU, instead of onnx",
     "trt": "build TensorRT engines",
     "serve": "serve bundles over HTTP",
+    "sign": "sign bundles and check signatures",
     "track": "log runs to TensorBoard or trackio",
 }
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from mdpd_deploy.bundle import Bundle
     from mdpd_deploy.data.examples import Split
     from mdpd_deploy.data.preprocess import Preprocess
 
@@ -89,26 +90,41 @@ def evaluate_bundle(path: Path, data: str | None, *, batch: int, device: str) ->
         UserError: If the bundle or the data cannot be used.
     """
     from mdpd_deploy.bundle import load_bundle
-    from mdpd_deploy.config import check_config
-    from mdpd_deploy.data import load_evaluation, load_task
 
     bundle = load_bundle(path)
     manifest = bundle.manifest
-    task, seed, labels = manifest["task"], manifest["data"]["seed"], bundle.label_names
-    options = {**manifest["data"]["options"], "eval_path": data, "labels": list(labels) or None}
-    config = check_config({"data": options}).data
-    if data is not None:
-        splits = load_evaluation(task, config, seed=seed, label_names=labels)
-    elif config.path is not None or task in SELF_CONTAINED:
-        splits = load_task(task, config, seed=seed).evaluation
-    else:
-        raise UserError(
-            f"bundle {path} does not keep where its data lies: add --data with a file or folder "
-            f"of task {task}."
-        )
+    splits = bundle_splits(bundle, data)
     runner = bundle.runner(device)
     metrics = _measure({"deployed": runner}, bundle.preprocess, splits, manifest["metrics"], batch)
     return Evaluation(str(path), manifest["task"], "onnx", runner.provider, _sizes(splits), metrics)
+
+
+def bundle_splits(bundle: Bundle, data: str | None) -> dict[str, Split]:
+    """Read what a bundle is to be measured on, as its training did.
+
+    Args:
+        bundle: The bundle.
+        data: A file or folder; None works where the data needs no path (`digits`, `hub:NAME`).
+
+    Raises:
+        UserError: If the data is needed and not named, or cannot be used.
+    """
+    from mdpd_deploy.config import check_config
+    from mdpd_deploy.data import load_evaluation, load_task
+
+    manifest = bundle.manifest
+    task, seed, labels = manifest["task"], manifest["data"].get("seed", 0), bundle.label_names
+    options = {**manifest["data"].get("options", {})}
+    options |= {"eval_path": data, "labels": list(labels) or None}
+    config = check_config({"data": options}).data
+    if data is not None:
+        return load_evaluation(task, config, seed=seed, label_names=labels)
+    if config.path is not None or task in SELF_CONTAINED:
+        return load_task(task, config, seed=seed).evaluation
+    raise UserError(
+        f"bundle {bundle.path} does not keep where its data lies: add --data with a file or folder "
+        f"of task {task}."
+    )
 
 
 def evaluate_run(path: Path | None, data: str | None, *, batch: int, device: str) -> Evaluation:

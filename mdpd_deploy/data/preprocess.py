@@ -21,7 +21,7 @@ from PIL import Image
 from tokenizers import Encoding, Tokenizer
 
 from mdpd_deploy.data.examples import Raw, Text
-from mdpd_deploy.data.images import open_image
+from mdpd_deploy.data.images import MAX_PIXELS, open_image
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import read_json, write_json, write_text
 
@@ -38,6 +38,7 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 CROP_MODES = ("center", "squash", "border")
+MAX_TOKENS = 1_000_000  # of one text; far above what an encoder takes
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,20 @@ class ImagePreprocess:
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS or self.crop_mode not in CROP_MODES:
             raise UserError(
-                f"image preprocessing: interpolation {self.interpolation!r} must be one of "
-                f"{', '.join(INTERPOLATIONS)} and crop mode {self.crop_mode!r} one of "
+                f"image preprocessing: interpolation {self.interpolation!r:.60} must be one of "
+                f"{', '.join(INTERPOLATIONS)} and crop mode {self.crop_mode!r:.60} one of "
                 f"{', '.join(CROP_MODES)}."
             )
-        if min(self.size) < 1 or not 0 < self.crop_pct <= 1 or min(self.std) <= 0:
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if min(self.size) < 1 or not 0 < self.crop_pct <= 1 or min(self.std) <= 0 or not finite:
             raise UserError(
-                f"image preprocessing: size {self.size} and std {self.std} must be positive "
-                f"and crop_pct {self.crop_pct} in (0, 1]."
+                f"image preprocessing: size {self.size} and std {self.std} must be positive, "
+                f"mean {self.mean} finite and crop_pct {self.crop_pct} in (0, 1]."
+            )
+        if self.size[0] * self.size[1] > MAX_PIXELS * self.crop_pct**2:
+            raise UserError(
+                f"image preprocessing: size {self.size} at crop_pct {self.crop_pct} asks for more "
+                f"than {MAX_PIXELS // 1_000_000} million pixels."
             )
 
     def __call__(self, raws: Sequence[Raw]) -> dict[str, NDArray[Any]]:
@@ -100,7 +107,12 @@ class ImagePreprocess:
         else:
             ratios = (height / scale[0], width / scale[1])
             ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
-            target = (round(height / ratio), round(width / ratio))
+            target = (max(round(height / ratio), 1), max(round(width / ratio), 1))
+        if target[0] * target[1] > MAX_PIXELS:
+            raise UserError(
+                f"a picture of {width} x {height} pixels is too long for its width: scaled for the "
+                f"model it would have more than {MAX_PIXELS // 1_000_000} million; crop it."
+            )
         resized = image.resize((target[1], target[0]), INTERPOLATIONS[self.interpolation])
         return self._crop(resized)
 
@@ -166,8 +178,13 @@ class TextPreprocess:
         unknown = set(self.input_names) - {"input_ids", "attention_mask", "token_type_ids"}
         if unknown or "input_ids" not in self.input_names:
             raise UserError(
-                f"text preprocessing: inputs {', '.join(self.input_names)} must be input_ids with "
+                f"text preprocessing: inputs {', '.join(self.input_names)[:60]!r} must be input_ids with "
                 "attention_mask and token_type_ids as options."
+            )
+        if not 1 <= self.max_length <= MAX_TOKENS or abs(self.pad_id) >= 2**63:
+            raise UserError(
+                f"text preprocessing: max_length {self.max_length} must be 1 to {MAX_TOKENS:,} and "
+                f"pad_id {self.pad_id} a token's number."
             )
         own = Tokenizer.from_str(self.tokenizer.to_str())
         own.no_padding()
@@ -222,7 +239,7 @@ def load_preprocess(folder: Path) -> Preprocess:
     if not isinstance(plain, dict) or plain.get("schema") != SCHEMA:
         found = plain.get("schema") if isinstance(plain, dict) else type(plain).__name__
         raise UserError(
-            f"{path} has schema {found!r}, this version reads {SCHEMA}: "
+            f"{path} has schema {found!r:.60}, this version reads {SCHEMA}: "
             "make the file again with this version."
         )
     try:
@@ -230,9 +247,9 @@ def load_preprocess(folder: Path) -> Preprocess:
             return _load_image(plain)
         if plain["kind"] == "text":
             return _load_text(plain, folder / TOKENIZER_FILE)
-    except (KeyError, TypeError, ValueError) as err:
-        raise UserError(f"{path} is damaged ({err!r}): take it from a sound copy.") from err
-    raise UserError(f"{path} has the unknown kind {plain['kind']!r}: expected image or text.")
+    except (KeyError, TypeError, ValueError, OverflowError) as err:
+        raise UserError(f"{path} is damaged ({err!r:.200}): take it from a sound copy.") from err
+    raise UserError(f"{path} has the unknown kind {plain['kind']!r:.60}: expected image or text.")
 
 
 def _load_image(plain: dict[str, Any]) -> ImagePreprocess:

@@ -1,0 +1,63 @@
+"""`mdpd sign`: vouch for a bundle with a key, offline. No torch (D27)."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mdpd_deploy.errors import UserError
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")],
+    key: Annotated[Path, typer.Option(help="Private key, PEM, on P-256, P-384 or P-521.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier signature.")
+    ] = False,
+) -> None:
+    """Write BUNDLE.sig beside the bundle: a signature over every file of it.
+
+    A key with a password asks for it; where nobody can be asked, it is read from
+    MDPD_KEY_PASSWORD.
+    """
+    from mdpd_deploy.signing import needs_password
+
+    password = None
+    if needs_password(key):
+        import os
+
+        password = os.environ.get("MDPD_KEY_PASSWORD")
+        if password is None:
+            password = str(typer.prompt(f"password of {key}", hide_input=True, err=True))
+    typer.echo(f"signature: {sign_bundle(bundle, key=key, password=password, overwrite=overwrite)}")
+
+
+def sign_bundle(
+    bundle: str | Path,
+    *,
+    key: str | Path,
+    password: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Sign a sound bundle; the same words as `mdpd sign`.
+
+    Args:
+        bundle: The folder. It is not changed; a file that changes later makes the signature void.
+        key: Private key, PEM, on the curve P-256, P-384 or P-521.
+        password: Of the key, if it has one.
+        overwrite: Replace an earlier signature.
+
+    Returns:
+        The signature, `BUNDLE.sig` beside the bundle.
+
+    Raises:
+        UserError: If the bundle is not sound, is signed already, or the key cannot be used.
+    """
+    from mdpd_deploy.bundle import load_bundle
+    from mdpd_deploy.signing import sign_folder, signature_path
+
+    folder = load_bundle(bundle).path
+    place = signature_path(folder)
+    if place.exists() and not overwrite:
+        raise UserError(f"{place} exists: add --overwrite to sign the bundle again.")
+    return sign_folder(folder, Path(key), password=password)

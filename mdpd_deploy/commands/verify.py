@@ -1,0 +1,139 @@
+"""`mdpd verify`: is this bundle what its export proved it to be? (ONNX Runtime, no torch: D27)"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mdpd_deploy.errors import VerificationError
+
+if TYPE_CHECKING:
+    from mdpd_deploy.verification import Check
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        bundle: The folder.
+        device: cpu or cuda.
+        checks: Every check, in the order in which they were done.
+    """
+
+    bundle: str
+    device: str
+    checks: tuple[Check, ...]
+
+    @property
+    def unsound(self) -> list[str]:
+        """Names of the checks that did not pass."""
+        from mdpd_deploy.verification import SOUND
+
+        return [check.name for check in self.checks if check.verdict not in SOUND]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        checks = [asdict(check) for check in self.checks]
+        return {
+            "bundle": self.bundle,
+            "device": self.device,
+            "passed": not self.unsound,
+            "checks": checks,
+        }
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")],
+    eval_data: Annotated[
+        str | None,
+        typer.Option(help="The data of the export's metric, to measure it again."),
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Public key, PEM: the signature must be this key's.")
+    ] = None,
+    signature: Annotated[
+        Path | None, typer.Option(help="The signature. Default: BUNDLE.sig, beside the bundle.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda, to run the graph on.")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON only.")] = False,
+) -> None:
+    """Check a bundle again from what it holds: exit code 0 only when every check passes.
+
+    A bundle with a changed, missing or foreign file is refused before anything in it is used.
+    """
+    report = verify_bundle(bundle, eval_data=eval_data, key=key, signature=signature, device=device)
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(report.to_json(), indent=2))
+    else:
+        _print(report)
+    if report.unsound:
+        raise VerificationError(f"bundle {bundle} did not pass: {', '.join(report.unsound)}.")
+
+
+def verify_bundle(
+    bundle: str | Path,
+    *,
+    eval_data: str | None = None,
+    key: str | Path | None = None,
+    signature: str | Path | None = None,
+    device: str = "cpu",
+) -> Report:
+    """Check a bundle again from what it holds; the same words as `mdpd verify`.
+
+    Args:
+        bundle: The folder.
+        eval_data: The data of the export's metric, to measure it again; not needed for `digits`.
+        key: Public key (PEM) that must have signed the bundle; None = any bundle is checked.
+        signature: The signature; None = `BUNDLE.sig` beside the bundle.
+        device: cpu or cuda, to run the graph on.
+
+    Returns:
+        Every check with its verdict; a failed one does not raise.
+
+    Raises:
+        UserError: If the folder is no bundle, was changed, or an option cannot be used.
+        VerificationError: If a key is given and the bundle is not signed with it.
+
+    Example:
+        >>> from mdpd_deploy import verify_bundle
+        >>> verify_bundle(folder / "bundle").unsound
+        []
+    """
+    from mdpd_deploy.bundle import load_bundle
+    from mdpd_deploy.commands.evaluate import SELF_CONTAINED, bundle_splits
+    from mdpd_deploy.runner import provider_of
+    from mdpd_deploy.signing import check_signature
+    from mdpd_deploy.verification import Subject, verify
+
+    provider_of(device)
+    if signature is not None and key is None:
+        from mdpd_deploy.errors import UserError
+
+        raise UserError("--signature is checked with a key: add --key with the public key.")
+    if key is not None:  # before anything is parsed
+        check_signature(Path(bundle), Path(key), None if signature is None else Path(signature))
+    opened = load_bundle(bundle)
+    validation = None
+    if eval_data is not None or opened.manifest["task"] in SELF_CONTAINED:
+        validation = bundle_splits(opened, eval_data)["validation"]
+    signer = None if key is None else str(key)
+    checks = verify(Subject(opened, device, validation, signer))
+    return Report(str(bundle), device, tuple(checks))
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report.bundle} on {report.device}")
+    for heading in ("check", "verdict", "what was seen"):
+        table.add_column(heading, overflow="fold")
+    for check in report.checks:
+        table.add_row(check.name, check.verdict, check.note)
+    Console(highlight=False, soft_wrap=True, markup=False).print(table)
