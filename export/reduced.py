@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from mdpd_deploy.errors import ExportError
+from mdpd_deploy.errors import ExportError, UserError
 from mdpd_deploy.export.gates import Gate, check_golden
 from mdpd_deploy.export.golden import GoldenSource
 from mdpd_deploy.export.precision.bf16_twin import write_twin
@@ -135,13 +135,17 @@ def material_of(
     converted: Path | None,
 ) -> Material:
     """Gather what converters may look at; the training inputs are read only if one asks."""
-    if golden_source == "synthetic":
-        what = "made-up golden inputs"
-    else:
-        what = "golden inputs from validation"
+    made_up = golden_source == "synthetic"
+    what = "made-up golden inputs" if made_up else "golden inputs from validation"
 
     def calibration() -> Calibration:
-        train = run.load_task_data().train
+        try:
+            train = run.load_task_data().train
+        except UserError as err:
+            raise UserError(
+                "int8-trt is calibrated on the run's training inputs, since made-up ones would "
+                f"give wrong ranges, and they cannot be read: {err}"
+            ) from err
         raws = spread_evenly(train.inputs, CALIBRATION_INPUTS)
         starts = range(0, len(raws), CALIBRATION_BATCH)
         parts = [run.preprocess(raws[start : start + CALIBRATION_BATCH]) for start in starts]

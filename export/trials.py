@@ -107,7 +107,9 @@ def choose(base: str, timings: Mapping[str, Timing]) -> str:
     return min(faster, key=lambda name: faster[name], default=base)
 
 
-def _row(form: Form, candidate: Candidate | None, failure: str | None, race: Race) -> dict[str, Any]:
+def _row(
+    form: Form, candidate: Candidate | None, failure: str | None, race: Race
+) -> dict[str, Any]:
     row: dict[str, Any] = {"precision": form.precision, "note": form.note}
     if candidate is None:
         return row | {"verdict": "failed", "reason": failure}

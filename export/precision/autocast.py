@@ -46,8 +46,7 @@ def autocast(precision: str, source: Path, target: Path, material: Material) -> 
         )
     with tempfile.TemporaryDirectory(prefix="mdpd-autocast-") as scratch:
         data = Path(scratch, "calibration.npz")
-        rows = [np.concatenate(parts) for parts in zip(*(b.values() for b in material.golden.batches), strict=True)]
-        np.savez(data, **dict(zip(material.golden.batches[0], rows, strict=True)))
+        np.savez(data, **material.golden.batches[0])
         _run(precision, source, target, data, material.autocast_python)
     return f"ModelOpt AutoCast, ranges from {material.golden.source}"
 

@@ -97,7 +97,7 @@ def place_of(fmt: str | None, target: str | None) -> tuple[Literal["onnx", "trt"
         raise UserError(
             "--target gpu is served by TensorRT: use --fmt trt (its model.onnx is plain ONNX too)."
         )
-    return ("trt", "gpu") if "trt" == fmt or target == "gpu" else ("onnx", "cpu")
+    return ("trt", "gpu") if fmt == "trt" or target == "gpu" else ("onnx", "cpu")
 
 
 def form_of(precision: str, target: Target) -> Form:

@@ -42,6 +42,8 @@ def quantise_static(
     tools = quantization()
     proto = onnx.load(source)
     del proto.graph.value_info[:]  # the quantiser's shape inference fails on what torch wrote there
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    products = [n for n in proto.graph.node if n.op_type == "MatMul"]
     batches: Iterator[Arrays] = iter(calibration.batches)
 
     class Reader(tools.CalibrationDataReader):  # type: ignore[misc]  # its base has no types
@@ -57,10 +59,10 @@ def quantise_static(
         per_channel=True,
         activation_type=tools.QuantType.QInt8 if symmetric else tools.QuantType.QUInt8,
         weight_type=tools.QuantType.QInt8,
+        nodes_to_exclude=[n.name for n in products if n.input[1] not in weights],
         extra_options={
             "ActivationSymmetric": symmetric,
             "WeightSymmetric": True,
-            "MatMulConstBOnly": True,
             "QuantizeBias": not symmetric,
             "OpTypesToExcludeOutputQuantization": OPERATORS,
         },

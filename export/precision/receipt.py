@@ -116,7 +116,9 @@ class _Graph:
 
     def _quantised(self, node: onnx.NodeProto) -> bool:
         made = [self.maker.get(name) for name in node.input[:2]]
-        return len(made) == 2 and all(m is not None and m.op_type == "DequantizeLinear" for m in made)
+        return len(made) == 2 and all(
+            m is not None and m.op_type == "DequantizeLinear" for m in made
+        )
 
     def _weight_behind(self, name: str) -> onnx.TensorProto | None:
         while name not in self.weights:
