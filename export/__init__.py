@@ -10,17 +10,37 @@ if __name__ != "mdpd_deploy.export":
 
 if TYPE_CHECKING:
     from mdpd_deploy.export.packing import ExportOptions, Format, pack
+    from mdpd_deploy.export.precision.forms import AUTO, Form, form_of, forms_for, place_of
     from mdpd_deploy.export.recipe import SCRIPT_FILE, engine_unavailable
+    from mdpd_deploy.export.trials import Race
 
 _HOME = {
+    "AUTO": "precision.forms",
     "SCRIPT_FILE": "recipe",
     "ExportOptions": "packing",
+    "Form": "precision.forms",
     "Format": "packing",
+    "Race": "trials",
     "engine_unavailable": "recipe",
+    "form_of": "precision.forms",
+    "forms_for": "precision.forms",
     "pack": "packing",
+    "place_of": "precision.forms",
 }
 
-__all__ = ["SCRIPT_FILE", "ExportOptions", "Format", "engine_unavailable", "pack"]
+__all__ = [
+    "AUTO",
+    "SCRIPT_FILE",
+    "ExportOptions",
+    "Form",
+    "Format",
+    "Race",
+    "engine_unavailable",
+    "form_of",
+    "forms_for",
+    "pack",
+    "place_of",
+]
 
 
 def __getattr__(name: str) -> object:

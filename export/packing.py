@@ -2,7 +2,9 @@
 
 import json
 import logging
-from dataclasses import dataclass
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +13,15 @@ import onnx
 from mdpd_deploy.bundle import Bundle, is_bundle, load_bundle
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.errors import UserError, VerificationError
-from mdpd_deploy.export import gates
+from mdpd_deploy.export import gates, reduced, trials
 from mdpd_deploy.export.facts import describe_run, input_columns
 from mdpd_deploy.export.fade import Faded, bare_norms, fade
 from mdpd_deploy.export.golden import GoldenSource, make_golden
+from mdpd_deploy.export.precision.forms import AUTO, Form, Target, form_of, forms_for
 from mdpd_deploy.export.recipe import engine_state, write_recipe
+from mdpd_deploy.export.reduced_gates import Reference
 from mdpd_deploy.files import atomic_folder, refuse_nonempty, write_json
+from mdpd_deploy.golden import load_golden
 from mdpd_deploy.manifest import (
     BARE_FILE,
     GOLDEN_FILE,
@@ -27,6 +32,7 @@ from mdpd_deploy.manifest import (
     seal,
 )
 from mdpd_deploy.onnx_graph import OnnxGraph, export_onnx
+from mdpd_deploy.parity_policy import POLICIES, ParityMode
 from mdpd_deploy.run import Run
 from mdpd_deploy.runner import OnnxRunner
 from mdpd_deploy.verification import Subject, require_sound, verify
@@ -46,6 +52,11 @@ class ExportOptions:
         metric_gate: False leaves the task metric unmeasured; the manifest says so.
         golden: Where golden inputs come from.
         overwrite: Replace what lies at the target.
+        precision: Of `forms.PRECISIONS`, or auto: the fastest that passes its gates.
+        target: Where the bundle runs.
+        parity: Whether a missed parity or metric gate fails or warns.
+        autocast_python: Interpreter of the environment that holds ModelOpt.
+        converted: A file that was already converted to `precision`.
     """
 
     fmt: Format = "onnx"
@@ -53,18 +64,30 @@ class ExportOptions:
     metric_gate: bool = True
     golden: GoldenSource = "validation"
     overwrite: bool = False
+    precision: str = "fp32"
+    target: Target = "cpu"
+    parity: ParityMode = "fail"
+    autocast_python: Path | None = None
+    converted: Path | None = None
 
 
-def pack(run: Run, out: Path, options: ExportOptions) -> Bundle:
+def pack(
+    run: Run,
+    out: Path,
+    options: ExportOptions,
+    *,
+    time_graphs: trials.TimeGraphs | None = None,
+) -> Bundle:
     """Write and return the verified bundle of a run.
 
     Args:
         run: A completed run.
         out: The bundle's folder; it appears only when every gate has passed.
         options: See `ExportOptions`.
+        time_graphs: Times graphs against each other; needed for precision auto only.
 
     Raises:
-        UserError: If the run, its data or `out` cannot be used.
+        UserError: If the run, its data, `out` or what a conversion needs cannot be used.
         ExportError: If the model cannot be traced.
         VerificationError: If a gate fails.
     """
@@ -76,10 +99,13 @@ def pack(run: Run, out: Path, options: ExportOptions) -> Bundle:
         graph = export_onnx(faded.model, folder / MODEL_FILE)
         facts = _write_beside(run, faded, graph, folder, options)
         passed = _pass_gates(run, faded, graph, validation, folder, options)
+        passed, told = _settle_precision(
+            run, faded, graph, validation, facts, passed, folder, options, time_graphs
+        )
         facts["verification"] = {
             gate.name: {"verdict": gate.verdict, "note": gate.note} for gate in passed
         }
-        write_json(folder / PARITY_FILE, {gate.name: gate.details for gate in passed})
+        write_json(folder / PARITY_FILE, {gate.name: gate.details for gate in passed} | told)
         seal(folder, facts)
         require_sound(verify(Subject(load_bundle(folder))))  # its certificate can be checked again
     return load_bundle(out)
@@ -107,10 +133,11 @@ def _write_beside(
     run.preprocess.save(preprocessor)
     preprocess = json.loads((preprocessor / "preprocess.json").read_text(encoding="utf-8"))
     facts = describe_run(run, faded, graph, preprocess)
+    facts |= {"precision": options.precision, "target": options.target, "parity": options.parity}
     facts["engine"] = {"status": "not-asked", "reason": ""}
     if options.fmt == "trt":
         facts["engine"] = engine_state()
-        write_recipe(folder, facts["inputs"], facts["shapes"])
+        write_recipe(folder, facts["precision"], facts["inputs"], facts["shapes"])
     facts["golden"] = options.golden
     _write_bare_norms(faded, graph, folder)
     _write_notes(graph.path, graph_notes(facts))
@@ -152,20 +179,110 @@ def _pass_gates(
     raws = validation.inputs if validation and options.golden == "validation" else ()
     golden = make_golden(model, run.preprocess, raws, pair=len(input_columns(run)) == 2)
     golden.save(folder / GOLDEN_FILE)
-    gate, parity = gates.check_parity(model, runner, golden)
+    gate, parity = gates.check_parity(model, runner, golden, mode=options.parity)
     passed.append(gate)
     if options.metric_gate:
         assert validation is not None
-        reported = run.summary["metrics"]["deployed"]
-        measured = gates.Measured(
-            validation,
-            tuple(reported),
-            None if options.eval_data else reported,
-            run.config.train.eval_batch,
-        )
+        measured = _measured(run, validation, options)
         logger.info("measuring %d examples with PyTorch and ONNX Runtime", len(validation))
-        passed.append(gates.check_metric(model, runner, run.preprocess, measured, parity))
+        try:
+            passed.append(gates.check_metric(model, runner, run.preprocess, measured, parity))
+        except VerificationError as err:
+            if options.parity == "fail":
+                raise
+            passed.append(gates.Gate("metric", "warned", f"{err} (--parity warn)"))
     else:
         passed.append(gates.Gate("metric", "skipped", "--no-metric-gate was given"))
     passed.append(gates.check_golden(folder / PREPROCESSOR, folder / GOLDEN_FILE, runner, parity))
     return passed
+
+
+def _measured(run: Run, validation: Split, options: ExportOptions) -> gates.Measured:
+    reported = run.summary["metrics"]["deployed"]
+    return gates.Measured(
+        validation,
+        tuple(reported),
+        None if options.eval_data else reported,
+        run.config.train.eval_batch,
+    )
+
+
+def _settle_precision(
+    run: Run,
+    faded: Faded,
+    graph: OnnxGraph,
+    validation: Split | None,
+    facts: dict[str, Any],
+    passed: list[gates.Gate],
+    folder: Path,
+    options: ExportOptions,
+    time_graphs: trials.TimeGraphs | None,
+) -> tuple[list[gates.Gate], dict[str, Any]]:
+    """Put the precision asked for in the FP32 graph's place, and its facts into the manifest.
+
+    Returns:
+        The verdicts of the bundle, and what `parity.json` says besides.
+    """
+    golden = load_golden(folder / GOLDEN_FILE)
+    measured = None
+    if options.metric_gate:
+        assert validation is not None
+        measured = _measured(run, validation, options)
+    reference = Reference(faded.model, run.preprocess, golden, measured)
+    material = reduced.material_of(
+        run,
+        golden,
+        options.golden,
+        autocast_python=options.autocast_python,
+        converted=options.converted,
+    )
+    with tempfile.TemporaryDirectory(prefix="mdpd-precision-") as scratch:
+
+        def make(form: Form) -> reduced.Candidate:
+            if form.convert is None:
+                return reduced.unconverted(form, graph.path)
+            return reduced.convert(
+                form,
+                folder,
+                graph.path,
+                Path(scratch, f"{form.precision}.onnx"),
+                material=material,
+                reference=reference,
+                mode=options.parity,
+            )
+
+        if options.precision == AUTO:
+            assert time_graphs is not None
+            tried = trials.try_all(forms_for(options.target), make, time_graphs)
+            chosen, facts["precision_trials"] = tried.chosen, tried.table
+        else:
+            chosen = make(form_of(options.precision, options.target))
+        return _install(chosen, graph, facts, passed, options)
+
+
+def _install(
+    chosen: reduced.Candidate,
+    graph: OnnxGraph,
+    facts: dict[str, Any],
+    passed: list[gates.Gate],
+    options: ExportOptions,
+) -> tuple[list[gates.Gate], dict[str, Any]]:
+    """Write the chosen graph into the bundle; see `_settle_precision`."""
+    precision, receipt = chosen.form.precision, chosen.receipt.to_json()
+    facts |= {"precision": precision, "receipt": receipt, "conversion": chosen.how}
+    policy = POLICIES[precision].to_json()
+    told = {"receipt": receipt, "policy": {"mode": options.parity, "precision": precision} | policy}
+    if not chosen.gates:
+        return passed, told
+    shutil.copyfile(chosen.graph, graph.path)
+    _write_notes(graph.path, graph_notes(facts))
+    proto = onnx.load(graph.path, load_external_data=False)
+    facts |= {"nodes": len(proto.graph.node), "opset": proto.opset_import[0].version}
+    new = {gate.name: gate for gate in chosen.gates}
+    told["before_conversion"] = {gate.name: gate.details for gate in passed if gate.name in new}
+    before = "proved on the FP32 graph before conversion"
+    kept = [
+        g if g.name in new or g.verdict != "passed" else replace(g, note=f"{g.note}; {before}")
+        for g in passed
+    ]
+    return [new.get(gate.name, gate) for gate in kept], told

@@ -66,13 +66,13 @@ def profile_shapes(
 
 
 def write_recipe(
-    folder: Path, inputs: list[dict[str, Any]], shapes: dict[str, dict[str, int]]
+    folder: Path, precision: str, inputs: list[dict[str, Any]], shapes: dict[str, dict[str, int]]
 ) -> None:
     """Write `build_engine.json` and `build_engine.sh` into a bundle."""
     profiles = profile_shapes(inputs, shapes)
     recipe = {
         "onnx": MODEL_FILE,
-        "precision": "fp32",
+        "precision": precision,
         "tf32": True,  # TensorRT's default; FP32 matrix products may use TF32 on the GPU
         "tensorrt": TENSORRT,
         "workspace_bytes": None,  # no limit of ours: too small a limit makes the build fail

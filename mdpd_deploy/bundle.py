@@ -115,7 +115,16 @@ class Bundle:
         return (Task(name, 0, self.kind, self.label_names, pair, self.preprocess),)
 
     def runner(self, device: str = "cpu", threads: int | None = None) -> OnnxRunner:
-        """Open the graph on a device; see `OnnxRunner`."""
+        """Open the graph on a device; see `OnnxRunner`.
+
+        Raises:
+            UserError: Also if ONNX Runtime cannot compute in the bundle's precision there.
+        """
+        if self.manifest["precision"] == "bf16" and device == "cpu":
+            raise UserError(
+                f"bundle {self.path} is bf16, made for TensorRT, and ONNX Runtime has no bfloat16 "
+                "kernels on the CPU: build its engine on a GPU, or use an fp32 or int8-cpu bundle."
+            )
         return OnnxRunner(self.path / MODEL_FILE, device=device, threads=threads)
 
     def predict(
@@ -157,9 +166,17 @@ class Bundle:
 
         proto = onnx.load(self.path / MODEL_FILE, load_external_data=False)
         bare = load_file(self.path / BARE_FILE)
+        lost = set(bare) - {tensor.name for tensor in proto.graph.initializer}
+        if lost:
+            raise UserError(
+                f"bundle {self.path} cannot give the bare backbone: its conversion to "
+                f"{self.manifest['precision']} renamed {min(lost)}; name an fp32 bundle instead."
+            )
         for tensor in proto.graph.initializer:
             if tensor.name in bare:
-                tensor.CopyFrom(numpy_helper.from_array(bare[tensor.name], tensor.name))
+                dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+                values = bare[tensor.name].astype(dtype)
+                tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
         path.write_bytes(proto.SerializeToString())
         external = self.path / EXTERNAL_FILE
         if external.is_file():

@@ -27,6 +27,7 @@ __all__ = [
     "export_onnx",
     "graph_signature",
     "same_structure",
+    "strip_notes",
 ]
 
 OPSET = (
@@ -73,7 +74,7 @@ def export_onnx(
     external = weights > external_above_bytes
     program.save(str(path), external_data=external)
     proto = onnx.load(path, load_external_data=False)
-    _strip_notes(proto)
+    strip_notes(proto)
     axes = axes_of(model)
     _check_rules(proto, axes)
     path.write_bytes(proto.SerializeToString(deterministic=True))
@@ -140,7 +141,7 @@ def _eager_attention(model: TaskModel) -> Iterator[None]:
         model.backbone.set_attention("sdpa", model)
 
 
-def _strip_notes(proto: onnx.ModelProto) -> None:
+def strip_notes(proto: onnx.ModelProto) -> None:
     """Drop stack traces and source paths; the exporter leaves them on every node."""
     graph = proto.graph
     proto.doc_string = graph.doc_string = ""

@@ -8,6 +8,7 @@ if __name__ != "mdpd_deploy.serve":
 
 if TYPE_CHECKING:
     from mdpd_deploy.serve.benchmark import Grid, run_benchmark
+    from mdpd_deploy.serve.graph_race import race_graphs
     from mdpd_deploy.serve.latency import Plan
     from mdpd_deploy.serve.latency_chart import write_chart
     from mdpd_deploy.serve.latency_inputs import InputSource
@@ -35,6 +36,7 @@ _HOME = {
     "Variant": "variants",
     "choose_device": "runtimes",
     "load_shared": "shared",
+    "race_graphs": "graph_race",
     "render": "latency_table",
     "rival_names": "variants",
     "run_benchmark": "benchmark",
@@ -55,6 +57,7 @@ __all__ = [
     "Variant",
     "choose_device",
     "load_shared",
+    "race_graphs",
     "render",
     "rival_names",
     "run_benchmark",

@@ -47,8 +47,6 @@ from mdpd_deploy.serve.variants import BARE, Variant
 
 log = logging.getLogger(__name__)
 
-PRECISION = "fp32"
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -61,6 +59,7 @@ class Grid:
         threads: Threads inside one operator, for both runtimes.
         plan: Warm-up and length of a cell.
         seed: Of inputs, order and bootstrap.
+        precision: Of every variant.
     """
 
     runtimes: tuple[str, ...]
@@ -69,6 +68,7 @@ class Grid:
     threads: int
     plan: Plan
     seed: int
+    precision: str = "fp32"
 
 
 @dataclass
@@ -221,7 +221,7 @@ def _run_cell(
             Row(
                 variant=name,
                 runtime=runtime,
-                precision=PRECISION,
+                precision=grid.precision,
                 device=grid.device,
                 batch=batch,
                 size=size_of(batches),
@@ -260,7 +260,7 @@ def _add_ratios(
                 variant=name,
                 over=DEPLOYED,
                 runtime=runtime,
-                precision=PRECISION,
+                precision=grid.precision,
                 device=grid.device,
                 batch=batch,
                 median=ratio.median,

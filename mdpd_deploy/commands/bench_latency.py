@@ -193,11 +193,10 @@ def _open(path: Path | None) -> _Subject:
             log.info("run: %s (the newest)", run.path)
         return _Subject(run.path, run, None)
     bundle = load_bundle(path)
-    if bundle.manifest["precision"] != "fp32":
-        raise UserError(
-            f"bundle {path} is {bundle.manifest['precision']}: its rivals exist in fp32 only, and "
-            "times of two precisions are never compared. Name an fp32 bundle or the run."
-        )
+    precision = bundle.manifest["precision"]
+    if precision != "fp32":
+        log.info("%s bundle: timed alone, since its run's rivals exist in fp32 only", precision)
+        return _Subject(path, None, bundle)
     home = path.resolve().parent
     if home.name != "bundles" or not (home.parent / "summary.json").is_file():
         return _Subject(path, None, bundle)
@@ -245,7 +244,11 @@ def _grid(
     if seed < 0:
         raise UserError(f"--seed {seed}: give 0 or a positive whole number.")
     chosen = choose_device(device, runtimes)
-    return Grid(runtimes, batches, chosen, threads or cpu_count(), Plan(seconds=seconds), seed)
+    precision = "fp32" if subject.bundle is None else subject.bundle.manifest["precision"]
+    if subject.bundle is not None and precision == "bf16" and chosen == "cpu":
+        subject.bundle.runner(chosen)  # raises, with the mend
+    plan = Plan(seconds=seconds)
+    return Grid(runtimes, batches, chosen, threads or cpu_count(), plan, seed, precision)
 
 
 def _variants(subject: _Subject, rivals: Sequence[str] | None) -> "list[Variant]":

@@ -2,14 +2,18 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from mdpd_deploy.bundle import Bundle
+    from mdpd_deploy.export import Form, Race
+    from mdpd_deploy.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +22,8 @@ Golden = Literal["validation", "synthetic"]
 Choice = TypeVar("Choice", bound=str)
 
 FORMATS: tuple[Format, ...] = ("onnx", "trt")
-PRECISIONS = ("fp32",)
+Parity = Literal["fail", "warn"]
+PARITY: tuple[Parity, ...] = ("fail", "warn")
 GOLDEN: tuple[Golden, ...] = ("validation", "synthetic")
 
 
@@ -27,10 +32,41 @@ def command(
         Path | None, typer.Argument(metavar="RUN", help="Default: the newest run.")
     ] = None,
     fmt: Annotated[
-        str, typer.Option(help="onnx; or trt: ONNX with a TensorRT build recipe.")
-    ] = "onnx",
+        str | None,
+        typer.Option(
+            help="onnx; or trt: ONNX with a TensorRT build recipe. Default: by --target, else onnx."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/bundles/FMT-PRECISION.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32.")] = "fp32",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32; fp16 (on a CPU for size only), bf16 (trt), int8-cpu, int8-trt; or auto: the "
+            "fastest that passes its gates."
+        ),
+    ] = "fp32",
+    target: Annotated[
+        str | None, typer.Option(help="cpu or gpu. Default: by --fmt (onnx: cpu, trt: gpu).")
+    ] = None,
+    parity: Annotated[
+        str,
+        typer.Option(help="What a missed parity or metric gate does: fail, or warn and record it."),
+    ] = "fail",
+    autocast_python: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="MDPD_AUTOCAST_PYTHON",
+            help="Python of the environment with NVIDIA ModelOpt, for fp16 and bf16 with trt.",
+        ),
+    ] = None,
+    converted: Annotated[
+        Path | None,
+        typer.Option(help="This model's ONNX file, already converted to fp16 or bf16 for trt."),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Time to measure with auto. Default: 100 rounds and 10 s, at most 20 s."),
+    ] = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Data for the metric gate, where the run's own has moved.")
     ] = None,
@@ -53,9 +89,14 @@ def command(
     """
     bundle = export_run(
         run,
-        fmt=_one_of("--fmt", fmt, FORMATS),
+        fmt=None if fmt is None else _one_of("--fmt", fmt, FORMATS),
         out=out,
         precision=precision,
+        target=target,
+        parity=_one_of("--parity", parity, PARITY),
+        autocast_python=autocast_python,
+        converted=converted,
+        seconds=seconds,
         eval_data=eval_data,
         metric_gate=metric_gate,
         golden=_one_of("--golden", golden, GOLDEN),
@@ -82,9 +123,14 @@ def command(
 def export_run(
     run: str | Path | None = None,
     *,
-    fmt: Format = "onnx",
+    fmt: Format | None = None,
     out: str | Path | None = None,
     precision: str = "fp32",
+    target: str | None = None,
+    parity: Parity = "fail",
+    autocast_python: str | Path | None = None,
+    converted: str | Path | None = None,
+    seconds: float | None = None,
     eval_data: str | None = None,
     metric_gate: bool = True,
     golden: Golden = "validation",
@@ -95,9 +141,17 @@ def export_run(
 
     Args:
         run: A run's folder; None = the newest completed run under `runs/`.
-        fmt: `onnx`; or `trt`: the same bundle with the recipe for a TensorRT engine.
+        fmt: `onnx`; or `trt`: the same bundle with the recipe for a TensorRT engine. None = `trt`
+            for target `gpu`, else `onnx`.
         out: The bundle's folder; None = `RUN/bundles/FMT-PRECISION`.
-        precision: `fp32`.
+        precision: `fp32`, `fp16`, `bf16`, `int8-cpu`, `int8-trt`, or `auto`: every one that is
+            valid for the target is tried and timed, and the fastest that passes is kept.
+        target: `cpu` (ONNX Runtime) or `gpu` (TensorRT); None follows from `fmt`.
+        parity: `fail`; or `warn`: a missed parity or metric gate is recorded and the bundle kept.
+        autocast_python: Interpreter of the environment that holds NVIDIA ModelOpt, which makes fp16
+            and bf16 for TensorRT.
+        converted: An ONNX file of this model that was already converted so.
+        seconds: Time to measure with `auto`; None = 100 rounds and 10 s, at most 20 s.
         eval_data: Data for the metric gate, where the run's own has moved.
         metric_gate: False leaves the task metric unmeasured, and the manifest says so.
         golden: The inputs kept in the bundle: from the validation data, or synthetic ones where
@@ -121,30 +175,81 @@ def export_run(
     """
     from mdpd_deploy.run import Run
 
-    _one_of("--fmt", fmt, FORMATS)
+    if fmt is not None:
+        _one_of("--fmt", fmt, FORMATS)
     _one_of("--golden", golden, GOLDEN)
-    if precision not in PRECISIONS:
-        raise UserError(
-            f"--precision {precision} is not supported yet: use {', '.join(PRECISIONS)}."
-        )
+    _one_of("--parity", parity, PARITY)
+    from mdpd_deploy.export import AUTO, ExportOptions, engine_unavailable, pack, place_of
+
+    fmt, place = place_of(fmt, target)
+    form = _checked_form(precision, place, converted=converted, seconds=seconds)
     if require_engine and fmt != "trt":
         raise UserError("--require-engine belongs to --fmt trt: add that, or leave it out.")
     opened = Run.open(run)
     if run is None:
         log.info("run: %s (the newest)", opened.path)
-    target = Path(out) if out is not None else opened.path / "bundles" / f"{fmt}-{precision}"
-    from mdpd_deploy.export import ExportOptions, engine_unavailable, pack
-
+    folder = Path(out) if out is not None else opened.path / "bundles" / f"{fmt}-{precision}"
     if require_engine:
         raise engine_unavailable()
+    if form is not None and form.note:
+        log.warning("%s", form.note)
     options = ExportOptions(
         fmt=fmt,
         eval_data=eval_data,
         metric_gate=metric_gate,
         golden=golden,
         overwrite=overwrite,
+        precision=precision,
+        target=place,
+        parity=parity,
+        autocast_python=None if autocast_python is None else Path(autocast_python),
+        converted=None if converted is None else Path(converted),
     )
-    return pack(opened, target, options)
+    timer = _timer(opened, seconds) if precision == AUTO else None
+    return pack(opened, folder, options, time_graphs=timer)
+
+
+def _checked_form(
+    precision: str, target: str, *, converted: object, seconds: float | None
+) -> "Form | None":
+    """Return what to make, None for auto; refuse what cannot be made or measured."""
+    from mdpd_deploy.export import AUTO, form_of
+
+    if precision == AUTO:
+        if target == "gpu":
+            raise UserError(
+                "--precision auto --target gpu: nothing can be measured here without a TensorRT "
+                "engine of each precision; name one (fp16 is the usual choice), build its engine "
+                "on the GPU machine and time that."
+            )
+        if converted is not None:
+            raise UserError("--converted belongs to one precision: name it instead of auto.")
+        if seconds is not None and not 0 < seconds < float("inf"):
+            raise UserError(f"--seconds {seconds}: give a time above 0.")
+        return None
+    form = form_of(precision, "gpu" if target == "gpu" else "cpu")
+    if converted is not None and not form.takes_converted:
+        raise UserError(
+            f"--converted belongs to fp16 and bf16 with --fmt trt: given with {precision}."
+        )
+    if seconds is not None:
+        raise UserError("--seconds belongs to --precision auto: add that, or leave it out.")
+    return form
+
+
+def _timer(run: "Run", seconds: float | None) -> "Callable[[Mapping[str, Path]], Race]":
+    """Return what times graphs against fp32: batch 1, validation examples."""
+    from mdpd_deploy.commands.bench_latency import input_source
+    from mdpd_deploy.export import Race
+    from mdpd_deploy.serve import Plan, race_graphs
+
+    def time_graphs(graphs: "Mapping[str, Path]") -> "Race":
+        log.info("timing %s in turn", ", ".join(graphs))
+        plan = Plan(seconds=seconds)
+        found = race_graphs(graphs, input_source(run), batch=1, plan=plan)
+        return Race(found.timings, found.settings)
+
+    return time_graphs
 
 
 def _one_of(option: str, given: str, choices: tuple[Choice, ...]) -> Choice:
@@ -167,6 +272,7 @@ def _print(bundle: "Bundle") -> None:
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
+    _print_precision(console, manifest)
     console.print(
         f"{manifest['nodes']} nodes, {size / 1e6:.1f} MB in {len(manifest['files'])} files"
     )
@@ -175,3 +281,45 @@ def _print(bundle: "Bundle") -> None:
             "golden.safetensors holds validation inputs; for private data: --golden synthetic"
         )
     console.print(f"bundle: {bundle.path}")
+
+
+def _print_precision(console: Any, manifest: dict[str, Any]) -> None:
+    """Print the receipt, and what `auto` tried."""
+    from rich.table import Table
+
+    receipt = manifest["receipt"]
+    weights = ", ".join(f"{n / 1e6:.1f} MB {kind}" for kind, n in receipt["weight_bytes"].items())
+    nodes = ", ".join(f"{n} {kind}" for kind, n in receipt["compute_nodes"].items())
+    islands = receipt["fp32_islands"]
+    console.print(f"{manifest['precision']} ({manifest['conversion']}): weights {weights}")
+    console.print(
+        f"compute nodes: {nodes}"
+        + (f"; left in FP32: {_by_operator(islands)} (named in parity.json)" if islands else "")
+    )
+    if "precision_trials" not in manifest:
+        return
+    tried = manifest["precision_trials"]
+    table = Table(title="precisions, timed in turn against fp32")
+    for heading in ("precision", "gates", "MB", "time / fp32 [95 %]", "p50 ms", "metric drop"):
+        table.add_column(heading, overflow="fold")
+    for row in tried["trials"]:
+        table.add_row(row["precision"], *_trial_cells(row))
+    console.print(table)
+    console.print(tried["recommendation"])
+
+
+def _trial_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if row["verdict"] == "failed":
+        return (f"failed: {row['reason']}", "", "", "", "")
+    low, high = row["ci95"]
+    drop = row["drop"]
+    points = f"{100 * drop['value']:+.2f} points" if drop else ""
+    ratio = f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+    return (row["verdict"], f"{row['bytes'] / 1e6:.1f}", ratio, f"{row['p50_ms']:.3f}", points)
+
+
+def _by_operator(islands: list[str]) -> str:
+    from collections import Counter
+
+    counts = Counter(name.partition(" ")[0] for name in islands)
+    return ", ".join(f"{count} {operator}" for operator, count in counts.most_common())

@@ -1,0 +1,140 @@
+"""`--precision auto`: every valid precision is tried, timed against fp32, and the fastest is kept.
+
+Timing belongs to another room, so it is handed in as a function.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mdpd_deploy.errors import ExportError, VerificationError
+from mdpd_deploy.export.precision.forms import Form
+from mdpd_deploy.export.reduced import Candidate
+
+logger = logging.getLogger(__name__)
+
+FASTER = "faster"
+
+
+class Timing(Protocol):
+    """What was measured of one graph against fp32, in rounds that time each of them once."""
+
+    @property
+    def median(self) -> float:
+        """Median over rounds of time / time of fp32."""
+        ...
+
+    @property
+    def ci95(self) -> tuple[float, float]: ...
+
+    @property
+    def p50_ms(self) -> float: ...
+
+    @property
+    def verdict(self) -> str:
+        """`faster` only when the interval excludes 1 and the spread of fp32 against itself."""
+        ...
+
+    @property
+    def words(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Race:
+    """Times of several graphs.
+
+    Attributes:
+        timings: By precision; fp32 against itself is the control.
+        settings: Batch, rounds, threads and the like, for the manifest.
+    """
+
+    timings: Mapping[str, Timing]
+    settings: dict[str, Any]
+
+
+TimeGraphs = Callable[[Mapping[str, Path]], Race]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What was tried, and which one was kept."""
+
+    chosen: Candidate
+    table: dict[str, Any]
+
+
+def try_all(
+    forms: Sequence[Form], make: Callable[[Form], Candidate], time_graphs: TimeGraphs
+) -> Trials:
+    """Make every form, time those that pass their gates, and choose.
+
+    Args:
+        forms: What to try; the first is fp32, which is kept unless another is faster.
+        make: Converts and verifies one form.
+        time_graphs: Times graphs by precision against fp32.
+
+    Raises:
+        UserError: If something that a conversion needs is missing.
+        ExportError: If fp32 itself cannot be made.
+    """
+    base, *others = forms
+    candidates = {base.precision: make(base)}
+    failed: dict[str, str] = {}
+    for form in others:
+        try:
+            candidates[form.precision] = make(form)
+        except (ExportError, VerificationError) as err:
+            failed[form.precision] = str(err)
+            logger.info("%s is out: %s", form.precision, err)
+    race = time_graphs({name: candidate.graph for name, candidate in candidates.items()})
+    chosen = choose(base.precision, race.timings)
+    rows = [_row(f, candidates.get(f.precision), failed.get(f.precision), race) for f in forms]
+    told = _recommendation(base.precision, chosen, race, [f.precision for f in others])
+    table = {
+        "chosen": chosen,
+        "recommendation": told,
+        "settings": race.settings,
+        "trials": rows,
+    }
+    return Trials(candidates[chosen], table)
+
+
+def choose(base: str, timings: Mapping[str, Timing]) -> str:
+    """Return the fastest precision that is really faster than `base`, else `base`."""
+    faster = {n: t.median for n, t in timings.items() if n != base and t.verdict == FASTER}
+    return min(faster, key=lambda name: faster[name], default=base)
+
+
+def _row(
+    form: Form, candidate: Candidate | None, failure: str | None, race: Race
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"precision": form.precision, "note": form.note}
+    if candidate is None:
+        return row | {"verdict": "failed", "reason": failure}
+    timing = race.timings[form.precision]
+    warned = any(gate.verdict == "warned" for gate in candidate.gates)
+    parity, metric = candidate.gate("parity"), candidate.gate("metric")
+    return row | {
+        "verdict": "warned" if warned else "passed",
+        "bytes": candidate.graph.stat().st_size,
+        "scaled_diff": parity.details["scaled_diff"] if parity else None,
+        "drop": metric.details.get("drop") if metric else None,
+        "p50_ms": timing.p50_ms,
+        "ratio": timing.median,
+        "ci95": list(timing.ci95),
+        "timing": timing.verdict,
+        "words": timing.words,
+    }
+
+
+def _recommendation(base: str, chosen: str, race: Race, others: Sequence[str]) -> str:
+    if chosen == base:
+        return f"{' and '.join(others)} did not pay here: {base} is kept"
+    timing = race.timings[chosen]
+    low, high = timing.ci95
+    return (
+        f"{chosen} is kept: the fastest that passes its gates, {timing.median:.2f} "
+        f"[{low:.2f}, {high:.2f}] of {base}'s time"
+    )

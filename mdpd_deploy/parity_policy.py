@@ -1,0 +1,136 @@
+"""How far a graph may be from PyTorch FP32, by precision: the one table (D15). No torch here (D27).
+
+| check                                                  | fp32 | fp16, bf16 | int8     |
+|--------------------------------------------------------|------|------------|----------|
+| largest output difference / spread of the outputs      | 1e-4 | 3e-2       | reported |
+| same class where the reference's margin exceeds drift  | all  | 99.9 %     | 99 %     |
+| drop of the primary metric, paired, on validation      | D15  | 0.2 points | 0.5 points |
+| finite outputs                                         | all  | all        | all      |
+
+The drift is what the outputs may be off by; for int8, whose difference is only reported, it is what
+sound int8 graphs were seen to be off by. One example may always count (D15).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, compute
+
+ParityMode = Literal["fail", "warn"]
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What one precision is held to.
+
+    Attributes:
+        scaled_diff: Largest output difference, in standard deviations; None = it is reported only.
+        drift: Difference that a prediction need not survive, in standard deviations.
+        agreement: Share of predictions that must stay, where the margin exceeds the drift.
+        metric_drop: Largest drop of the primary metric, as a fraction (0.002 = 0.2 points).
+    """
+
+    scaled_diff: float | None
+    drift: float
+    agreement: float
+    metric_drop: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the thresholds for `parity.json`."""
+        return asdict(self)
+
+
+_HALF = Policy(scaled_diff=3e-2, drift=3e-2, agreement=0.999, metric_drop=0.002)
+_INT8 = Policy(scaled_diff=None, drift=0.2, agreement=0.99, metric_drop=0.005)
+POLICIES: dict[str, Policy] = {
+    "fp32": Policy(scaled_diff=1e-4, drift=1e-4, agreement=1.0, metric_drop=0.0),
+    "fp16": _HALF,
+    "bf16": _HALF,
+    "int8-cpu": _INT8,
+    "int8-trt": _INT8,
+}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How many predictions stayed the same.
+
+    Attributes:
+        rows: Rows whose margin exceeds the drift; for scores: all.
+        same: Of those, the ones with the reference's class; for scores: within the drift.
+        all_rows: Every row.
+        all_same: Of every row, the ones with the reference's class.
+    """
+
+    rows: int
+    same: int
+    all_rows: int
+    all_same: int
+
+    @property
+    def share(self) -> float:
+        """Of the rows that count; 1 where none does."""
+        return self.same / self.rows if self.rows else 1.0
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Metric of the reference minus that of the graph, with a paired bootstrap 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def agreement(
+    reference: NDArray[np.float32], outputs: NDArray[np.float32], drift: float
+) -> Agreement:
+    """Compare predictions.
+
+    Args:
+        reference: Logits [n, C], or scores [n, 1].
+        outputs: The same from the graph.
+        drift: Absolute difference that an output may show.
+    """
+    count = len(reference)
+    if reference.shape[1] == 1:
+        same = int((np.abs(reference - outputs) <= drift).sum())
+        return Agreement(count, same, count, same)
+    ordered = np.sort(reference, axis=1)
+    clear = ordered[:, -1] - ordered[:, -2] > 2 * drift  # each of two logits may drift
+    equal = reference.argmax(axis=1) == outputs.argmax(axis=1)
+    return Agreement(int(clear.sum()), int((equal & clear).sum()), count, int(equal.sum()))
+
+
+def paired_drop(
+    metric: str,
+    reference: NDArray[np.float32],
+    outputs: NDArray[np.float32],
+    labels: NDArray[np.int64] | NDArray[np.float64],
+    *,
+    seed: int = 0,
+) -> Drop:
+    """Return how much worse the graph's metric is than the reference's, on the same examples.
+
+    Args:
+        metric: A name of `METRICS`. Errors in the label's unit are divided by the labels' spread.
+        reference: Outputs of PyTorch [n, C].
+        outputs: Outputs of the graph [n, C].
+        labels: [n].
+        seed: Of the bootstrap, which draws examples.
+    """
+    scale = -1 / max(float(np.std(labels)), 1e-12) if metric in LOWER_IS_BETTER else 1.0
+
+    def drop(rows: Sequence[int] | NDArray[np.int64] | slice) -> float:
+        before = compute([metric], reference[rows], labels[rows])[metric]
+        return scale * (before - compute([metric], outputs[rows], labels[rows])[metric])
+
+    rng = np.random.default_rng(seed)
+    drawn = [drop(rng.integers(len(labels), size=len(labels))) for _ in range(RESAMPLES)]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Drop(drop(slice(None)), float(low), float(high))

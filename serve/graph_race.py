@@ -1,0 +1,106 @@
+"""Several graphs of one model against each other, in ONNX Runtime on the CPU.
+
+The rounds and the estimator are the latency benchmark's; the first graph is the one that the others
+are compared with, and it runs a second time as its own A/A control.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdpd_deploy.machine import cpu_count, describe
+from mdpd_deploy.serve.estimate import (
+    MARGIN,
+    control_words,
+    paired_ratio,
+    percentiles_ms,
+    verdict,
+)
+from mdpd_deploy.serve.latency import Plan, measure
+from mdpd_deploy.serve.latency_inputs import InputSource, size_of
+from mdpd_deploy.serve.runtimes import OnnxSession
+
+
+@dataclass(frozen=True)
+class GraphTiming:
+    """One graph against the first.
+
+    Attributes:
+        median: Median over rounds of time / time of the first graph.
+        ci95: Its bootstrap 95 % interval.
+        p50_ms: Median time of a call.
+        verdict: As `estimate.verdict`; `control` for the first graph itself.
+        words: The same as a sentence.
+    """
+
+    median: float
+    ci95: tuple[float, float]
+    p50_ms: float
+    verdict: str
+    words: str
+
+
+@dataclass(frozen=True)
+class GraphRace:
+    """What was measured, and how."""
+
+    timings: dict[str, GraphTiming]
+    settings: dict[str, Any]
+
+
+def race_graphs(
+    graphs: Mapping[str, Path],
+    inputs: InputSource,
+    *,
+    batch: int,
+    plan: Plan,
+    threads: int | None = None,
+    seed: int = 0,
+) -> GraphRace:
+    """Time graphs in interleaved rounds.
+
+    Args:
+        graphs: Name → `.onnx` file; all take the same inputs.
+        inputs: What they are fed.
+        batch: Examples per call.
+        plan: Warm-up and length.
+        threads: Threads inside one operator; None = the CPU quota.
+        seed: Of inputs, order and bootstrap.
+    """
+    used = threads or cpu_count()
+    base = next(iter(graphs))
+    control = f"{base} again"
+    batches = inputs.batches(batch, seed=seed)
+    paths = {**graphs, control: graphs[base]}
+    calls = {
+        name: OnnxSession(path, device="cpu", threads=used).prepare(batches)
+        for name, path in paths.items()
+    }
+    cell = measure(calls, inputs=len(batches), plan=plan, seed=seed)
+    ratios = {name: paired_ratio(cell.times[name], cell.times[base], seed=seed) for name in paths}
+    itself = ratios[control]
+    timings = {}
+    for name in graphs:
+        ratio = itself if name == base else ratios[name]
+        said = verdict(ratio, itself, MARGIN["cpu"])
+        first = name == base
+        timings[name] = GraphTiming(
+            ratio.median,
+            (ratio.low, ratio.high),
+            percentiles_ms(cell.times[name])["p50_ms"],
+            "control" if first else said.code,
+            control_words(itself, MARGIN["cpu"]) if first else said.words.replace("deployed", base),
+        )
+    settings = {
+        "batch": batch,
+        "size": size_of(batches),
+        "rounds": cell.rounds,
+        "seconds": round(cell.elapsed, 1),
+        "threads": used,
+        "inputs": inputs.what,
+        "cpu": describe()["cpu"],
+        "statistic": "median over rounds of per-round time ratios, bootstrap 95 % interval",
+        "control_spread": itself.spread,
+    }
+    return GraphRace(timings, settings)
