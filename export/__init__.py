@@ -9,6 +9,7 @@ if __name__ != "mdpd_deploy.export":
     )
 
 if TYPE_CHECKING:
+    from mdpd_deploy.export.multi import pack_multi
     from mdpd_deploy.export.packing import ExportOptions, Format, pack
     from mdpd_deploy.export.precision.forms import AUTO, Form, form_of, forms_for, place_of
     from mdpd_deploy.export.recipe import SCRIPT_FILE, engine_unavailable
@@ -25,6 +26,7 @@ _HOME = {
     "form_of": "precision.forms",
     "forms_for": "precision.forms",
     "pack": "packing",
+    "pack_multi": "multi",
     "place_of": "precision.forms",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "form_of",
     "forms_for",
     "pack",
+    "pack_multi",
     "place_of",
 ]
 

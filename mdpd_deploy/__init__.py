@@ -5,6 +5,7 @@ The Python API uses the command line's words and is loaded on first use, so that
 
     fit            train a model                        `mdpd train`
     export_run     turn a run into a verified bundle    `mdpd export`
+    export_runs    several runs on one backbone         `mdpd export --multi`
     compare        methods on the same data    `mdpd compare`
     verify_bundle  check a bundle again                 `mdpd verify`
     sign_bundle    sign a bundle with a key             `mdpd sign`
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from mdpd_deploy.bundle import load_bundle
     from mdpd_deploy.commands.bench_latency import bench_latency
     from mdpd_deploy.commands.compare import compare
-    from mdpd_deploy.commands.export import export_run
+    from mdpd_deploy.commands.export import export_run, export_runs
     from mdpd_deploy.commands.sign import sign_bundle
     from mdpd_deploy.commands.train import fit
     from mdpd_deploy.commands.verify import verify_bundle
@@ -41,6 +42,7 @@ _HOME = {
     "bench_latency": "mdpd_deploy.commands.bench_latency",
     "compare": "mdpd_deploy.commands.compare",
     "export_run": "mdpd_deploy.commands.export",
+    "export_runs": "mdpd_deploy.commands.export",
     "fit": "mdpd_deploy.commands.train",
     "load_bundle": "mdpd_deploy.bundle",
     "sign_bundle": "mdpd_deploy.commands.sign",
@@ -54,6 +56,7 @@ __all__ = [
     "bench_latency",
     "compare",
     "export_run",
+    "export_runs",
     "fit",
     "load_bundle",
     "sign_bundle",

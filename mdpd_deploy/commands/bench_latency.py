@@ -193,6 +193,11 @@ def _open(path: Path | None) -> _Subject:
             log.info("run: %s (the newest)", run.path)
         return _Subject(run.path, run, None)
     bundle = load_bundle(path)
+    if bundle.mixed:
+        raise UserError(
+            f"bundle {path} answers several tasks, and rivals belong to one: name a run, or a "
+            "bundle of one task."
+        )
     precision = bundle.manifest["precision"]
     if precision != "fp32":
         log.info("%s bundle: timed alone, since its run's rivals exist in fp32 only", precision)

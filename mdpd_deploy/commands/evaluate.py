@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mdpd_deploy.bundle import Bundle
+    from mdpd_deploy.bundle import Bundle, Task
     from mdpd_deploy.data.examples import Split
     from mdpd_deploy.data.preprocess import Preprocess
 
@@ -58,6 +58,9 @@ def command(
             help="File or folder to measure on. Default: the evaluation data of training."
         ),
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Which task to measure, where a bundle has several.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON only.")] = False,
@@ -66,7 +69,9 @@ def command(
     from mdpd_deploy.bundle import is_bundle
 
     if run_or_bundle is not None and is_bundle(run_or_bundle):
-        found = evaluate_bundle(run_or_bundle, data, batch=batch, device=device)
+        found = evaluate_bundle(run_or_bundle, data, task=task, batch=batch, device=device)
+    elif task is not None:
+        raise UserError("--task names a task of a bundle, and a run has one: leave it out.")
     else:
         found = evaluate_run(run_or_bundle, data, batch=batch, device=device)
     if json:
@@ -77,12 +82,15 @@ def command(
         _print(found)
 
 
-def evaluate_bundle(path: Path, data: str | None, *, batch: int, device: str) -> Evaluation:
+def evaluate_bundle(
+    path: Path, data: str | None, *, task: str | None = None, batch: int, device: str
+) -> Evaluation:
     """Measure a bundle with ONNX Runtime.
 
     Args:
         path: The bundle.
         data: A file or folder; None works where the data needs no path (`digits`, `hub:NAME`).
+        task: Which task to measure; needed where the bundle has several.
         batch: Examples per run of the graph.
         device: cpu or cuda.
 
@@ -92,18 +100,22 @@ def evaluate_bundle(path: Path, data: str | None, *, batch: int, device: str) ->
     from mdpd_deploy.bundle import load_bundle
 
     bundle = load_bundle(path)
-    manifest = bundle.manifest
-    splits = bundle_splits(bundle, data)
+    asked = bundle.task(task)
+    splits = bundle_splits(bundle, asked, data)
     runner = bundle.runner(device)
-    metrics = _measure({"deployed": runner}, bundle.preprocess, splits, manifest["metrics"], batch)
-    return Evaluation(str(path), manifest["task"], "onnx", runner.provider, _sizes(splits), metrics)
+    models: dict[str, Forward] = {"deployed": bundle.runner_of(asked, runner)}
+    metrics = _measure(models, asked.preprocess, splits, asked.facts["metrics"], batch)
+    return Evaluation(
+        str(path), asked.facts["task"], "onnx", runner.provider, _sizes(splits), metrics
+    )
 
 
-def bundle_splits(bundle: Bundle, data: str | None) -> dict[str, Split]:
-    """Read what a bundle is to be measured on, as its training did.
+def bundle_splits(bundle: Bundle, asked: Task, data: str | None) -> dict[str, Split]:
+    """Read what a task of a bundle is to be measured on, as its training did.
 
     Args:
         bundle: The bundle.
+        asked: The task.
         data: A file or folder; None works where the data needs no path (`digits`, `hub:NAME`).
 
     Raises:
@@ -112,18 +124,17 @@ def bundle_splits(bundle: Bundle, data: str | None) -> dict[str, Split]:
     from mdpd_deploy.config import check_config
     from mdpd_deploy.data import load_evaluation, load_task
 
-    manifest = bundle.manifest
-    task, seed, labels = manifest["task"], manifest["data"].get("seed", 0), bundle.label_names
-    options = {**manifest["data"].get("options", {})}
-    options |= {"eval_path": data, "labels": list(labels) or None}
+    name, labels, kept = asked.facts["task"], asked.label_names, asked.facts["data"]
+    seed = kept.get("seed", 0)
+    options = {**kept.get("options", {}), "eval_path": data, "labels": list(labels) or None}
     config = check_config({"data": options}).data
     if data is not None:
-        return load_evaluation(task, config, seed=seed, label_names=labels)
-    if config.path is not None or task in SELF_CONTAINED:
-        return load_task(task, config, seed=seed).evaluation
+        return load_evaluation(name, config, seed=seed, label_names=labels)
+    if config.path is not None or name in SELF_CONTAINED:
+        return load_task(name, config, seed=seed).evaluation
     raise UserError(
         f"bundle {bundle.path} does not keep where its data lies: add --data with a file or folder "
-        f"of task {task}."
+        f"of task {name}."
     )
 
 

@@ -121,7 +121,7 @@ def verify_bundle(
     opened = load_bundle(bundle)
     validation = None
     if eval_data is not None or opened.manifest["task"] in SELF_CONTAINED:
-        validation = bundle_splits(opened, eval_data)["validation"]
+        validation = bundle_splits(opened, opened.task(None), eval_data)["validation"]
     signer = None if key is None else str(key)
     checks = verify(Subject(opened, device, validation, signer))
     return Report(str(bundle), device, tuple(checks))

@@ -1,0 +1,615 @@
+"""Several tasks on one backbone: one bundle, one graph, mixed batches, swap, and what is refused."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from mdpd_deploy import export_run, fit, load_bundle
+from mdpd_deploy.cli import main
+from mdpd_deploy.commands.export import export_runs
+from mdpd_deploy.deltas import HEAD_BIAS, HEAD_WEIGHT, Delta, load_delta
+from mdpd_deploy.errors import ExportError, UserError, VerificationError
+from mdpd_deploy.export.multi_gates import check_mixed_rows
+from mdpd_deploy.manifest import graph_notes
+from mdpd_deploy.mixed import Swap, TaskRunner, mixed_batch
+from mdpd_deploy.mixed_graph import added_nodes, mixed_graph
+from mdpd_deploy.parity import FP32_TOLERANCE, Parity, torch_outputs
+from mdpd_deploy.run import Run
+from mdpd_deploy.runner import OnnxRunner
+
+pytest.importorskip("onnxruntime", reason="runs exported graphs")
+
+GATES = ("side_free", "identity", "parity", "swap", "metric", "golden", "mixed")
+SHORT = {"steps": 6, "batch": 8, "quiet": True, "method": "norms"}
+
+
+@pytest.fixture(scope="module")
+def stars_run(tiny_bert, tmp_path_factory):
+    """Three classes, from single texts of at most 12 tokens."""
+    folder = tmp_path_factory.mktemp("stars")
+    words = {"one": "awful", "two": "fine", "three": "great"}
+    lines = [f"the film was {'very ' * (i % 3)}{word},{label}"
+             for i in range(12) for label, word in words.items()]  # fmt: skip
+    (folder / "all.csv").write_text("\n".join(["review,stars", *lines]))
+    return fit(task="classify", data=folder / "all.csv", text="review", label="stars",
+               backbone=tiny_bert, out=folder / "run", set=["data.max_length=12"],
+               **SHORT).path  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def score_run(tiny_bert, tmp_path_factory):
+    """Regression with large labels, from pairs of texts of at most 40 tokens."""
+    folder = tmp_path_factory.mktemp("scores")
+    rows = ["one,two,label"]
+    rows += [
+        f"a film {'good ' * i},the film was {'very ' * i}bad,{200 + 30 * i}" for i in range(9)
+    ] * 4
+    (folder / "all.csv").write_text("\n".join(rows))
+    return fit(task="regress", data=folder / "all.csv", text=["one", "two"], backbone=tiny_bert,
+               out=folder / "run", set=["data.max_length=40"], **SHORT).path  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text_runs(tiny_text_run, stars_run, score_run):
+    return [tiny_text_run.path, stars_run, score_run]
+
+
+@pytest.fixture(scope="module")
+def text_bundle(text_runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("multi") / "text"
+    return export_runs(text_runs, names=["mood", "stars", "score"], out=out)
+
+
+@pytest.fixture(scope="module")
+def image_runs(tiny_run, tiny_vit, digit_folder, tmp_path_factory):
+    """Three classes by MDPD, and two of them by a probe, which leaves the norms alone."""
+    folder = tmp_path_factory.mktemp("two-digits")
+    for name in ("train/digit0", "train/digit1", "validation/digit0", "validation/digit1"):
+        shutil.copytree(digit_folder / name, folder / "data" / name)
+    options = {**SHORT, "method": "probe"}
+    run = fit(
+        task="classify", data=folder / "data", backbone=tiny_vit, out=folder / "run", **options
+    )
+    return [tiny_run.path, run.path]
+
+
+@pytest.fixture(scope="module")
+def image_bundle(image_runs, tmp_path_factory):
+    """Prepared for TensorRT: the explicit form."""
+    return export_runs(image_runs, fmt="trt", out=tmp_path_factory.mktemp("multi") / "image")
+
+
+@pytest.fixture
+def damaged(text_bundle, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(text_bundle.path, tmp_path / "b")
+
+
+RAWS = {
+    "mood": ["the film was good", "a very very very slow and boring film was not great"],
+    "stars": ["awful", "the film was very great", "fine"],
+    "score": [("a film good", "the film was bad"), ("good " * 30, "very bad")],
+}
+
+
+def scaled_gap(found, reference):
+    assert found.shape == reference.shape
+    return np.abs(found - reference).max() / max(reference.std(), 1e-2 * np.abs(reference).max())
+
+
+def test_every_gate_passed_for_every_task(text_bundle, image_bundle):
+    for bundle in (text_bundle, image_bundle):
+        manifest = bundle.manifest
+        assert manifest["kind"] == "multi" and manifest["faded"]
+        assert {n: g["verdict"] for n, g in manifest["verification"].items()} == dict.fromkeys(
+            GATES, "passed"
+        )
+        for entry in manifest["tasks"]:
+            assert set(entry["verification"]) == set(GATES)
+        parity = json.loads((bundle.path / "parity.json").read_text())
+        assert list(parity) == [entry["name"] for entry in manifest["tasks"]]
+    assert [t.name for t in image_bundle.tasks] == ["classify", "classify-2"]
+
+
+def test_the_manifest_lists_tasks_in_the_order_of_task_id(text_bundle):
+    mood, stars, score = text_bundle.tasks
+    assert [(t.name, t.index, t.kind, t.width, t.pair) for t in text_bundle.tasks] == [
+        ("mood", 0, "classify", 2, False),
+        ("stars", 1, "classify", 3, False),
+        ("score", 2, "regress", 1, True),
+    ]
+    assert set(stars.label_names) == {"one", "two", "three"} and score.label_names == ()
+    assert [t.preprocess.max_length for t in text_bundle.tasks] == [24, 12, 40]
+    assert stars.facts["data"]["columns"] == ["review"] and mood.facts["method"] == "mdpd"
+    manifest = text_bundle.manifest
+    assert manifest["inputs"][-1] == {"name": "task_id", "dtype": "int64", "shape": ["batch"]}
+    assert manifest["outputs"] == [{"name": "outputs", "dtype": "float32", "shape": ["batch", 3]}]
+    assert manifest["shapes"]["sequence"]["max"] == 40
+
+
+def test_the_backbone_is_on_disk_once_and_a_task_is_small(text_bundle):
+    path = text_bundle.path
+    weights = (path / "model.onnx.data").stat().st_size
+    assert (path / "model.onnx").stat().st_size + (path / "base.onnx").stat().st_size < 2 * weights
+    for name in ("model.onnx", "base.onnx"):
+        proto = onnx.load(path / name, load_external_data=False)
+        outside = [t for t in proto.graph.initializer if t.external_data]
+        assert {e.value for t in outside for e in t.external_data if e.key == "location"} == {
+            "model.onnx.data"
+        }
+    for task in text_bundle.tasks:
+        tensors = load_file(path / "tasks" / task.name / "delta.safetensors")
+        assert tensors[HEAD_WEIGHT].shape == (task.width, 32)
+        assert sum(1 for name in tensors if "LayerNorm" in name) == len(tensors) - 2 > 0
+        assert (path / "tasks" / task.name / "delta.safetensors").stat().st_size < 1_000_000
+    tokenizers = [str(p.relative_to(path)) for p in path.rglob("tokenizer.json")]
+    assert tokenizers == ["preprocessor/tokenizer.json"]
+
+
+def test_mixed_and_swapped_outputs_are_each_single_models(text_bundle, text_runs):
+    runner, swap = text_bundle.runner(), text_bundle.swap()
+    assert set(swap) == {"mood", "stars", "score"}
+    for task, path in zip(text_bundle.tasks, text_runs, strict=True):
+        arrays = task.preprocess(RAWS[task.name])
+        reference = torch_outputs(Run.open(path).load_deployed(), arrays)
+        assert scaled_gap(TaskRunner(runner, task)(arrays), reference) < FP32_TOLERANCE
+        assert scaled_gap(swap[task.name](arrays), reference) < FP32_TOLERANCE
+        ids = np.full(len(reference), task.index)
+        assert not runner({**arrays, "task_id": ids})[:, task.width :].any()  # the padding
+    others = [swap[name](arrays) for name in ("mood", "stars")]  # tasks do differ
+    assert scaled_gap(others[0], others[1][:, :2]) > 0.01
+
+
+def test_images_too_and_in_the_explicit_form(image_bundle, image_runs):
+    nodes = {n.op_type for n in onnx.load(image_bundle.path / "model.onnx").graph.node}
+    assert image_bundle.manifest["mixed"]["added_nodes"]["Mul"] == 7 and "Gather" in nodes
+    rng = np.random.default_rng(0)
+    raws = [Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)) for _ in range(5)]
+    runner, swap = image_bundle.runner(), image_bundle.swap()
+    for task, path in zip(image_bundle.tasks, image_runs, strict=True):
+        arrays = task.preprocess(raws)
+        reference = torch_outputs(Run.open(path).load_deployed(), arrays)
+        assert scaled_gap(TaskRunner(runner, task)(arrays), reference) < FP32_TOLERANCE
+        assert scaled_gap(swap[task.name](arrays), reference) < FP32_TOLERANCE
+    recipe = json.loads((image_bundle.path / "build_engine.json").read_text())
+    assert recipe["profiles"][0]["task_id"] == {"min": [1], "opt": [8], "max": [32]}
+
+
+def test_the_fused_form_adds_six_nodes_and_computes_the_same(image_bundle, tmp_path):
+    base = onnx.load(image_bundle.path / "base.onnx", load_external_data=False)
+    deltas = image_bundle.swap()
+    rows = [
+        load_delta(image_bundle.path / "tasks" / name / "delta.safetensors", deltas.base_sha256)
+        for name in deltas
+    ]
+    fitted = [delta.fit(deltas.base.replaceable) for delta in rows]
+    fused = mixed_graph(base, fitted)
+    assert added_nodes(base, fused) == {
+        "Add": 1, "Gather": 1, "Gemm": -1, "MatMul": 1, "Reshape": 1, "Split": 1, "Squeeze": 1,
+        "Unsqueeze": 1,
+    }  # fmt: skip
+    onnx.helper.set_model_props(fused, graph_notes(image_bundle.manifest))
+    (tmp_path / "m.onnx").write_bytes(fused.SerializeToString())
+    shutil.copy(image_bundle.path / "model.onnx.data", tmp_path)
+    rng = np.random.default_rng(0)
+    arrays = {"pixel_values": rng.standard_normal((6, 3, 16, 16), dtype=np.float32),
+              "task_id": np.array([1, 0, 0, 1, 1, 0])}  # fmt: skip
+    gap = OnnxRunner(tmp_path / "m.onnx")(arrays) - image_bundle.runner()(arrays)
+    assert np.abs(gap).max() < 1e-5
+
+
+def test_a_mixed_batch_answers_each_row_by_its_own_task(text_bundle):
+    requests = [(name, raw) for name, raws in RAWS.items() for raw in raws]
+    order = np.random.default_rng(1).permutation(len(requests))
+    shuffled = [requests[place] for place in order]
+    for batch in (32, 2):
+        for (name, raw), found in zip(
+            shuffled, text_bundle.run_mixed(shuffled, batch=batch), strict=True
+        ):
+            (alone,) = text_bundle.predict([raw], task=name)
+            assert found.label == alone.label
+            assert found.score == pytest.approx(alone.score, rel=1e-5)
+            assert found.probability == pytest.approx(alone.probability, abs=1e-5)
+    assert text_bundle.run_mixed([]) == []
+
+
+def test_a_mixed_batch_truncates_by_task_and_pads_to_the_longest(text_bundle):
+    mood, stars, score = text_bundle.tasks
+    long = "film " * 60
+    arrays = mixed_batch([(stars, long), (score, (long, long)), (mood, long), (stars, "fine")])
+    assert arrays["task_id"].tolist() == [1, 2, 0, 1] and arrays["task_id"].dtype == np.int64
+    assert arrays["attention_mask"].sum(axis=1).tolist() == [12, 40, 24, 3]
+    assert (arrays["input_ids"][3, 3:] == stars.preprocess.pad_id).all()
+    assert arrays["input_ids"].shape == (4, 40)
+
+
+BAD_IDS = {
+    "past the end": (np.array([0, 3]), "task_id 3 names no task"),
+    "negative": (np.array([-1, 0]), "task_id -1 names no task"),
+    "far": (np.array([2**62, 0]), "names no task"),
+    "one for all": (np.array([1]), r"task_id is int64 \[1\], other inputs have 2 rows"),
+    "a matrix": (np.zeros((2, 1), dtype=np.int64), r"task_id is int64 \[2, 1\]"),
+    "float": (np.array([0.0, 1.0]), "task_id is float64"),
+    "missing": (None, "task_id is missing"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IDS)
+def test_a_task_id_that_names_no_task_is_refused(name, text_bundle):
+    ids, words = BAD_IDS[name]
+    arrays = text_bundle.task("mood").preprocess(RAWS["mood"])
+    if ids is not None:
+        arrays["task_id"] = ids
+    with pytest.raises(UserError, match=words) as refused:
+        text_bundle.runner()(arrays)
+    assert "0 (mood), 1 (stars), 2 (score)" in str(refused.value)
+
+
+def test_predict_and_eval_by_task(text_bundle, sentence_folder, capsys):
+    bundle = str(text_bundle.path)
+    assert main(["predict", bundle, "--task", "stars", "--json", "the film was great"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["task"] == "stars" and said["predictions"][0]["label"] in ("one", "two", "three")
+    data = str(sentence_folder / "validation.csv")
+    assert main(["eval", bundle, "--task", "mood", "--data", data, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["metrics"]["validation"]["deployed"]
+    expected = json.loads((text_bundle.path / "parity.json").read_text())["mood"]["metric"]["onnx"]
+    assert found == pytest.approx(expected)
+
+
+def test_a_missing_or_unknown_task_names_the_valid_ones(text_bundle, capsys):
+    bundle = str(text_bundle.path)
+    for words in (["predict", bundle, "text"], ["eval", bundle, "--data", "x.csv"]):
+        assert main(words) == 2
+        assert "name one with --task mood|stars|score" in capsys.readouterr().err.replace("\n", " ")
+    assert main(["predict", bundle, "text", "--task", "star"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--task: unknown 'star'. Did you mean 'stars'?" in said
+    assert main(["predict", bundle, "text", "--task", "score"]) == 2
+    assert "takes pairs of texts" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UserError, match="task 'mood' takes single texts"):
+        text_bundle.run_mixed([("mood", ("a", "b"))])
+    with pytest.raises(UserError, match="name one with --task"):
+        _ = text_bundle.preprocess
+
+
+def test_no_torch_at_inference(text_bundle, run_python):
+    code = f"""
+import sys
+from mdpd_deploy import load_bundle
+bundle = load_bundle({str(text_bundle.path)!r})
+bundle.run_mixed([("mood", "good film"), ("score", ("a", "b"))])
+bundle.swap()["stars"](bundle.task("stars").preprocess(["fine"]))
+assert "torch" not in sys.modules
+"""
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_regression_is_unscaled_as_in_its_own_bundle(text_bundle, score_run, tmp_path):
+    alone = export_run(score_run, out=tmp_path / "alone", metric_gate=False)
+    for mine, theirs in zip(
+        text_bundle.predict(RAWS["score"], task="score"), alone.predict(RAWS["score"]), strict=True
+    ):
+        assert mine.score == pytest.approx(theirs.score, rel=1e-5) and mine.score > 100
+
+
+def test_tasks_with_another_tokenizer_keep_their_own(stars_run, tmp_path):
+    """As when the folder of a local backbone changed between two trainings."""
+    other = shutil.copytree(stars_run, tmp_path / "run")
+    file = other / "model" / "tokenizer.json"
+    plain = json.loads(file.read_text())
+    plain["normalizer"] = {"type": "Replace", "pattern": {"String": "great"}, "content": "awful"}
+    file.write_text(json.dumps(plain))
+    out = tmp_path / "bundle"
+    words = ["export", str(stars_run), str(other), "--multi", "--no-metric-gate", "--golden"]
+    assert main([*words, "synthetic", "--out", str(out)]) == 0
+    bundle = load_bundle(out)
+    assert [p.name for p in out.glob("*/tokenizer.json")] == ["tokenizer.json"]
+    assert (out / "tasks" / "classify-2" / "tokenizer.json").is_file()
+    first, second = (task.preprocess(["great"])["input_ids"].tolist() for task in bundle.tasks)
+    assert first != second == bundle.tasks[0].preprocess(["awful"])["input_ids"].tolist()
+    assert bundle.manifest["verification"]["metric"]["verdict"] == "skipped"
+
+
+@pytest.fixture(scope="module")
+def bitfit_run(image_options, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bitfit") / "run"
+    return fit(out=out, quiet=True, **{**image_options, "method": "bitfit", "steps": 2}).path
+
+
+def refusals(image_runs, text_runs, bitfit, side):
+    one, two = image_runs
+    return {
+        "several alone": ([one, two], "2 runs were given: add --multi"),
+        "names alone": ([one, "--names", "a"], "--names belongs to --multi"),
+        "no runs": (["--multi"], "--multi: name the runs"),
+        "too few names": ([one, two, "--multi", "--names", "a"], "1 names for 2 runs"),
+        "a path": ([one, two, "--multi", "--names", "a,../b"], "'../b' cannot name a task"),
+        "equal names": ([one, two, "--multi", "--names", "a,a"], "'a' is given twice"),
+        "eval data": ([one, two, "--multi", "--eval-data", "x"], "names the data of one task"),
+        "side kept": ([one, side, "--multi"], f"{side} (method side) keeps a side network"),
+        "biases": ([one, bitfit, "--multi"], f"{bitfit} (method bitfit) changed backbone."),
+        "other backbone": ([one, text_runs[1], "--multi"], f"{text_runs[1]} has another backbone"),
+        "no run": ([one, "nowhere", "--multi"], "nowhere is not a run"),
+    }
+
+
+def test_runs_that_cannot_share_a_graph_are_named(
+    image_runs, text_runs, bitfit_run, tiny_side_run, tmp_path, capsys
+):
+    out = tmp_path / "bundle"
+    cases = refusals(image_runs, text_runs, bitfit_run, tiny_side_run.path)
+    for name, (words, message) in cases.items():
+        assert main(["export", *map(str, words), "--out", str(out)]) == 2, name
+        said = " ".join(capsys.readouterr().err.split())
+        assert re.sub(r"\s", "", message) in re.sub(r"\s", "", said), (name, said)
+    resized = shutil.copytree(image_runs[1], tmp_path / "resized")
+    file = resized / "model" / "preprocess.json"
+    file.write_text(file.read_text().replace("16,\n    16", "24,\n    24"))
+    with pytest.raises(UserError, match=r"resized has another image size .*\(24, 24\) instead of"):
+        export_runs([image_runs[0], resized], out=out)
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_gate_names_the_task_it_failed_for(text_bundle, tmp_path):
+    """A table whose rows are in another order than the tasks."""
+    path = text_bundle.path
+    sha = text_bundle.manifest["mixed"]["base_sha256"]
+    rows = [
+        load_delta(path / "tasks" / t.name / "delta.safetensors", sha) for t in text_bundle.tasks
+    ]
+    shapes = text_bundle.swap().base.replaceable
+    base = onnx.load(path / "base.onnx", load_external_data=False)
+    wrong = mixed_graph(base, [delta.fit(shapes) for delta in reversed(rows)])
+    onnx.helper.set_model_props(wrong, graph_notes(text_bundle.manifest))
+    (tmp_path / "wrong.onnx").write_bytes(wrong.SerializeToString())
+    shutil.copy(path / "model.onnx.data", tmp_path)
+    parities = [Parity((), 1.0, 0.0, FP32_TOLERANCE) for _ in text_bundle.tasks]
+    with pytest.raises(VerificationError, match="mixed: in one batch with other tasks 'mood' is"):
+        check_mixed_rows(text_bundle.tasks, parities, OnnxRunner(tmp_path / "wrong.onnx"))
+    check_mixed_rows(text_bundle.tasks, parities, text_bundle.runner())
+
+
+def test_a_mixed_graph_must_keep_every_node(text_bundle):
+    base = onnx.load(text_bundle.path / "base.onnx", load_external_data=False)
+    mixed = onnx.load(text_bundle.path / "model.onnx", load_external_data=False)
+    assert sum(added_nodes(base, mixed).values()) == 6
+    softmax = next(node for node in mixed.graph.node if node.op_type == "Softmax")
+    softmax.attribute[0].i = 1
+    with pytest.raises(ExportError, match="lost Softmax"):
+        added_nodes(base, mixed)
+
+
+# --- deltas --------------------------------------------------------------------------------------
+
+
+def change(path, **tensors):
+    """Rewrite a delta with some tensors replaced, its notes kept."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as stream:
+        notes = stream.metadata()
+    save_file({**load_file(path), **tensors}, path, notes)
+
+
+def test_a_delta_that_does_not_fit_is_one_clear_sentence(text_bundle, image_bundle, tmp_path):
+    swap = text_bundle.swap()
+    path = tmp_path / "delta.safetensors"
+    sound = (text_bundle.path / "tasks" / "mood" / path.name).read_bytes()
+
+    def refused(words, sha=swap.base_sha256):
+        with pytest.raises(UserError, match=words) as error:
+            swap.add("x", load_delta(path, sha))
+        assert "\n" not in str(error.value)
+
+    path.write_bytes(sound[:100])
+    refused("cannot be read")
+    path.write_bytes(b"\xff" * 64)
+    refused("cannot be read")
+    refused_missing = tmp_path / "none"
+    with pytest.raises(UserError, match="cannot be read"):
+        load_delta(refused_missing, "")
+    save_file({"x": np.zeros(3, dtype=np.float32)}, path)
+    refused("is not a task delta")
+    path.write_bytes((image_bundle.path / "tasks" / "classify" / path.name).read_bytes())
+    refused("belongs to another base graph")
+    path.write_bytes(sound)
+    change(path, **{HEAD_BIAS: np.array([np.nan, 0], dtype=np.float32)})
+    refused("head.linear.bias is not finite float32")
+    path.write_bytes(sound)
+    change(path, **{HEAD_WEIGHT: np.zeros((9, 32), dtype=np.float32)})
+    refused("answers 9 outputs and the base graph has 3")
+    change(path, **{HEAD_WEIGHT: np.zeros((2, 31), dtype=np.float32)})
+    refused(r"head.linear.weight has shape \(2, 31\), not \(3, 32\)")
+    path.write_bytes(sound)
+    change(path, stranger=np.zeros(1, dtype=np.float32))
+    refused("base graph has no place for stranger")
+    tensors = load_file(text_bundle.path / "tasks" / "mood" / path.name)
+    tensors.pop(next(name for name in tensors if "LayerNorm" in name))
+    with pytest.raises(UserError, match="the delta lacks backbone"):
+        swap.add("x", Delta(swap.base_sha256, tensors))
+    with pytest.raises(UserError, match="'x' belongs to another base graph"):
+        swap.add("x", Delta("0" * 64, tensors))
+
+
+def test_swap_takes_a_delta_that_is_in_no_bundle(text_bundle):
+    """A task that arrives later: the head doubled gives logits doubled."""
+    base = text_bundle.manifest["mixed"]["base_sha256"]
+    delta = load_delta(text_bundle.path / "tasks" / "mood" / "delta.safetensors", base)
+    head = {name: 2 * delta.tensors[name] for name in (HEAD_WEIGHT, HEAD_BIAS)}
+    swap = Swap(text_bundle.path / "base.onnx", {"mood": delta})
+    twice = swap.add("twice", Delta(base, {**delta.tensors, **head}))
+    arrays = text_bundle.task("mood").preprocess(RAWS["mood"])
+    np.testing.assert_allclose(twice(arrays), 2 * swap["mood"](arrays), rtol=1e-5)
+
+
+# --- the bundle ----------------------------------------------------------------------------------
+
+
+def rewrite(bundle, change):
+    plain = json.loads((bundle / "manifest.json").read_text())
+    change(plain)
+    (bundle / "manifest.json").write_text(json.dumps(plain))
+
+
+def relist(bundle, name):
+    """Bring the manifest up to date, as someone who tampers would."""
+    import hashlib
+
+    raw = (bundle / name).read_bytes()
+    entry = {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
+    rewrite(bundle, lambda plain: plain["files"].update({name: entry}))
+
+
+def foreign_delta(bundle, image_bundle):
+    name = "tasks/mood/delta.safetensors"
+    shutil.copy(image_bundle.path / "tasks/classify/delta.safetensors", bundle / name)
+    relist(bundle, name)
+
+
+def exchanged_deltas(bundle, _):
+    name, other = (f"tasks/{task}/delta.safetensors" for task in ("mood", "stars"))
+    shutil.copy(bundle / other, bundle / name)
+    relist(bundle, name)
+
+
+def other_weights(bundle, _):
+    data = bundle / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-4] + b"\0\0\0\1")
+    relist(bundle, "model.onnx.data")
+
+
+def other_length(bundle, _):
+    file = bundle / "tasks/stars/preprocess.json"
+    file.write_text(file.read_text().replace("12", "13"))
+    relist(bundle, "tasks/stars/preprocess.json")
+
+
+DAMAGE = {
+    "flipped byte": (
+        lambda b, _: (b / "tasks/mood/delta.safetensors").write_bytes(b"x"),
+        "tasks/mood/delta.safetensors is not the file that was exported",
+    ),
+    "missing delta": (
+        lambda b, _: (b / "tasks/mood/delta.safetensors").unlink(),
+        "tasks/mood/delta.safetensors is missing",
+    ),
+    "delta of another base": (foreign_delta, "belongs to another base graph"),
+    "deltas exchanged": (exchanged_deltas, "'mood' answers 3 outputs and manifest.json lists 2"),
+    "other weights": (other_weights, "the notes inside base.onnx contradict manifest.json"),
+    "other preprocessing": (other_length, "tasks/stars/ contradicts manifest.json"),
+    "a name that leaves": (
+        lambda b, _: rewrite(b, lambda p: p["tasks"][0].update(name="../../x")),
+        "manifest.json is damaged at 'tasks.0.name'",
+    ),
+    "a name twice": (
+        lambda b, _: rewrite(b, lambda p: p["tasks"][0].update(name="stars")),
+        "two tasks have one name",
+    ),
+    "no tasks": (
+        lambda b, _: rewrite(b, lambda p: p.update(tasks=[])),
+        "neither one task with metrics, nor several",
+    ),
+    "tasks in another order": (
+        lambda b, _: rewrite(b, lambda p: p["tasks"].reverse()),
+        "the notes inside model.onnx contradict manifest.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_bundle_is_refused_in_one_sentence(name, damaged, image_bundle):
+    damage, words = DAMAGE[name]
+    damage(damaged, image_bundle)
+    with pytest.raises(UserError) as refused:
+        load_bundle(damaged)
+    message = str(refused.value)
+    assert words in message and str(damaged) in message and "\n" not in message
+
+
+def test_what_belongs_to_one_task_is_refused(text_bundle, tiny_run, image_bundle, tmp_path, capsys):
+    assert main(["bench-latency", str(text_bundle.path), "--out", str(tmp_path / "b")]) == 2
+    assert "answers several tasks" in " ".join(capsys.readouterr().err.split())
+    assert main(["eval", str(tiny_run.path), "--task", "x"]) == 2
+    assert "a run has one" in " ".join(capsys.readouterr().err.split())
+
+
+# --- surgery on graphs made by hand --------------------------------------------------------------
+
+
+def normalised(x, scale, shift):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return x * scale + shift
+
+
+def by_hand(norm_inputs, *, pooled_first):
+    """x [B, N, 4] → mean over tokens and a norm, in either order → a head of two outputs."""
+    order = ["x", "mean", "normal"] if pooled_first else ["x", "normal", "mean"]
+    norm = helper.make_node("LayerNormalization", [order[order.index("normal") - 1], *norm_inputs],
+                            ["normal"], name="norm", axis=-1)  # fmt: skip
+    mean = helper.make_node("ReduceMean", [order[order.index("mean") - 1], "one"], ["mean"],
+                            name="pool", keepdims=0)  # fmt: skip
+    gemm = helper.make_node("Gemm", [order[-1], HEAD_WEIGHT, HEAD_BIAS], ["outputs"], name="head",
+                            transB=1)  # fmt: skip
+    info = helper.make_tensor_value_info
+    shapes = {"mean": ["batch", 4], "normal": ["batch", 4] if pooled_first else ["batch", "n", 4]}
+    rng = np.random.default_rng(3)
+    weights = {"scale": rng.standard_normal(4), "shift": rng.standard_normal(4),
+               HEAD_WEIGHT: rng.standard_normal((2, 4)), HEAD_BIAS: rng.standard_normal(2)}  # fmt: skip
+    tensors = [numpy_helper.from_array(v.astype(np.float32), n) for n, v in weights.items()]
+    graph = helper.make_graph(
+        [mean, norm, gemm] if pooled_first else [norm, mean, gemm], "g",
+        [info("x", TensorProto.FLOAT, ["batch", "n", 4])],
+        [info("outputs", TensorProto.FLOAT, ["batch", 2])],
+        [*tensors, numpy_helper.from_array(np.array([1]), "one")],
+        value_info=[info(n, TensorProto.FLOAT, s) for n, s in shapes.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("form", ["fused", "explicit"])
+@pytest.mark.parametrize("pooled_first", [False, True])
+@pytest.mark.parametrize("tuned", [("scale", "shift"), ("scale",), ("shift",)])
+def test_norms_of_any_place_and_any_tuned_part(form, pooled_first, tuned, tmp_path):
+    base = by_hand(["scale", "shift"], pooled_first=pooled_first)
+    own = {t.name: numpy_helper.to_array(t) for t in base.graph.initializer if t.name != "one"}
+    rng = np.random.default_rng(0)
+    tasks = [
+        {
+            n: rng.standard_normal(own[n].shape).astype(np.float32)
+            for n in (*tuned, HEAD_WEIGHT, HEAD_BIAS)
+        }
+        for _ in range(3)
+    ]
+    mixed = mixed_graph(base, tasks, form=form)
+    onnx.checker.check_model(mixed, full_check=True)
+    notes = {"mdpd.tasks": json.dumps([{"name": str(i)} for i in range(3)])}
+    onnx.helper.set_model_props(mixed, notes)
+    onnx.save(mixed, tmp_path / "m.onnx")
+    x = rng.standard_normal((5, 6, 4)).astype(np.float32)
+    ids = np.array([2, 0, 1, 1, 0])
+    found = OnnxRunner(tmp_path / "m.onnx")({"x": x, "task_id": ids})
+    for row, task in enumerate(ids):
+        value = {**own, **tasks[task]}
+        if pooled_first:
+            pooled = normalised(x[row].mean(0), value["scale"], value["shift"])
+        else:
+            pooled = normalised(x[row], value["scale"], value["shift"]).mean(0)
+        expected = value[HEAD_WEIGHT] @ pooled + value[HEAD_BIAS]
+        np.testing.assert_allclose(found[row], expected, atol=1e-5)
+
+
+def test_a_weight_that_something_else_reads_is_refused():
+    base = by_hand(["scale", "shift"], pooled_first=False)
+    base.graph.node.append(helper.make_node("Relu", ["shift"], ["unused"], name="relu"))
+    task = {n: numpy_helper.to_array(t) for t in base.graph.initializer if (n := t.name) != "one"}
+    with pytest.raises(ExportError, match="shift is read by Relu"):
+        mixed_graph(base, [task])
