@@ -106,7 +106,7 @@ def _write(members: Sequence[Member], folder: Path, scratch: Path, options: Expo
     onnx.checker.check_model(str(path), full_check=True)
     facts["mixed"]["added_nodes"] = multi_gates.check_mixed_structure(base.path, path)
     if options.fmt == "trt":
-        write_recipe(folder, facts["inputs"], facts["shapes"])
+        write_recipe(folder, facts["precision"], facts["inputs"], facts["shapes"])
     swap = Swap(base.path, {m.name: delta for m, delta in zip(members, deltas, strict=True)})
     tasks = [open_task(folder, index, entry) for index, entry in enumerate(facts["tasks"])]
     passed = _pass_gates(members, tasks, OnnxRunner(path), swap, base, scratch, options)
