@@ -330,6 +330,8 @@ def export_runs(
     """
     from mdpd_deploy.run import Run
 
+    if precision != "fp32":
+        raise UserError(f"--precision {precision}: a bundle of several tasks is fp32 so far.")
     _check(fmt, precision, golden, require_engine)
     if not runs:
         raise UserError("--multi: name the runs whose tasks go into the bundle.")
@@ -367,10 +369,13 @@ def _print(bundle: "Bundle") -> None:
 
     manifest = bundle.manifest
     table = Table(title=f"verified bundle: {manifest['task']}, {manifest['method']}")
-    for heading in ("gate", "verdict", "what was seen"):
+    headings = ("gate", "verdict", "what was seen")
+    for heading in ("task", *headings) if bundle.mixed else headings:
         table.add_column(heading, overflow="fold")
-    for gate, found in manifest["verification"].items():
-        table.add_row(gate, found["verdict"], found["note"])
+    for task in bundle.tasks:
+        for gate, found in task.facts["verification"].items():
+            name = [task.name] if bundle.mixed else []
+            table.add_row(*name, gate, found["verdict"], found["note"])
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
@@ -378,6 +383,15 @@ def _print(bundle: "Bundle") -> None:
     console.print(
         f"{manifest['nodes']} nodes, {size / 1e6:.1f} MB in {len(manifest['files'])} files"
     )
+    if bundle.mixed:
+        deltas = [
+            f"{task.name} {manifest['files'][f'tasks/{task.name}/delta.safetensors']['bytes'] / 1e3:.0f}"
+            for task in bundle.tasks
+        ]
+        console.print(
+            f"one task alone has {manifest['mixed']['base_nodes']} nodes; kB of each task's delta: "
+            f"{', '.join(deltas)}"
+        )
     if manifest["golden"] == "validation":
         console.print(
             "golden.safetensors holds validation inputs; for private data: --golden synthetic"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -61,7 +61,9 @@ def command(
         _print(names, predictions, top)
 
 
-def read_inputs(task: Task, modality: str, inputs: Sequence[str]) -> tuple[list[str], list[Raw]]:
+def read_inputs(
+    task: Task, modality: Literal["text", "image"], inputs: Sequence[str]
+) -> tuple[list[str], list[Raw]]:
     """Turn words of the command line into raw inputs, each with the name it is shown by.
 
     A word is a table if it ends like one (`.csv`, `.tsv`, `.jsonl`, `.parquet`); else an image path
