@@ -353,7 +353,7 @@ def test_synthetic_inputs_fit_every_preprocessing(image_run, pair_run):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"precision": "fp16"}, "--precision fp16 is not supported yet: use fp32"),
+        ({"precision": "int8"}, "one int8 file cannot serve both"),
         ({"fmt": "tensorflow"}, "--fmt: unknown 'tensorflow'"),
         ({"golden": "none"}, "--golden: unknown 'none'"),
         ({"require_engine": True}, "belongs to --fmt trt"),
