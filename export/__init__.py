@@ -9,18 +9,34 @@ if __name__ != "mdpd_deploy.export":
     )
 
 if TYPE_CHECKING:
+    from mdpd_deploy.export.engine_install import Installed, install_engine, unavailable_reason
+    from mdpd_deploy.export.engine_options import EngineOptions
     from mdpd_deploy.export.packing import ExportOptions, Format, pack
-    from mdpd_deploy.export.recipe import SCRIPT_FILE, engine_unavailable
+    from mdpd_deploy.export.recipe import engine_required, read_recipe
 
 _HOME = {
-    "SCRIPT_FILE": "recipe",
+    "EngineOptions": "engine_options",
     "ExportOptions": "packing",
     "Format": "packing",
-    "engine_unavailable": "recipe",
+    "Installed": "engine_install",
+    "engine_required": "recipe",
+    "install_engine": "engine_install",
     "pack": "packing",
+    "read_recipe": "recipe",
+    "unavailable_reason": "engine_install",
 }
 
-__all__ = ["SCRIPT_FILE", "ExportOptions", "Format", "engine_unavailable", "pack"]
+__all__ = [
+    "EngineOptions",
+    "ExportOptions",
+    "Format",
+    "Installed",
+    "engine_required",
+    "install_engine",
+    "pack",
+    "read_recipe",
+    "unavailable_reason",
+]
 
 
 def __getattr__(name: str) -> object:

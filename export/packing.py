@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,13 @@ from mdpd_deploy.bundle import Bundle, is_bundle, load_bundle
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.errors import UserError, VerificationError
 from mdpd_deploy.export import gates
+from mdpd_deploy.export.engine_install import install_engine, refit_names, unavailable_reason
+from mdpd_deploy.export.engine_options import EngineOptions
 from mdpd_deploy.export.facts import describe_run, input_columns
 from mdpd_deploy.export.fade import Faded, bare_norms, fade
 from mdpd_deploy.export.golden import GoldenSource, make_golden
-from mdpd_deploy.export.recipe import engine_state, write_recipe
+from mdpd_deploy.export.recipe import write_recipe
+from mdpd_deploy.export.trt_profiles import profile_shapes
 from mdpd_deploy.files import atomic_folder, refuse_nonempty, write_json
 from mdpd_deploy.manifest import (
     BARE_FILE,
@@ -40,11 +43,13 @@ class ExportOptions:
     """What a user can ask of an export.
 
     Attributes:
-        fmt: onnx, or trt: the same bundle with the recipe for a TensorRT engine.
+        fmt: onnx, or trt: the same bundle with the recipe for a TensorRT engine, and the engine
+            itself where TensorRT and a GPU are.
         eval_data: Data for the metric gate in place of the run's own.
         metric_gate: False leaves the task metric unmeasured; the manifest says so.
         golden: Where golden inputs come from.
         overwrite: Replace what lies at the target.
+        engine: How a TensorRT engine is built, with trt.
     """
 
     fmt: Format = "onnx"
@@ -52,6 +57,7 @@ class ExportOptions:
     metric_gate: bool = True
     golden: GoldenSource = "validation"
     overwrite: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 def pack(run: Run, out: Path, options: ExportOptions) -> Bundle:
@@ -80,7 +86,10 @@ def pack(run: Run, out: Path, options: ExportOptions) -> Bundle:
         }
         write_json(folder / PARITY_FILE, {gate.name: gate.details for gate in passed})
         seal(folder, facts)
-        load_bundle(folder)
+        sealed = load_bundle(folder)
+        if facts["engine"]["status"] == "to-build" and not facts["engine"]["reason"]:
+            install_engine(sealed, options.engine)
+            load_bundle(folder)
     return load_bundle(out)
 
 
@@ -106,14 +115,20 @@ def _write_beside(
     run.preprocess.save(preprocessor)
     preprocess = json.loads((preprocessor / "preprocess.json").read_text(encoding="utf-8"))
     facts = describe_run(run, faded, graph, preprocess)
-    facts["engine"] = {"status": "not-asked", "reason": ""}
-    if options.fmt == "trt":
-        facts["engine"] = engine_state()
-        write_recipe(folder, facts["inputs"], facts["shapes"])
     facts["golden"] = options.golden
     _write_bare_norms(faded, graph, folder)
+    facts["engine"] = {"status": "not-asked", "reason": ""}
+    if options.fmt == "trt":
+        facts["engine"] = {"status": "to-build", "reason": unavailable_reason() or ""}
+        _write_recipe(folder, facts, options.engine)
     _write_notes(graph.path, graph_notes(facts))
     return facts
+
+
+def _write_recipe(folder: Path, facts: dict[str, Any], engine: EngineOptions) -> None:
+    profiles = profile_shapes(facts["inputs"], facts["shapes"], static_batch=engine.static_batch)
+    refit = refit_names(folder, facts) if engine.refit else ()
+    write_recipe(folder, facts["precision"], profiles, engine, refit)
 
 
 def _write_bare_norms(faded: Faded, graph: OnnxGraph, folder: Path) -> None:

@@ -5,6 +5,7 @@ The Python API uses the command line's words and is loaded on first use, so that
 
     fit            train a model                        `mdpd train`
     export_run     turn a run into a verified bundle    `mdpd export`
+    build_engine   build a bundle's TensorRT engine     `mdpd build-engine`
     compare        methods on the same data    `mdpd compare`
     bench_latency  time a run or bundle                 `mdpd bench-latency`
     load_bundle    open a bundle for prediction         `mdpd predict`
@@ -24,6 +25,7 @@ if find_spec("mdpd_deploy.train") is None:
 if TYPE_CHECKING:
     from mdpd_deploy.bundle import load_bundle
     from mdpd_deploy.commands.bench_latency import bench_latency
+    from mdpd_deploy.commands.build_engine import build_engine
     from mdpd_deploy.commands.compare import compare
     from mdpd_deploy.commands.export import export_run
     from mdpd_deploy.commands.train import fit
@@ -35,6 +37,7 @@ _HOME = {
     "MdpdError": "mdpd_deploy.errors",
     "UserError": "mdpd_deploy.errors",
     "bench_latency": "mdpd_deploy.commands.bench_latency",
+    "build_engine": "mdpd_deploy.commands.build_engine",
     "compare": "mdpd_deploy.commands.compare",
     "export_run": "mdpd_deploy.commands.export",
     "fit": "mdpd_deploy.commands.train",
@@ -46,6 +49,7 @@ __all__ = [
     "UserError",
     "__version__",
     "bench_latency",
+    "build_engine",
     "compare",
     "export_run",
     "fit",

@@ -7,6 +7,7 @@ BUNDLE/golden.safetensors  a few raw inputs with the arrays and outputs they mus
 BUNDLE/parity.json         details of the verification
 BUNDLE/bare_norms.safetensors  norms of the untouched backbone, to rebuild `bare`
 BUNDLE/build_engine.json, build_engine.sh   TensorRT recipe, with `--fmt trt`
+BUNDLE/model.plan, model.plan.json, timing.cache   TensorRT engine, see `engine_cache.py`
 """
 
 import json
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import Preprocess, load_preprocess
-from mdpd_deploy.errors import UserError
+from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.manifest import (
     BARE_FILE,
     EXTERNAL_FILE,
@@ -32,7 +33,9 @@ from mdpd_deploy.manifest import (
     check_graph,
     read_checked,
 )
-from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.runner import OnnxRunner, Runner
+
+RUNTIMES = ("onnx", "trt")
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,32 @@ class Bundle:
         pair = bool(self.manifest["pair"])
         return (Task(name, 0, self.kind, self.label_names, pair, self.preprocess),)
 
-    def runner(self, device: str = "cpu", threads: int | None = None) -> OnnxRunner:
-        """Open the graph on a device; see `OnnxRunner`."""
-        return OnnxRunner(self.path / MODEL_FILE, device=device, threads=threads)
+    def runner(
+        self, device: str = "cpu", threads: int | None = None, *, runtime: str = "onnx"
+    ) -> Runner:
+        """Open the model on a device.
+
+        Args:
+            device: "cpu" or "cuda".
+            threads: Threads inside one operator on the CPU; default: the CPU quota.
+            runtime: "onnx", or "trt" for the bundle's TensorRT engine, which needs "cuda".
+
+        Raises:
+            UserError: If the device, the runtime or an engine for this machine is missing.
+            WorkFailed: If the model does not run on the device that was asked for.
+        """
+        if runtime not in RUNTIMES:
+            raise unknown("--runtime", runtime, RUNTIMES)
+        if runtime == "onnx":
+            return OnnxRunner(self.path / MODEL_FILE, device=device, threads=threads)
+        if device != "cuda":
+            raise UserError(f"--device {device}: a TensorRT engine runs with --device cuda only.")
+        from mdpd_deploy.engine_cache import open_bundle_engine
+
+        return open_bundle_engine(self.path, self.manifest)
 
     def predict(
-        self, raws: Sequence[Raw], batch: int = 32, *, runner: OnnxRunner | None = None
+        self, raws: Sequence[Raw], batch: int = 32, *, runner: Runner | None = None
     ) -> list[Prediction]:
         """Predict raw inputs.
 
@@ -212,10 +235,11 @@ def batches(raws: Sequence[Raw], size: int) -> Iterator[list[Raw]]:
 
 
 def run_batches(
-    preprocess: Preprocess, runner: OnnxRunner, raws: Sequence[Raw], batch: int
+    preprocess: Preprocess, runner: Runner, raws: Sequence[Raw], batch: int
 ) -> NDArray[np.float32]:
     """Preprocess and run raw inputs batch by batch; outputs [len(raws), C]."""
-    return np.concatenate([runner(preprocess(part)) for part in batches(raws, batch)])
+    size = min(batch, runner.max_batch or batch)
+    return np.concatenate([runner(preprocess(part)) for part in batches(raws, size)])
 
 
 def to_prediction(outputs: NDArray[np.float32], label_names: Sequence[str]) -> Prediction:

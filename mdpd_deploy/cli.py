@@ -40,6 +40,7 @@ VERBS = {
     "eval": Verb("evaluate", "command", "Measure a run or a bundle on data."),
     "compare": Verb("compare", "command", "Train methods on the same data, side by side."),
     "export": Verb("export", "command", "Drop the side network; write a verified bundle."),
+    "build-engine": Verb("build_engine", "command", "Build a bundle's TensorRT engine here."),
     "bench-latency": Verb("bench_latency", "command", "Time a model against its rivals."),
     "predict": Verb("predict", "command", "Predict with a bundle on images, texts or a table."),
     "demo": Verb("demo", "command", "Train, export and time a small model, offline."),

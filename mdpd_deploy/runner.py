@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,28 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 # On a GPU ONNX Runtime keeps shape arithmetic on the CPU on purpose; these must not be there.
 COMPUTE_OPS = frozenset({"MatMul", "Gemm", "Conv", "LayerNormalization", "Softmax", "Erf", "Gelu"})
+
+
+class Runner(Protocol):
+    """A batch of named arrays in, one array [B, C] out, whatever runs it.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        provider: What runs it, as it calls itself.
+        input_names: The graph's inputs in order.
+        output_name: The graph's output.
+        metadata: The graph's own `mdpd.*` notes.
+        max_batch: The largest batch it takes; None = any.
+    """
+
+    device: str
+    provider: str
+    input_names: tuple[str, ...]
+    output_name: str
+    metadata: dict[str, str]
+    max_batch: int | None
+
+    def __call__(self, arrays: dict[str, NDArray[Any]], /) -> NDArray[np.float32]: ...
 
 
 class OnnxRunner:
@@ -29,6 +51,7 @@ class OnnxRunner:
         input_names: The graph's inputs in order.
         output_name: The graph's output.
         metadata: The graph's own `mdpd.*` notes.
+        max_batch: None: any batch.
 
     Raises:
         UserError: If ONNX Runtime or the device is missing, or the graph cannot be loaded.
@@ -40,6 +63,7 @@ class OnnxRunner:
     def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
         self.device = device
         self.threads = threads or cpu_count()
+        self.max_batch: int | None = None
         self._session = open_session(path, device, self.threads)
         self.provider: str = self._session.get_providers()[0]
         self.input_names = tuple(item.name for item in self._session.get_inputs())

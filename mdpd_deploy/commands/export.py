@@ -27,7 +27,7 @@ def command(
         Path | None, typer.Argument(metavar="RUN", help="Default: the newest run.")
     ] = None,
     fmt: Annotated[
-        str, typer.Option(help="onnx; or trt: ONNX with a TensorRT build recipe.")
+        str, typer.Option(help="onnx; or trt: with a TensorRT engine, or the recipe for one.")
     ] = "onnx",
     out: Annotated[Path | None, typer.Option(help="Default: RUN/bundles/FMT-PRECISION.")] = None,
     precision: Annotated[str, typer.Option(help="fp32.")] = "fp32",
@@ -44,6 +44,24 @@ def command(
     require_engine: Annotated[
         bool, typer.Option("--require-engine", help="Fail if no TensorRT engine can be built.")
     ] = False,
+    static_batch: Annotated[
+        int | None, typer.Option(help="trt: one batch size instead of a range.")
+    ] = None,
+    tf32: Annotated[
+        bool | None, typer.Option("--tf32/--no-tf32", help="trt: TF32 in FP32 products (default).")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="trt: run on later releases too; slower.")
+    ] = False,
+    hardware_compatible: Annotated[
+        str | None, typer.Option(help="trt: ampere+ or same-compute-capability; slower.")
+    ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="trt: norms and head can be exchanged.")
+    ] = False,
+    workspace: Annotated[
+        int | None, typer.Option(help="trt: memory limit of the build in MiB. Default: none.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON only.")] = False,
 ) -> None:
@@ -60,6 +78,12 @@ def command(
         metric_gate=metric_gate,
         golden=_one_of("--golden", golden, GOLDEN),
         require_engine=require_engine,
+        static_batch=static_batch,
+        tf32=tf32,
+        version_compatible=version_compatible or None,
+        hardware_compatible=hardware_compatible,
+        refit=refit or None,
+        workspace=workspace,
         overwrite=overwrite,
     )
     if json:
@@ -70,11 +94,10 @@ def command(
         _print(bundle)
     engine = bundle.manifest["engine"]
     if engine["status"] == "to-build":
-        from mdpd_deploy.export import SCRIPT_FILE
-
         typer.echo(
-            f"no TensorRT engine was built: {engine['reason']}. The bundle holds the verified "
-            f"ONNX model; sh {bundle.path / SCRIPT_FILE} builds the engine on the GPU machine.",
+            f"no TensorRT engine was built: {engine['reason']}. The bundle holds the verified ONNX "
+            f"model and the recipe: `mdpd build-engine {bundle.path}` builds the engine on the GPU "
+            "machine.",
             err=True,
         )
 
@@ -89,13 +112,20 @@ def export_run(
     metric_gate: bool = True,
     golden: Golden = "validation",
     require_engine: bool = False,
+    static_batch: int | None = None,
+    tf32: bool | None = None,
+    version_compatible: bool | None = None,
+    hardware_compatible: str | None = None,
+    refit: bool | None = None,
+    workspace: int | None = None,
     overwrite: bool = False,
 ) -> "Bundle":
     """Turn a run into a verified bundle; the same words as `mdpd export`.
 
     Args:
         run: A run's folder; None = the newest completed run under `runs/`.
-        fmt: `onnx`; or `trt`: the same bundle with the recipe for a TensorRT engine.
+        fmt: `onnx`; or `trt`: the same bundle with a TensorRT engine where TensorRT and a GPU are,
+            and with the recipe for one in any case.
         out: The bundle's folder; None = `RUN/bundles/FMT-PRECISION`.
         precision: `fp32`.
         eval_data: Data for the metric gate, where the run's own has moved.
@@ -103,6 +133,12 @@ def export_run(
         golden: The inputs kept in the bundle: from the validation data, or synthetic ones where
             that data is private.
         require_engine: Fail instead of leaving the TensorRT engine to be built.
+        static_batch: The engine's only batch size; None = the bundle's range.
+        tf32: Whether the engine's FP32 products may use TF32; None = yes, as TensorRT has it.
+        version_compatible: The engine also runs on later releases of TensorRT; slower.
+        hardware_compatible: `ampere+` or `same-compute-capability`; slower.
+        refit: The engine's norms and head can be exchanged.
+        workspace: Limit of the engine's memory while it is built [MiB]; None = none.
         overwrite: Replace what lies at `out`.
 
     Returns:
@@ -129,20 +165,40 @@ def export_run(
         )
     if require_engine and fmt != "trt":
         raise UserError("--require-engine belongs to --fmt trt: add that, or leave it out.")
+    chosen = {
+        "static_batch": static_batch,
+        "tf32": tf32,
+        "version_compatible": version_compatible,
+        "hardware_compatible": hardware_compatible,
+        "refit": refit,
+        "workspace_mib": workspace,
+    }
+    given = [name for name, value in chosen.items() if value is not None]
+    if given and fmt != "trt":
+        option = given[0].removesuffix("_mib").replace("_", "-")
+        raise UserError(f"--{option} belongs to --fmt trt: add that, or leave it out.")
     opened = Run.open(run)
     if run is None:
         log.info("run: %s (the newest)", opened.path)
     target = Path(out) if out is not None else opened.path / "bundles" / f"{fmt}-{precision}"
-    from mdpd_deploy.export import ExportOptions, engine_unavailable, pack
+    from mdpd_deploy.export import (
+        EngineOptions,
+        ExportOptions,
+        engine_required,
+        pack,
+        unavailable_reason,
+    )
 
-    if require_engine:
-        raise engine_unavailable()
+    unavailable = unavailable_reason() if require_engine else None
+    if unavailable is not None:
+        raise engine_required(unavailable)
     options = ExportOptions(
         fmt=fmt,
         eval_data=eval_data,
         metric_gate=metric_gate,
         golden=golden,
         overwrite=overwrite,
+        engine=EngineOptions().override(chosen),
     )
     return pack(opened, target, options)
 
