@@ -34,6 +34,7 @@ from mdpd_deploy.export.trt_build import Plan, build_plan, builder_flags
 from mdpd_deploy.export.trt_layers import LayerReport, check_precision, inspect_layers
 from mdpd_deploy.export.trt_profiles import Profiles, profile_shapes
 from mdpd_deploy.files import (
+    LOCK,
     claimed,
     is_claimed,
     read_json,
@@ -248,13 +249,11 @@ def _staging(folder: Path) -> Iterator[Path]:
     staging = place.parent / f".{place.name}.engine.tmp"
     if is_claimed(staging):
         raise UserError(f"another build of {folder}'s engine is under way: wait for it.")
-    with claimed(staging, by="build"):
-        for leftover in staging.iterdir():
-            if leftover.name in (*CACHE_FILES, "manifest.json"):
-                leftover.unlink()
-        try:
+    try:
+        with claimed(staging, by="build"):
+            for leftover in staging.iterdir():  # of a build that was killed
+                if leftover.name != LOCK:
+                    leftover.unlink()
             yield staging
-        finally:
-            for name in CACHE_FILES:
-                (staging / name).unlink(missing_ok=True)
-    shutil.rmtree(staging, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -339,7 +339,11 @@ class EngineInspector(_Faithful):
             return {"Name": name, "Format/Datatype": f"Row major linear {kind} format"}
 
         layers = [
-            {"Name": n.name, "Outputs": [tensor(o) for o in n.output], "Inputs": []}
+            {
+                "Name": n.name,
+                "Inputs": [tensor(name) for name in n.input],
+                "Outputs": [tensor(name) for name in n.output],
+            }
             if engine._header["detailed"]
             else n.name
             for n in nodes
