@@ -9,7 +9,12 @@ if __name__ != "mdpd_deploy.export":
     )
 
 if TYPE_CHECKING:
-    from mdpd_deploy.export.engine_install import Installed, install_engine, unavailable_reason
+    from mdpd_deploy.export.engine_install import (
+        Installed,
+        build_alike,
+        install_engine,
+        unavailable_reason,
+    )
     from mdpd_deploy.export.engine_options import EngineOptions
     from mdpd_deploy.export.packing import ExportOptions, Format, pack
     from mdpd_deploy.export.recipe import engine_required, read_recipe
@@ -19,6 +24,7 @@ _HOME = {
     "ExportOptions": "packing",
     "Format": "packing",
     "Installed": "engine_install",
+    "build_alike": "engine_install",
     "engine_required": "recipe",
     "install_engine": "engine_install",
     "pack": "packing",
@@ -31,6 +37,7 @@ __all__ = [
     "ExportOptions",
     "Format",
     "Installed",
+    "build_alike",
     "engine_required",
     "install_engine",
     "pack",

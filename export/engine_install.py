@@ -135,6 +135,36 @@ def install_engine(bundle: Bundle, options: EngineOptions, *, rebuild: bool = Fa
     return Installed(True, reason, record)
 
 
+def build_alike(bundle: Bundle, graph: Path, plan: Path) -> TrtRunner:
+    """Build another graph as the bundle's engine was built, for a comparison of the two.
+
+    Args:
+        bundle: A bundle with an engine.
+        graph: An ONNX file with the same inputs.
+        plan: Where the engine goes.
+
+    Raises:
+        UserError: If the bundle holds no engine.
+        ExportError: If the build is refused.
+    """
+    key = read_key(bundle.path, bundle.manifest)
+    if key is None:
+        raise UserError(
+            f"{bundle.path} holds no TensorRT engine: build one with `mdpd build-engine`."
+        )
+    names = {tensor.name for tensor in onnx.load(graph, load_external_data=False).graph.initializer}
+    timings = bundle.path / TIMING_FILE
+    built = build_plan(
+        graph,
+        key.profiles,
+        EngineOptions.of(key),
+        refit=[name for name in key.refit if name in names],
+        timing_cache=timings.read_bytes() if timings.is_file() else b"",
+    )
+    plan.write_bytes(built.plan)
+    return TrtRunner(plan, host_code=VERSION_COMPATIBLE in key.flags)
+
+
 def refit_names(folder: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of norms and head in a bundle's graph: what a task changes.
 

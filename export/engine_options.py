@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mdpd_deploy.engine_cache import AMPERE_PLUS, SAME_CAPABILITY
+from mdpd_deploy.engine_cache import AMPERE_PLUS, SAME_CAPABILITY, VERSION_COMPATIBLE, EngineKey
 from mdpd_deploy.errors import UserError, unknown
 
 Hardware = Literal["ampere+", "same-compute-capability"]
@@ -37,6 +37,17 @@ class EngineOptions(BaseModel):
     hardware_compatible: Hardware | None = None
     refit: bool = False
     workspace_mib: int | None = Field(default=None, ge=1)
+
+    @classmethod
+    def of(cls, key: EngineKey) -> "EngineOptions":
+        """Return the options that an engine was built with; its profiles are in its key."""
+        return cls(
+            tf32="TF32" in key.flags,
+            version_compatible=VERSION_COMPATIBLE in key.flags,
+            hardware_compatible=None if key.hardware == NO_LEVEL else key.hardware,  # type: ignore[arg-type]  # checked on construction
+            refit=bool(key.refit),
+            workspace_mib=None if key.workspace_bytes is None else key.workspace_bytes // MIB,
+        )
 
     @property
     def workspace_bytes(self) -> int | None:

@@ -293,6 +293,10 @@ class ICudaEngine(_Faithful):
         return len(self._ports)
 
     @property
+    def num_layers(self):
+        return len(self._proto.graph.node)
+
+    @property
     def refittable(self):
         return bool(self._header["refit"])
 
