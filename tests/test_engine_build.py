@@ -71,6 +71,16 @@ def test_the_engine_answers_as_the_graph_does(bundle, stand_in):
         assert one.probability == pytest.approx(other.probability, abs=1e-5)
 
 
+def test_predict_takes_the_engine(bundle, stand_in, capsys):
+    stand_in()
+    words = ["predict", str(bundle), "very good film", "--runtime", "trt", "--json"]
+    assert main(words) == 2 and "holds no TensorRT engine" in capsys.readouterr().err
+    build_engine(bundle)
+    assert main(words) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["provider"] == "TensorRT 11.4.0.106" and said["predictions"][0]["label"]
+
+
 def test_an_engine_that_is_as_asked_is_kept_and_any_other_is_built(bundle, stand_in, capsys):
     stand_in()
     assert build_engine(bundle)["reason"] == "the bundle holds none"
