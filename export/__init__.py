@@ -9,40 +9,57 @@ if __name__ != "mdpd_deploy.export":
     )
 
 if TYPE_CHECKING:
+    from mdpd_deploy.export.engine_install import (
+        Installed,
+        build_alike,
+        install_engine,
+        unavailable_reason,
+    )
+    from mdpd_deploy.export.engine_options import EngineOptions
     from mdpd_deploy.export.multi import pack_multi
     from mdpd_deploy.export.packing import ExportOptions, Format, pack
     from mdpd_deploy.export.precision.forms import AUTO, Form, form_of, forms_for, place_of
-    from mdpd_deploy.export.recipe import SCRIPT_FILE, engine_unavailable
+    from mdpd_deploy.export.recipe import engine_required, read_recipe
     from mdpd_deploy.export.trials import Race
 
 _HOME = {
     "AUTO": "precision.forms",
-    "SCRIPT_FILE": "recipe",
+    "EngineOptions": "engine_options",
     "ExportOptions": "packing",
     "Form": "precision.forms",
     "Format": "packing",
+    "Installed": "engine_install",
     "Race": "trials",
-    "engine_unavailable": "recipe",
+    "build_alike": "engine_install",
+    "engine_required": "recipe",
     "form_of": "precision.forms",
     "forms_for": "precision.forms",
+    "install_engine": "engine_install",
     "pack": "packing",
     "pack_multi": "multi",
     "place_of": "precision.forms",
+    "read_recipe": "recipe",
+    "unavailable_reason": "engine_install",
 }
 
 __all__ = [
     "AUTO",
-    "SCRIPT_FILE",
+    "EngineOptions",
     "ExportOptions",
     "Form",
     "Format",
+    "Installed",
     "Race",
-    "engine_unavailable",
+    "build_alike",
+    "engine_required",
     "form_of",
     "forms_for",
+    "install_engine",
     "pack",
     "pack_multi",
     "place_of",
+    "read_recipe",
+    "unavailable_reason",
 ]
 
 

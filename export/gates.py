@@ -28,7 +28,7 @@ from mdpd_deploy.model import TaskModel
 from mdpd_deploy.onnx_graph import OnnxGraph, changed_weights, export_onnx, same_structure
 from mdpd_deploy.parity import Arrays, Parity, compare_with_torch, shape_batches, torch_outputs
 from mdpd_deploy.parity_policy import ParityMode
-from mdpd_deploy.runner import Runner
+from mdpd_deploy.runner import Forward
 from mdpd_deploy.sides.base import SideNetwork
 from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, compute
 
@@ -115,7 +115,7 @@ def _bare_values(path: Path, bare: Signature, kept: Mapping[str, str]) -> str:
 
 
 def check_parity(
-    model: TaskModel, runner: Runner, golden: Golden, *, mode: ParityMode = "fail"
+    model: TaskModel, runner: Forward, golden: Golden, *, mode: ParityMode = "fail"
 ) -> tuple[Gate, Parity]:
     """PyTorch's numbers at every shape that matters, and on the golden inputs."""
     parity = compare_with_torch(model, runner, parity_batches(model, golden))
@@ -156,7 +156,7 @@ class Measured:
 
 def check_metric(
     model: TaskModel,
-    runner: Runner,
+    runner: Forward,
     preprocess: Preprocess,
     measured: Measured,
     parity: Parity,
@@ -187,7 +187,7 @@ def check_metric(
     return Gate("metric", "passed", note, details)
 
 
-def check_golden(folder: Path, golden_file: Path, runner: Runner, parity: Parity) -> Gate:
+def check_golden(folder: Path, golden_file: Path, runner: Forward, parity: Parity) -> Gate:
     """Replay the written golden file through the written preprocessing.
 
     Where parity sets no tolerance, or was missed with a warning, the replay must still give what
@@ -223,7 +223,7 @@ def flipped_predictions(
 
 
 def _both_outputs(
-    model: TaskModel, runner: Runner, preprocess: Preprocess, measured: Measured
+    model: TaskModel, runner: Forward, preprocess: Preprocess, measured: Measured
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     model.eval()
     pairs = []

@@ -16,12 +16,12 @@ from mdpd_deploy.deltas import Delta
 from mdpd_deploy.errors import MdpdError, UserError
 from mdpd_deploy.export import multi_gates
 from mdpd_deploy.export.base_graph import BaseGraph, delta_of, export_base
+from mdpd_deploy.export.engine_install import engine_state, install_if_possible
 from mdpd_deploy.export.facts import describe_run, input_columns
 from mdpd_deploy.export.gates import Gate, Measured, check_metric
 from mdpd_deploy.export.golden import make_golden
 from mdpd_deploy.export.members import Member, fade_all, refuse_strangers, task_names
-from mdpd_deploy.export.packing import ExportOptions, read_validation
-from mdpd_deploy.export.recipe import engine_state, write_recipe
+from mdpd_deploy.export.packing import ExportOptions, read_validation, write_engine_recipe
 from mdpd_deploy.files import atomic_folder, refuse_nonempty, write_json
 from mdpd_deploy.manifest import (
     DELTA_FILE,
@@ -38,7 +38,7 @@ from mdpd_deploy.mixed_graph import OUTPUT, mixed_graph
 from mdpd_deploy.onnx_graph import OnnxGraph
 from mdpd_deploy.parity import Parity
 from mdpd_deploy.run import Run
-from mdpd_deploy.runner import TASK_ID, OnnxRunner, Runner
+from mdpd_deploy.runner import TASK_ID, Forward, OnnxRunner
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def pack_multi(
         tempfile.TemporaryDirectory(prefix="mdpd-multi-") as scratch,
     ):
         _write(members, folder, Path(scratch), options)
-        load_bundle(folder)
+        install_if_possible(load_bundle(folder), options.engine)
     return load_bundle(out)
 
 
@@ -106,7 +106,7 @@ def _write(members: Sequence[Member], folder: Path, scratch: Path, options: Expo
     onnx.checker.check_model(str(path), full_check=True)
     facts["mixed"]["added_nodes"] = multi_gates.check_mixed_structure(base.path, path)
     if options.fmt == "trt":
-        write_recipe(folder, facts["precision"], facts["inputs"], facts["shapes"])
+        write_engine_recipe(folder, facts, options.engine)
     swap = Swap(base.path, {m.name: delta for m, delta in zip(members, deltas, strict=True)})
     tasks = [open_task(folder, index, entry) for index, entry in enumerate(facts["tasks"])]
     passed = _pass_gates(members, tasks, OnnxRunner(path), swap, base, scratch, options)
@@ -187,7 +187,7 @@ def _describe(
         "outputs": [{"name": OUTPUT, "dtype": "float32", "shape": ["batch", width]}],
         "nodes": graph.nodes,
         "mixed": {"base_nodes": base.traced.nodes, "base_sha256": base.sha256},
-        "engine": engine_state() if options.fmt == "trt" else {"status": "not-asked", "reason": ""},
+        "engine": engine_state(options.fmt),
         "golden": options.golden,
         "source": {"backbone": first["source"]["backbone"]},
     }
@@ -222,7 +222,7 @@ def _pass_gates(
 
 
 def _check_metric(
-    member: Member, task: Task, runner: Runner, parity: Parity, options: ExportOptions
+    member: Member, task: Task, runner: Forward, parity: Parity, options: ExportOptions
 ) -> Gate:
     if not options.metric_gate:
         return Gate("metric", "skipped", "--no-metric-gate was given")

@@ -28,7 +28,7 @@ from mdpd_deploy.mixed import mixed_batch
 from mdpd_deploy.mixed_graph import added_nodes
 from mdpd_deploy.onnx_graph import export_onnx, same_structure
 from mdpd_deploy.parity import Parity
-from mdpd_deploy.runner import Runner
+from mdpd_deploy.runner import Forward
 
 
 def check_structure(faded: Faded, base: BaseGraph, scratch: Path) -> list[Gate]:
@@ -56,7 +56,7 @@ def check_mixed_structure(base: Path, mixed: Path) -> dict[str, int]:
 
 
 def check_both_ways(
-    faded: Faded, mixed: Runner, swapped: Runner, task: Task
+    faded: Faded, mixed: Forward, swapped: Forward, task: Task
 ) -> tuple[list[Gate], Parity]:
     """PyTorch's numbers from the mixed graph (`parity`) and from the base graph (`swap`)."""
     assert task.golden is not None
@@ -66,7 +66,7 @@ def check_both_ways(
     return [gate, Gate("swap", other.verdict, other.note, other.details)], parity
 
 
-def check_golden_of(task: Task, runner: Runner, parity: Parity) -> Gate:
+def check_golden_of(task: Task, runner: Forward, parity: Parity) -> Gate:
     """Replay a task's golden file through its written preprocessing."""
     assert task.golden is not None
     result = replay(load_golden(task.golden), task.preprocess, runner, parity.spread)
@@ -80,7 +80,7 @@ def check_golden_of(task: Task, runner: Runner, parity: Parity) -> Gate:
 
 
 def check_mixed_rows(
-    tasks: Sequence[Task], parities: Sequence[Parity], runner: Runner
+    tasks: Sequence[Task], parities: Sequence[Parity], runner: Forward
 ) -> list[Gate]:
     """Put every task's golden inputs into one shuffled batch; each row must get its own answer.
 

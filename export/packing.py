@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,15 @@ from mdpd_deploy.bundle import Bundle, is_bundle, load_bundle
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.errors import UserError, VerificationError
 from mdpd_deploy.export import gates, reduced, trials
+from mdpd_deploy.export.engine_install import engine_state, install_if_possible, refit_names
+from mdpd_deploy.export.engine_options import EngineOptions
 from mdpd_deploy.export.facts import describe_run, input_columns
 from mdpd_deploy.export.fade import Faded, bare_norms, fade
 from mdpd_deploy.export.golden import GoldenSource, make_golden
 from mdpd_deploy.export.precision.forms import AUTO, Form, Target, form_of, forms_for
-from mdpd_deploy.export.recipe import engine_state, write_recipe
+from mdpd_deploy.export.recipe import write_recipe
 from mdpd_deploy.export.reduced_gates import Reference
+from mdpd_deploy.export.trt_profiles import profile_shapes
 from mdpd_deploy.files import atomic_folder, refuse_nonempty, write_json
 from mdpd_deploy.golden import load_golden
 from mdpd_deploy.manifest import (
@@ -47,7 +50,8 @@ class ExportOptions:
     """What a user can ask of an export.
 
     Attributes:
-        fmt: onnx, or trt: the same bundle with the recipe for a TensorRT engine.
+        fmt: onnx, or trt: the same bundle with the recipe for a TensorRT engine, and the engine
+            itself where TensorRT and a GPU are.
         eval_data: Data for the metric gate in place of the run's own.
         metric_gate: False leaves the task metric unmeasured; the manifest says so.
         golden: Where golden inputs come from.
@@ -57,6 +61,7 @@ class ExportOptions:
         parity: Whether a missed parity or metric gate fails or warns.
         autocast_python: Interpreter of the environment that holds ModelOpt.
         converted: A file that was already converted to `precision`.
+        engine: How a TensorRT engine is built, with trt.
     """
 
     fmt: Format = "onnx"
@@ -69,6 +74,7 @@ class ExportOptions:
     parity: ParityMode = "fail"
     autocast_python: Path | None = None
     converted: Path | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 def pack(
@@ -107,7 +113,9 @@ def pack(
         }
         write_json(folder / PARITY_FILE, {gate.name: gate.details for gate in passed} | told)
         seal(folder, facts)
-        require_sound(verify(Subject(load_bundle(folder))))  # its certificate can be checked again
+        sealed = load_bundle(folder)
+        require_sound(verify(Subject(sealed)))  # its certificate can be checked again
+        install_if_possible(sealed, options.engine)
     return load_bundle(out)
 
 
@@ -134,14 +142,20 @@ def _write_beside(
     preprocess = json.loads((preprocessor / "preprocess.json").read_text(encoding="utf-8"))
     facts = describe_run(run, faded, graph, preprocess)
     facts |= {"precision": options.precision, "target": options.target, "parity": options.parity}
-    facts["engine"] = {"status": "not-asked", "reason": ""}
-    if options.fmt == "trt":
-        facts["engine"] = engine_state()
-        write_recipe(folder, facts["precision"], facts["inputs"], facts["shapes"])
     facts["golden"] = options.golden
     _write_bare_norms(faded, graph, folder)
+    facts["engine"] = engine_state(options.fmt)
+    if options.fmt == "trt":
+        write_engine_recipe(folder, facts, options.engine)
     _write_notes(graph.path, graph_notes(facts))
     return facts
+
+
+def write_engine_recipe(folder: Path, facts: dict[str, Any], engine: EngineOptions) -> None:
+    """Write the recipe of a bundle's engine, from its manifest so far."""
+    profiles = profile_shapes(facts["inputs"], facts["shapes"], static_batch=engine.static_batch)
+    refit = refit_names(folder, facts) if engine.refit else ()
+    write_recipe(folder, facts["precision"], profiles, engine, refit)
 
 
 def _write_bare_norms(faded: Faded, graph: OnnxGraph, folder: Path) -> None:

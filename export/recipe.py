@@ -1,91 +1,119 @@
-"""The recipe for a TensorRT engine, written where TensorRT is not at hand (D17).
+"""The recipe for a TensorRT engine, carried by every bundle of `--fmt trt` (D17).
 
-`build_engine.json` says what to build, `build_engine.sh` builds it with NVIDIA's `trtexec`. The
-engine is written beside the bundle, since a bundle refuses files it does not list.
+`build_engine.json` says what to build, for `mdpd build-engine`; `build_engine.sh` asks the same of
+NVIDIA's `trtexec`. The script writes its engine beside the bundle, since a bundle refuses files it
+does not list.
 """
 
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from mdpd_deploy.errors import ExportError
-from mdpd_deploy.files import write_json
+from pydantic import ValidationError
+
+from mdpd_deploy.engine_cache import AMPERE_PLUS, SAME_CAPABILITY, EngineKey
+from mdpd_deploy.errors import ExportError, UserError
+from mdpd_deploy.export.engine_options import OPTIMIZATION_LEVEL, EngineOptions
+from mdpd_deploy.export.trt_build import builder_flags
+from mdpd_deploy.export.trt_profiles import BOUNDS, Profiles
+from mdpd_deploy.files import read_json, write_json
 from mdpd_deploy.manifest import MODEL_FILE
+from mdpd_deploy.trt_library import NEXT_MAJOR, OLDEST
 
 RECIPE_FILE = "build_engine.json"
 SCRIPT_FILE = "build_engine.sh"
-TENSORRT = ">=10.13,<12"
+TENSORRT = f">={OLDEST},<{NEXT_MAJOR}"
 
 _SCRIPT = """#!/bin/sh
 # Builds the TensorRT engine of this bundle on the machine that will run it (GPU, driver and
 # TensorRT {tensorrt} must be those of the deployment).   sh build_engine.sh [ENGINE]
+# `mdpd build-engine` builds the same, verifies it and keeps it in the bundle.
 set -eu
 bundle=$(cd "$(dirname "$0")" && pwd)
 engine=${{1:-"$bundle.plan"}}
-exec trtexec --onnx="$bundle/{model}" --saveEngine="$engine" \\
-    --minShapes={min} \\
-    --optShapes={opt} \\
-    --maxShapes={max}
+typed=  # TensorRT 10 must be told to keep the graph's own types, 11 knows nothing else
+if trtexec --help 2>/dev/null | grep -q -e --stronglyTyped; then typed=--stronglyTyped; fi
+exec trtexec --onnx="$bundle/{model}" --saveEngine="$engine" --skipInference $typed \\
+{flags}
 """
+_LEVELS = {AMPERE_PLUS: "ampere+", SAME_CAPABILITY: "sameComputeCapability"}
 
 
-def engine_state() -> dict[str, str]:
-    """Return `manifest.engine` for `--fmt trt`: why the engine is still to be built."""
-    if find_spec("tensorrt") is None:
-        reason = "TensorRT is not installed here"
-    else:
-        reason = "this version of mdpd-deploy writes the recipe and leaves the build to it"
-    return {"status": "to-build", "reason": reason}
-
-
-def engine_unavailable() -> ExportError:
+def engine_required(reason: str) -> ExportError:
     """Build the error for `--require-engine`: no engine can come out of this export."""
     return ExportError(
-        f"--require-engine: no TensorRT engine can be built ({engine_state()['reason']}). Leave "
-        f"the option out to get the verified ONNX bundle with {SCRIPT_FILE}, and run that where "
-        "TensorRT is."
+        f"--require-engine: no TensorRT engine can be built here: {reason}. Leave the option out "
+        f"to get the verified ONNX bundle with {RECIPE_FILE} and {SCRIPT_FILE}, and run "
+        "`mdpd build-engine` where TensorRT and the GPU are."
     )
 
 
-def profile_shapes(
-    inputs: list[dict[str, Any]], shapes: dict[str, dict[str, int]]
-) -> dict[str, dict[str, list[int]]]:
-    """Return min, opt and max shape of each input, from the bundle's one shape spec.
+def write_recipe(
+    folder: Path, precision: str, profiles: Profiles, options: EngineOptions, refit: Sequence[str]
+) -> None:
+    """Write `build_engine.json` and `build_engine.sh` into a bundle.
 
     Args:
-        inputs: `manifest.inputs`.
-        shapes: `manifest.shapes`, per axis name.
+        folder: The bundle, not yet sealed.
+        precision: Of its graph.
+        profiles: From `profile_shapes`, with the options' static batch.
+        options: What was chosen at export.
+        refit: Weights to be marked refittable.
     """
-    return {
-        port["name"]: {
-            bound: [shapes[axis][bound] if axis in shapes else int(axis) for axis in port["shape"]]
-            for bound in ("min", "opt", "max")
-        }
-        for port in inputs
-    }
-
-
-def write_recipe(
-    folder: Path, precision: str, inputs: list[dict[str, Any]], shapes: dict[str, dict[str, int]]
-) -> None:
-    """Write `build_engine.json` and `build_engine.sh` into a bundle."""
-    profiles = profile_shapes(inputs, shapes)
     recipe = {
+        "command": "mdpd build-engine BUNDLE",
         "onnx": MODEL_FILE,
         "precision": precision,
-        "tf32": True,  # TensorRT's default; FP32 matrix products may use TF32 on the GPU
         "tensorrt": TENSORRT,
-        "workspace_bytes": None,  # no limit of ours: too small a limit makes the build fail
+        "strongly_typed": True,
+        "options": options.model_dump(),
+        "flags": builder_flags(options),
+        "optimization_level": OPTIMIZATION_LEVEL,
         "profiles": [profiles],
-        "engine_key": ["onnx sha256", "tensorrt", "gpu", "compute capability", "driver", "cuda"],
+        "refit": list(refit),
+        "engine_key": list(EngineKey.model_fields),
     }
     write_json(folder / RECIPE_FILE, recipe)
-    bounds = {
-        bound: ",".join(
-            f"{name}:{'x'.join(map(str, profile[bound]))}" for name, profile in profiles.items()
-        )
-        for bound in ("min", "opt", "max")
-    }
     script = folder / SCRIPT_FILE
-    script.write_text(_SCRIPT.format(model=MODEL_FILE, tensorrt=TENSORRT, **bounds))
+    flags = " \\\n".join(f"    {flag}" for flag in trtexec_flags(profiles, options))
+    script.write_text(_SCRIPT.format(model=MODEL_FILE, tensorrt=TENSORRT, flags=flags))
     script.chmod(0o755)
+
+
+def read_recipe(folder: Path) -> EngineOptions:
+    """Return the options that a bundle was exported with; the defaults where it has no recipe.
+
+    Raises:
+        UserError: If the recipe is damaged.
+    """
+    if not (folder / RECIPE_FILE).is_file():
+        return EngineOptions()
+    plain = read_json(folder / RECIPE_FILE, "recipe")
+    try:
+        return EngineOptions.model_validate(plain.get("options", {}))
+    except (ValidationError, AttributeError):
+        raise UserError(f"{folder / RECIPE_FILE} is damaged: export the run again.") from None
+
+
+def trtexec_flags(profiles: Profiles, options: EngineOptions) -> list[str]:
+    """Return the words that ask `trtexec` for the same engine.
+
+    It cannot mark single weights: `--refit` makes all of them refittable, so such an engine differs
+    from that of `mdpd build-engine`.
+    """
+    flags = [
+        f"--{bound}Shapes="
+        + ",".join(f"{name}:{'x'.join(map(str, p[bound]))}" for name, p in profiles.items())
+        for bound in BOUNDS
+    ]
+    flags.append(f"--builderOptimizationLevel={OPTIMIZATION_LEVEL}")
+    if not options.tf32:
+        flags.append("--noTF32")
+    if options.version_compatible:
+        flags.append("--versionCompatible")
+    if options.hardware_compatible is not None:
+        flags.append(f"--hardwareCompatibilityLevel={_LEVELS[options.hardware_compatible]}")
+    if options.refit:
+        flags.append("--refit")
+    if options.workspace_mib is not None:
+        flags.append(f"--memPoolSize=workspace:{options.workspace_mib}M")
+    return flags

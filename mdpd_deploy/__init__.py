@@ -6,6 +6,7 @@ The Python API uses the command line's words and is loaded on first use, so that
     fit            train a model                        `mdpd train`
     export_run     turn a run into a verified bundle    `mdpd export`
     export_runs    several runs on one backbone         `mdpd export --multi`
+    build_engine   build a bundle's TensorRT engine     `mdpd build-engine`
     compare        methods on the same data    `mdpd compare`
     verify_bundle  check a bundle again                 `mdpd verify`
     sign_bundle    sign a bundle with a key             `mdpd sign`
@@ -27,6 +28,7 @@ if find_spec("mdpd_deploy.train") is None:
 if TYPE_CHECKING:
     from mdpd_deploy.bundle import load_bundle
     from mdpd_deploy.commands.bench_latency import bench_latency
+    from mdpd_deploy.commands.build_engine import build_engine
     from mdpd_deploy.commands.compare import compare
     from mdpd_deploy.commands.export import export_run, export_runs
     from mdpd_deploy.commands.sign import sign_bundle
@@ -40,6 +42,7 @@ _HOME = {
     "MdpdError": "mdpd_deploy.errors",
     "UserError": "mdpd_deploy.errors",
     "bench_latency": "mdpd_deploy.commands.bench_latency",
+    "build_engine": "mdpd_deploy.commands.build_engine",
     "compare": "mdpd_deploy.commands.compare",
     "export_run": "mdpd_deploy.commands.export",
     "export_runs": "mdpd_deploy.commands.export",
@@ -54,6 +57,7 @@ __all__ = [
     "UserError",
     "__version__",
     "bench_latency",
+    "build_engine",
     "compare",
     "export_run",
     "export_runs",

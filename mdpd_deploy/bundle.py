@@ -15,6 +15,7 @@ BUNDLE/base.onnx           the bare backbone, whose norms and head a run may rep
 BUNDLE/model.onnx.data     the backbone's weights, which both read
 BUNDLE/tasks/NAME/         delta.safetensors, preprocess.json, golden.safetensors
 BUNDLE/preprocessor/       the tokenizer that tasks share
+BUNDLE/model.plan, model.plan.json, timing.cache   TensorRT engine, see `engine_cache.py`
 """
 
 import shutil
@@ -30,7 +31,7 @@ from mdpd_deploy.bundle_tasks import Task, choose_task, load_tasks
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.deltas import load_delta
-from mdpd_deploy.errors import UserError
+from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.manifest import (
     BARE_FILE,
     BASE_FILE,
@@ -43,7 +44,7 @@ from mdpd_deploy.manifest import (
     read_checked,
 )
 from mdpd_deploy.mixed import Swap, TaskRunner, mixed_batch
-from mdpd_deploy.runner import TASK_ID, OnnxRunner, Runner
+from mdpd_deploy.runner import TASK_ID, Forward, OnnxRunner, Runner
 
 __all__ = [
     "Bundle",
@@ -55,6 +56,7 @@ __all__ = [
     "run_batches",
     "to_prediction",
 ]
+RUNTIMES = ("onnx", "trt")
 
 
 @dataclass(frozen=True)
@@ -123,20 +125,38 @@ class Bundle:
         """`classify` or `regress`, of the only task."""
         return self.task().kind
 
-    def runner(self, device: str = "cpu", threads: int | None = None) -> OnnxRunner:
-        """Open the graph on a device; see `OnnxRunner`.
+    def runner(
+        self, device: str = "cpu", threads: int | None = None, *, runtime: str = "onnx"
+    ) -> Runner:
+        """Open the model on a device.
+
+        Args:
+            device: "cpu" or "cuda".
+            threads: Threads inside one operator on the CPU; default: the CPU quota.
+            runtime: "onnx", or "trt" for the bundle's TensorRT engine, which needs "cuda".
 
         Raises:
-            UserError: Also if ONNX Runtime cannot compute in the bundle's precision there.
+            UserError: If the device, the runtime or an engine for this machine is missing, or ONNX
+                Runtime cannot compute in the bundle's precision there.
+            WorkFailed: If the model does not run on the device that was asked for.
         """
-        if self.manifest["precision"] == "bf16" and device == "cpu":
-            raise UserError(
-                f"bundle {self.path} is bf16, made for TensorRT, and ONNX Runtime has no bfloat16 "
-                "kernels on the CPU: build its engine on a GPU, or use an fp32 or int8-cpu bundle."
-            )
-        return OnnxRunner(self.path / MODEL_FILE, device=device, threads=threads)
+        if runtime not in RUNTIMES:
+            raise unknown("--runtime", runtime, RUNTIMES)
+        if runtime == "onnx":
+            if self.manifest["precision"] == "bf16" and device == "cpu":
+                raise UserError(
+                    f"bundle {self.path} is bf16, made for TensorRT, and ONNX Runtime has no "
+                    "bfloat16 kernels on the CPU: build its engine on a GPU, or use an fp32 or "
+                    "int8-cpu bundle."
+                )
+            return OnnxRunner(self.path / MODEL_FILE, device=device, threads=threads)
+        if device != "cuda":
+            raise UserError(f"--device {device}: a TensorRT engine runs with --device cuda only.")
+        from mdpd_deploy.engine_cache import open_bundle_engine
 
-    def runner_of(self, task: Task, runner: OnnxRunner) -> Runner:
+        return open_bundle_engine(self.path, self.manifest)
+
+    def runner_of(self, task: Task, runner: Runner) -> Forward:
         """Return what maps a task's arrays to its own outputs [B, C], on an open graph."""
         return TaskRunner(runner, task) if self.mixed else runner
 
@@ -160,7 +180,7 @@ class Bundle:
         raws: Sequence[Raw],
         batch: int = 32,
         *,
-        runner: OnnxRunner | None = None,
+        runner: Runner | None = None,
         task: str | None = None,
     ) -> list[Prediction]:
         """Predict raw inputs.
@@ -179,8 +199,9 @@ class Bundle:
         if not raws:
             return []
         self._check_kind(asked, raws)
-        run = self.runner_of(asked, runner or self.runner())
-        outputs = run_batches(asked.preprocess, run, raws, batch)
+        opened = runner or self.runner()
+        size = min(batch, opened.max_batch or batch)
+        outputs = run_batches(asked.preprocess, self.runner_of(asked, opened), raws, size)
         return [to_prediction(row, asked.label_names) for row in outputs]
 
     def run_mixed(
@@ -188,7 +209,7 @@ class Bundle:
         requests: Sequence[tuple[str, Raw]],
         batch: int = 32,
         *,
-        runner: OnnxRunner | None = None,
+        runner: Runner | None = None,
     ) -> list[Prediction]:
         """Predict inputs of several tasks, mixed within each batch.
 
@@ -206,9 +227,10 @@ class Bundle:
         for task, raw in asked:
             self._check_kind(task, [raw])
         opened = runner or self.runner()
+        size = min(batch, opened.max_batch or batch)
         found: list[Prediction] = []
-        for start in range(0, len(asked), batch):
-            part = asked[start : start + batch]
+        for start in range(0, len(asked), size):
+            part = asked[start : start + size]
             arrays = mixed_batch(part)
             if not self.mixed:
                 del arrays[TASK_ID]
@@ -301,10 +323,10 @@ def batches(raws: Sequence[Raw], size: int) -> Iterator[list[Raw]]:
 
 
 def run_batches(
-    preprocess: Preprocess, runner: Runner, raws: Sequence[Raw], batch: int
+    preprocess: Preprocess, forward: Forward, raws: Sequence[Raw], batch: int
 ) -> NDArray[np.float32]:
     """Preprocess and run raw inputs batch by batch; outputs [len(raws), C]."""
-    return np.concatenate([runner(preprocess(part)) for part in batches(raws, batch)])
+    return np.concatenate([forward(preprocess(part)) for part in batches(raws, batch)])
 
 
 def to_prediction(outputs: NDArray[np.float32], label_names: Sequence[str]) -> Prediction:

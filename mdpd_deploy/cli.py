@@ -42,6 +42,7 @@ VERBS = {
     "export": Verb("export", "command", "Drop the side network; write a verified bundle."),
     "verify": Verb("verify", "command", "Check a bundle again from what it holds."),
     "sign": Verb("sign", "command", "Sign a bundle with a key, offline."),
+    "build-engine": Verb("build_engine", "command", "Build a bundle's TensorRT engine here."),
     "bench-latency": Verb("bench_latency", "command", "Time a model against its rivals."),
     "predict": Verb("predict", "command", "Predict with a bundle on images, texts or a table."),
     "demo": Verb("demo", "command", "Train, export and time a small model, offline."),

@@ -17,7 +17,7 @@ from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.images import open_image
 from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.runner import Runner
+from mdpd_deploy.runner import Forward
 
 MOST = 256  # golden inputs that are read; they run as one batch, and an export keeps 8
 LONGEST_EDGE = 640  # pixels; larger pictures are scaled down before they become golden
@@ -83,7 +83,7 @@ def load_golden(path: Path) -> Golden:
     return Golden(raws, arrays, outputs)
 
 
-def replay(golden: Golden, preprocess: Preprocess, runner: Runner, spread: float) -> Replay:
+def replay(golden: Golden, preprocess: Preprocess, runner: Forward, spread: float) -> Replay:
     """Run golden inputs from raw to output and return how far off the result is.
 
     Args:

@@ -63,6 +63,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def gpu_driver() -> str:
+    """Return the version of the NVIDIA driver, "" where its own tool does not report one."""
+    gpus = _gpus()
+    return gpus[0]["driver"] if gpus else ""
+
+
 def _cpu_quota() -> float | None:
     """Smallest CPU quota of this process's control groups, in processors; None without one."""
     quotas = [_quota_v2(folder / "cpu.max") for folder in _cgroup_folders("")]

@@ -7,14 +7,14 @@ symbolic or hard link (ONNX Runtime would follow one out of the bundle), externa
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.files import read_json, sha256_file, write_json
+from mdpd_deploy.files import fsync_path, read_json, sha256_file, write_json
 
 FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
@@ -137,15 +137,43 @@ class Manifest(BaseModel):
 
 def seal(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write `manifest.json` with the SHA-256 of every file in the folder; return the manifest."""
-    listed = {
-        name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in sorted(list_files(folder))
-        if name != FILE
-    }
+    listed = {n: _entry(folder / n) for n in sorted(list_files(folder)) if n != FILE}
     manifest = {"schema": SCHEMA, **facts, "caches": {}, "files": listed}
     Manifest.model_validate(manifest)
     write_json(folder / FILE, manifest)
     return manifest
+
+
+def replace_caches(
+    folder: Path, staging: Path, names: Sequence[str], engine: dict[str, str]
+) -> None:
+    """Move new caches into a bundle and list them; killed anywhere, it leaves a sound bundle.
+
+    A bundle may lack a listed cache but holds no unlisted file. So the old ones go first, then the
+    manifest lists the new ones, then they come.
+
+    Args:
+        folder: A sound bundle.
+        staging: Where the new caches lie, on the same file system; the old manifest's others go.
+        names: Their names.
+        engine: The new `manifest.engine`.
+    """
+    plain = read_json(folder / FILE, "bundle")
+    old = list(plain["caches"])
+    plain |= {"engine": engine, "caches": {name: _entry(staging / name) for name in names}}
+    Manifest.model_validate(plain)
+    write_json(staging / FILE, plain)
+    for name in names:
+        fsync_path(staging / name)
+    for name in old:
+        (folder / name).unlink(missing_ok=True)
+    for name in (FILE, *names):
+        os.replace(staging / name, folder / name)
+    fsync_path(folder)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
 
 
 def read_checked(folder: Path) -> tuple[dict[str, Any], Manifest]:
@@ -165,7 +193,8 @@ def read_checked(folder: Path) -> tuple[dict[str, Any], Manifest]:
         raise _changed(folder, f"{FILE} is larger than any that was exported")
     plain = read_json(folder / FILE, "bundle")
     manifest = _parse(folder, plain)
-    listed = {**manifest.files, **manifest.caches}
+    caches = {name: entry for name, entry in manifest.caches.items() if name in present}
+    listed = {**manifest.files, **caches}  # a cache that is gone can be built again
     _compare_names(folder, present - {FILE}, set(listed))
     for name, entry in listed.items():
         file = folder / name

@@ -17,7 +17,7 @@ from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.deltas import Delta
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import sha256_file
-from mdpd_deploy.runner import TASK_ID, OnnxRunner, Runner
+from mdpd_deploy.runner import TASK_ID, Forward, OnnxRunner
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -60,7 +60,7 @@ def _joined(count: int, parts: Sequence[tuple[list[int], Arrays, int]]) -> Array
 class TaskRunner:
     """One task of an open mixed graph: arrays in, the task's own outputs [B, C] out."""
 
-    def __init__(self, runner: Runner, task: Task) -> None:
+    def __init__(self, runner: Forward, task: Task) -> None:
         self.runner = runner
         self.task = task
 
@@ -70,7 +70,7 @@ class TaskRunner:
         return self.runner({**arrays, TASK_ID: ids})[:, : self.task.width]
 
 
-class Swap(Mapping[str, Runner]):
+class Swap(Mapping[str, Forward]):
     """The base graph, open once: task name → runner of that task alone, outputs [B, C].
 
     A task is swapped in by feeding its norms and head with the run, so the backbone is neither
@@ -96,18 +96,18 @@ class Swap(Mapping[str, Runner]):
     ) -> None:
         self.base = OnnxRunner(path, device=device, threads=threads)
         self.base_sha256 = sha256_file(path)
-        self._runners: dict[str, Runner] = {}
+        self._runners: dict[str, Forward] = {}
         for name, delta in deltas.items():
             self.add(name, delta)
 
-    def add(self, name: str, delta: Delta) -> Runner:
+    def add(self, name: str, delta: Delta) -> Forward:
         """Make a task known by its delta, and return its runner."""
         if delta.base_sha256 != self.base_sha256:
             raise UserError(f"the delta of {name!r} belongs to another base graph than this one.")
         self._runners[name] = _Fed(self.base, delta)
         return self._runners[name]
 
-    def __getitem__(self, name: str) -> Runner:
+    def __getitem__(self, name: str) -> Forward:
         return self._runners[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mdpd_deploy.model import TaskModel
 from mdpd_deploy.parity_policy import POLICIES
-from mdpd_deploy.runner import Runner
+from mdpd_deploy.runner import Forward
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -81,7 +81,7 @@ def torch_outputs(model: TaskModel, arrays: Arrays) -> NDArray[np.float32]:
 
 def compare_with_torch(
     model: TaskModel,
-    runner: Runner,
+    runner: Forward,
     batches: Sequence[tuple[str, Arrays]],
     *,
     tolerance: float = FP32_TOLERANCE,

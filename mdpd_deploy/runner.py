@@ -20,10 +20,30 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 COMPUTE_OPS = frozenset({"MatMul", "Gemm", "Conv", "LayerNormalization", "Softmax", "Erf", "Gelu"})
 
 
-class Runner(Protocol):
+class Forward(Protocol):
     """Anything that maps a batch of named arrays to outputs [B, C]."""
 
     def __call__(self, arrays: dict[str, NDArray[Any]], /) -> NDArray[np.float32]: ...
+
+
+class Runner(Forward, Protocol):
+    """A batch of named arrays in, one array [B, C] out, whatever runs it.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        provider: What runs it, as it calls itself.
+        input_names: The graph's inputs in order.
+        output_name: The graph's output.
+        metadata: The graph's own `mdpd.*` notes.
+        max_batch: The largest batch it takes; None = any.
+    """
+
+    device: str
+    provider: str
+    input_names: tuple[str, ...]
+    output_name: str
+    metadata: dict[str, str]
+    max_batch: int | None
 
 
 class OnnxRunner:
@@ -41,6 +61,7 @@ class OnnxRunner:
         metadata: The graph's own `mdpd.*` notes.
         task_names: Tasks by `task_id`; empty for a graph without that input.
         replaceable: Weights that a run may be fed in place of the graph's own, with their shapes.
+        max_batch: None: any batch.
 
     Raises:
         UserError: If ONNX Runtime or the device is missing, or the graph cannot be loaded.
@@ -52,6 +73,7 @@ class OnnxRunner:
     def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
         self.device = device
         self.threads = threads or cpu_count()
+        self.max_batch: int | None = None
         self._session = open_session(path, device, self.threads)
         self.provider: str = self._session.get_providers()[0]
         self.input_names = tuple(item.name for item in self._session.get_inputs())

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from mdpd_deploy.serve.latency import Plan
     from mdpd_deploy.serve.latency_chart import write_chart
     from mdpd_deploy.serve.latency_inputs import InputSource
-    from mdpd_deploy.serve.latency_report import LatencyReport
+    from mdpd_deploy.serve.latency_report import CONTROL, DEPLOYED, LatencyReport
     from mdpd_deploy.serve.latency_table import render
-    from mdpd_deploy.serve.runtimes import RUNTIMES, choose_device
+    from mdpd_deploy.serve.runtimes import DEFAULT_RUNTIMES, RUNTIMES, choose_device
     from mdpd_deploy.serve.shared import SharedTasks, load_shared
     from mdpd_deploy.serve.variants import (
         DEFAULT_RIVALS,
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "CONTROL": "latency_report",
     "DEFAULT_RIVALS": "variants",
+    "DEFAULT_RUNTIMES": "runtimes",
+    "DEPLOYED": "latency_report",
     "RUNTIMES": "runtimes",
     "Grid": "benchmark",
     "InputSource": "latency_inputs",
@@ -47,7 +50,10 @@ _HOME = {
 }
 
 __all__ = [
+    "CONTROL",
     "DEFAULT_RIVALS",
+    "DEFAULT_RUNTIMES",
+    "DEPLOYED",
     "RUNTIMES",
     "Grid",
     "InputSource",

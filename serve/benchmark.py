@@ -8,12 +8,13 @@ only ever taken inside one cell.
 import gc
 import logging
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import mdpd_deploy
 from mdpd_deploy.machine import describe
@@ -40,12 +41,17 @@ from mdpd_deploy.serve.runtimes import (
     PreparedCall,
     Session,
     TorchSession,
+    TrtSession,
     copy_times_ms,
     torch_threads,
 )
 from mdpd_deploy.serve.variants import BARE, Variant
+from mdpd_deploy.trt_runner import TrtRunner
 
 log = logging.getLogger(__name__)
+
+PRECISION = "fp32"
+EngineOf = Callable[[str, Path], TrtRunner]
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ def run_benchmark(
     *,
     source: dict[str, Any],
     folder: Path,
+    engine_of: EngineOf | None = None,
 ) -> LatencyReport:
     """Time the variants over the grid.
 
@@ -99,6 +106,8 @@ def run_benchmark(
         grid: Cells and how each is measured.
         source: What the report says about the run or bundle.
         folder: An empty folder for graphs, which the caller removes.
+        engine_of: Returns the TensorRT engine of a variant by its name and graph; needed for the
+            runtime trt.
     """
     report = LatencyReport(
         source=source, settings=_settings(grid, inputs), margin=MARGIN[grid.device]
@@ -113,7 +122,7 @@ def run_benchmark(
     report.machine = {**describe(), "git_commit": _git_commit(), "gpu_state_before": gpu_state()}
     for runtime in grid.runtimes:
         with torch_threads(grid.threads if runtime == "torch" else 1):
-            sessions = {v.name: _open(v, built, runtime, grid, inputs) for v in variants}
+            sessions = {v.name: _open(v, built, runtime, grid, inputs, engine_of) for v in variants}
             for batch in grid.batches:
                 _run_cell(report, sessions, inputs, batches[batch], built, grid, runtime=runtime)
             del sessions
@@ -133,6 +142,7 @@ def _settings(grid: Grid, inputs: InputSource) -> dict[str, Any]:
         "clock": "time.perf_counter_ns, around the whole call",
         "torch": "eager mode, SDPA attention, inference_mode",
         "onnx": "ONNX Runtime, default graph optimisation, session.force_spinning_stop=1",
+        "trt": "TensorRT engines, all built with the options of the bundle's own",
         "cuda": "the device is idle before and after every timed call; copies are timed apart",
         "statistic": "median over rounds of per-round time ratios, bootstrap 95 % interval",
     }
@@ -164,7 +174,10 @@ def _build(
             continue
         log.info("preparing %s", variant.name)
         result = built[variant.name] = _Built()
-        graph_wanted = "onnx" in grid.runtimes or variant.name in (DEPLOYED, BARE)  # for identity
+        graph_wanted = {"onnx", "trt"} & set(grid.runtimes) or variant.name in (
+            DEPLOYED,
+            BARE,
+        )  # for identity
         if variant.graph is not None and graph_wanted:
             result.graph = variant.graph(folder)
         if variant.load is not None:
@@ -189,8 +202,19 @@ def _identity(built: dict[str, _Built]) -> Identity | None:
 
 
 def _open(
-    variant: Variant, built: dict[str, _Built], runtime: str, grid: Grid, inputs: InputSource
+    variant: Variant,
+    built: dict[str, _Built],
+    runtime: str,
+    grid: Grid,
+    inputs: InputSource,
+    engine_of: EngineOf | None,
 ) -> Session:
+    if runtime == "trt":
+        graph = built[variant.name].graph
+        assert graph is not None and engine_of is not None
+        runner = engine_of(variant.name, graph)
+        built[variant.name].nodes["trt"] = runner.engine.num_layers
+        return TrtSession(runner)
     if runtime == "onnx":
         graph = built[variant.name].graph
         assert graph is not None
@@ -213,7 +237,8 @@ def _run_cell(
     log.info("timing %s on %s, batch %d", runtime, grid.device, batch)
     calls: dict[str, PreparedCall] = {name: s.prepare(batches) for name, s in sessions.items()}
     cell = measure(calls, inputs=len(batches), plan=grid.plan, seed=grid.seed)
-    copies = copy_times_ms(batches[0], inputs.outputs) if grid.device == "cuda" else None
+    on_gpu = grid.device == "cuda" and torch.cuda.is_available()
+    copies = copy_times_ms(batches[0], inputs.outputs) if on_gpu else None
     report.cells.append(CellNote(runtime, batch, cell.rounds, cell.elapsed, cell.reached, copies))
     for name, call in calls.items():
         device_ms = call.device_ms[-cell.rounds :]

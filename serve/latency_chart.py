@@ -157,4 +157,5 @@ def _finish(axis: "Axes", labels: list[str]) -> None:
 
 
 def _runtime_words(runtime: str) -> str:
-    return {"onnx": "ONNX Runtime", "torch": "PyTorch eager"}.get(runtime, runtime)
+    words = {"onnx": "ONNX Runtime", "torch": "PyTorch eager", "trt": "TensorRT"}
+    return words.get(runtime, runtime)

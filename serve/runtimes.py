@@ -12,8 +12,12 @@ from torch import nn
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.runner import open_session, provider_of
 from mdpd_deploy.serve.latency_inputs import Arrays
+from mdpd_deploy.trt_cuda import StreamTimer, current_gpu
+from mdpd_deploy.trt_library import import_trt
+from mdpd_deploy.trt_runner import TrtRunner
 
-RUNTIMES = ("onnx", "torch")
+RUNTIMES = ("onnx", "torch", "trt")
+DEFAULT_RUNTIMES = ("onnx", "torch")
 
 # Sessions of ONNX Runtime keep their threads spinning after a run and starve the next variant's:
 # on 2 cores 5 sessions took 24 ms a call instead of 9 ms, with a 15 times wider interval.
@@ -136,6 +140,41 @@ class _TorchCudaCall(_TorchCpuCall):
         return result
 
 
+class TrtSession:
+    """A TensorRT engine."""
+
+    def __init__(self, runner: TrtRunner) -> None:
+        self.device = runner.device
+        self._runner = runner
+
+    def prepare(self, batches: Sequence[Arrays]) -> PreparedCall:
+        port = next(iter(self._runner.inputs.values()))
+        rows, low, high = len(next(iter(batches[0].values()))), port.low[0], port.high[0]
+        if not low <= rows <= high:  # it would fill up a small batch, and time another one
+            raise UserError(f"--batch {rows}: the engine takes {low} to {high} examples per run.")
+        return _TrtCall(self._runner, batches)
+
+
+class _TrtCall:
+    """Inputs and outputs stay on the GPU, each batch in a context of its own."""
+
+    def __init__(self, runner: TrtRunner, batches: Sequence[Arrays]) -> None:
+        self.device_ms: list[float] = []
+        self._executions = [runner.execution() for _ in batches]
+        for execution, arrays in zip(self._executions, batches, strict=True):
+            execution.load(runner.check(arrays)[0])
+        self._timers = [StreamTimer(execution.stream) for execution in self._executions]
+
+    def __call__(self, index: int, /) -> object:
+        execution, timer = self._executions[index], self._timers[index]
+        timer.start()
+        execution.enqueue()
+        timer.stop()
+        execution.stream.synchronize()
+        self.device_ms.append(timer.elapsed_ms())
+        return execution
+
+
 @contextlib.contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
     """Give PyTorch this many threads inside an operator, and restore its own choice afterwards."""
@@ -160,13 +199,15 @@ def choose_device(asked: str, runtimes: Sequence[str]) -> str:
     """
     if asked not in ("auto", "cpu", "cuda"):
         raise unknown("--device", asked, ("auto", "cpu", "cuda"))
+    if asked == "cpu" and "trt" in runtimes:
+        raise UserError("--runtime trt: a TensorRT engine runs with --device cuda only.")
     if asked == "cpu":
         return asked
     try:
         for runtime in runtimes:
             _require_cuda(runtime)
     except UserError:
-        if asked == "cuda":
+        if asked == "cuda" or "trt" in runtimes:
             raise
         return "cpu"
     return "cuda"
@@ -175,6 +216,9 @@ def choose_device(asked: str, runtimes: Sequence[str]) -> str:
 def _require_cuda(runtime: str) -> None:
     if runtime == "onnx":
         provider_of("cuda")
+    elif runtime == "trt":
+        import_trt("--runtime trt")
+        current_gpu()
     elif not torch.cuda.is_available():
         raise UserError(
             "--device cuda: PyTorch sees no CUDA device; use --device cpu, or install a driver "

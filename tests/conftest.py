@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,48 @@ def tiny_side_run(tmp_path_factory, image_options):
 
     out = tmp_path_factory.mktemp("runs") / "side"
     return fit(out=out, method="side", quiet=True, **image_options)
+
+
+@pytest.fixture(scope="session")
+def tiny_trt_bundle(tmp_path_factory, tiny_text_run) -> Path:
+    """A bundle of `--fmt trt` made where TensorRT is not; treat it as read-only."""
+    from mdpd_deploy import export_run
+
+    out = tmp_path_factory.mktemp("bundles") / "text"
+    options = dict(golden="synthetic", metric_gate=False)
+    return export_run(tiny_text_run.path, fmt="trt", out=out, **options).path
+
+
+FAKES = Path(__file__).parent / "fakes"
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Call it with a release to put the stand-ins for TensorRT and CUDA in their places.
+
+    It returns both modules; their `_faults` make single steps fail.
+    """
+    names = ("cuda", "cuda.bindings", "cuda.bindings.runtime", "tensorrt")
+    before = {name: sys.modules.pop(name, None) for name in names}
+    monkeypatch.syspath_prepend(FAKES)
+
+    def load(version: str = "11.4.0.106"):
+        for name in names:
+            sys.modules.pop(name, None)
+        monkeypatch.setenv("MDPD_FAKE_TRT", version)
+        return import_module("tensorrt"), import_module("cuda.bindings.runtime")
+
+    yield load
+    for name in names:
+        sys.modules.pop(name, None)
+        if before[name] is not None:
+            sys.modules[name] = before[name]
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `network` run only where MDPD_TEST_NETWORK=1 asks for them."""
+    if os.environ.get("MDPD_TEST_NETWORK") != "1":
+        reason = "fetches packages: set MDPD_TEST_NETWORK=1"
+        for item in items:
+            if item.get_closest_marker("network"):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -24,7 +24,7 @@ from mdpd_deploy.errors import ExportError, UserError, VerificationError, WorkFa
 from mdpd_deploy.export import gates
 from mdpd_deploy.export.fade import Faded, fade
 from mdpd_deploy.export.golden import make_golden, synthetic_inputs
-from mdpd_deploy.export.recipe import profile_shapes
+from mdpd_deploy.export.trt_profiles import profile_shapes
 from mdpd_deploy.files import atomic_folder
 from mdpd_deploy.onnx_graph import export_onnx
 from mdpd_deploy.parity import torch_outputs
@@ -202,7 +202,10 @@ def test_the_recipe_calls_trtexec_from_anywhere(pair_bundle, tmp_path):
         check=True,
     ).stdout.splitlines()
     assert words[0] == f"--onnx={pair_bundle.path.resolve()}/model.onnx"
-    assert words[1] == f"--saveEngine={tmp_path}/my plan" and len(words) == 5
+    assert words[1] == f"--saveEngine={tmp_path}/my plan"
+    assert [word.partition("=")[0] for word in words[2:]] == [
+        "--skipInference", "--minShapes", "--optShapes", "--maxShapes", "--builderOptimizationLevel",
+    ]  # fmt: skip
     load_bundle(pair_bundle.path)
 
 
@@ -357,6 +360,7 @@ def test_synthetic_inputs_fit_every_preprocessing(image_run, pair_run):
         ({"fmt": "tensorflow"}, "--fmt: unknown 'tensorflow'"),
         ({"golden": "none"}, "--golden: unknown 'none'"),
         ({"require_engine": True}, "belongs to --fmt trt"),
+        ({"tf32": False}, "--tf32 belongs to --fmt trt"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, words, image_run):

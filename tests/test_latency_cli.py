@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from mdpd_deploy import bench_latency, export_run, fit
+from mdpd_deploy import bench_latency, build_engine, export_run, fit
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError
 
@@ -90,6 +90,26 @@ def test_a_bundle_alone_is_timed_against_bare(bundle, root, tiny_vit, capsys):
         bench_latency(alone, runtime=["torch"], **FAST)
 
 
+def test_an_engine_is_timed_against_rivals_built_alike(bundle, root, stand_in):
+    with pytest.raises(UserError, match=r"--runtime trt: .* holds no TensorRT engine"):
+        bench_latency(bundle, runtime=["trt"], **FAST)
+    alone = root / "engine" / "model"
+    shutil.copytree(bundle, alone)
+    stand_in()
+    build_engine(alone, static_batch=2)
+    for options, words in (
+        ({"batch": [1]}, "--batch 1: the engine takes 2 to 2 examples"),
+        ({"device": "cpu"}, "--device cuda only"),
+    ):
+        with pytest.raises(UserError, match=words):
+            bench_latency(alone, runtime=["trt"], **{**FAST, **options})
+    report = bench_latency(alone, runtime=["trt"], **{**FAST, "batch": [2]})
+    rows = {row["variant"]: row for row in report["rows"]}
+    assert len(rows) == 3 and {row["runtime"] for row in rows.values()} == {"trt"}
+    assert rows["bare"]["device"] == "cuda" and rows["bare"]["device_p50_ms"] == 0.25
+    assert rows["bare"]["nodes"] == rows["deployed"]["nodes"] > 10
+
+
 def test_a_bundle_of_another_run_is_refused(bundle, run, root):
     other = root / "runs" / "other"
     shutil.copytree(run, other, ignore=shutil.ignore_patterns("bundles", "latency"))
@@ -117,7 +137,8 @@ def test_data_that_is_gone_is_replaced_by_random_inputs_and_said(run, root, caps
     [
         (["--rivals", "unipt,nosuch"], "--rivals: unknown 'nosuch'"),
         (["--rivals", ""], "--rivals"),
-        (["--runtime", "trt"], "--runtime: unknown 'trt'"),
+        (["--runtime", "tflite"], "--runtime: unknown 'tflite'"),
+        (["--runtime", "trt"], "tiny is a run, and engines belong to bundles"),
         (["--batch", "1,two"], "--batch 1,two: give whole numbers"),
         (["--batch", "0"], "--batch 0: a batch holds at least 1"),
         (["--seconds", "-1"], "--seconds -1.0: give a time above 0"),

@@ -29,6 +29,10 @@ TORCH_FREE = (
     "mdpd_deploy.config",
     "mdpd_deploy.bundle",
     "mdpd_deploy.runner",
+    "mdpd_deploy.trt_runner",
+    "mdpd_deploy.trt_refit",
+    "mdpd_deploy.engine_cache",
+    "mdpd_deploy.commands.build_engine",
     "mdpd_deploy.data",
     "mdpd_deploy.data.preprocess",
     "mdpd_deploy.tasks.metrics",
@@ -40,7 +44,7 @@ TORCH_FREE = (
 )
 # Import names that differ from the name in the index.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
-OPTIONAL = ("onnxruntime", "tensorrt", "fastapi", "uvicorn", "prometheus_client", "trackio")
+OPTIONAL = ("onnxruntime", "tensorrt", "cuda", "fastapi", "uvicorn", "prometheus_client", "trackio")
 
 
 def sources() -> dict[str, Path]:

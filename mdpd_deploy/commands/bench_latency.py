@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mdpd_deploy.bundle import Bundle
     from mdpd_deploy.run import Run
     from mdpd_deploy.serve import Grid, InputSource, LatencyReport, Variant
+    from mdpd_deploy.trt_runner import TrtRunner
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,9 @@ def command(
             "bare,unipt,sherl."
         ),
     ] = None,
-    runtime: Annotated[str | None, typer.Option(help="Default: onnx,torch.")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="onnx, torch, trt. Default: onnx,torch.")
+    ] = None,
     batch: Annotated[str | None, typer.Option(help="Batch sizes. Default: 1,8,32.")] = None,
     seconds: Annotated[
         float | None,
@@ -104,7 +107,8 @@ def bench_latency(
         run_or_bundle: A run or a bundle; None = the newest completed run under `runs/`.
         rivals: Names of `mdpd_deploy.serve.variants.RIVALS`; None = bare, unipt, sherl (a bundle
             without its run: bare).
-        runtime: `onnx`, `torch`; None = both (a bundle without its run: onnx).
+        runtime: `onnx`, `torch`, and `trt` for a bundle with a TensorRT engine, whose rivals are
+            built in the same way; None = onnx and torch (a bundle without its run: onnx).
         batch: Examples per call; None = 1, 8, 32.
         seconds: Measured seconds per cell; None = 100 rounds and 10 s, at most 20 s.
         out: Folder for latency.json and the chart; None = `RUN/latency`, numbered if taken.
@@ -172,11 +176,33 @@ def _bench(
     refuse_nonempty(folder, overwrite=overwrite, ours=_is_report, needed=(subject.path,))
     inputs = _inputs(subject)
     with tempfile.TemporaryDirectory(prefix="mdpd-latency-") as graphs:
-        report = run_benchmark(variants, inputs, grid, source=_source(subject), folder=Path(graphs))
+        place = Path(graphs)
+        engine_of = _engines(subject, place) if "trt" in grid.runtimes else None
+        report = run_benchmark(
+            variants, inputs, grid, source=_source(subject), folder=place, engine_of=engine_of
+        )
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         report.write(temporary / REPORT_FILE)
         write_chart(report, temporary)
     return report, folder
+
+
+def _engines(subject: _Subject, folder: Path) -> "Callable[[str, Path], TrtRunner]":
+    """Return what opens the engine of a variant: the bundle's own, or one built like it."""
+    from mdpd_deploy.engine_cache import open_bundle_engine
+    from mdpd_deploy.export import build_alike
+    from mdpd_deploy.serve import CONTROL, DEPLOYED
+
+    bundle = subject.bundle
+    assert bundle is not None
+
+    def engine_of(name: str, graph: Path) -> "TrtRunner":
+        if name in (DEPLOYED, CONTROL):
+            return open_bundle_engine(bundle.path, bundle.manifest)
+        log.info("building the engine of %s", name)
+        return build_alike(bundle, graph, folder / f"{name}.plan")
+
+    return engine_of
 
 
 def _is_report(folder: Path) -> bool:
@@ -225,9 +251,9 @@ def _grid(
     seed: int,
 ) -> "Grid":
     from mdpd_deploy.machine import cpu_count
-    from mdpd_deploy.serve import RUNTIMES, Grid, Plan, choose_device
+    from mdpd_deploy.serve import DEFAULT_RUNTIMES, RUNTIMES, Grid, Plan, choose_device
 
-    default = RUNTIMES if subject.run is not None else ("onnx",)
+    default = DEFAULT_RUNTIMES if subject.run is not None else ("onnx",)
     runtimes = default if runtime is None else tuple(dict.fromkeys(runtime))
     if not runtimes:
         raise UserError(f"--runtime: name at least one of {', '.join(RUNTIMES)}.")
@@ -239,6 +265,8 @@ def _grid(
             f"--runtime torch: {subject.path} is a bundle without its run, and a bundle holds no "
             "PyTorch model. Name the run instead, or use --runtime onnx."
         )
+    if "trt" in runtimes:
+        _require_engine(subject)
     batches = DEFAULT_BATCHES if batch is None else tuple(dict.fromkeys(batch))
     if min(batches, default=0) < 1:
         raise UserError(f"--batch {','.join(map(str, batches))}: a batch holds at least 1 example.")
@@ -254,6 +282,21 @@ def _grid(
         subject.bundle.runner(chosen)  # raises, with the mend
     plan = Plan(seconds=seconds)
     return Grid(runtimes, batches, chosen, threads or cpu_count(), plan, seed, precision)
+
+
+def _require_engine(subject: _Subject) -> None:
+    from mdpd_deploy.engine_cache import read_key
+
+    if subject.bundle is None:
+        raise UserError(
+            f"--runtime trt: {subject.path} is a run, and engines belong to bundles: name a bundle "
+            "for which `mdpd build-engine` has built one."
+        )
+    if read_key(subject.bundle.path, subject.bundle.manifest) is None:
+        raise UserError(
+            f"--runtime trt: {subject.path} holds no TensorRT engine: build one on the GPU machine "
+            f"with `mdpd build-engine {subject.path}`."
+        )
 
 
 def _variants(subject: _Subject, rivals: Sequence[str] | None) -> "list[Variant]":

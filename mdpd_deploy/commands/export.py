@@ -41,7 +41,7 @@ def command(
     fmt: Annotated[
         str | None,
         typer.Option(
-            help="onnx; or trt: ONNX with a TensorRT build recipe. Default: by --target, else onnx."
+            help="onnx; or trt: with a TensorRT engine, or its recipe. Default: by --target."
         ),
     ] = None,
     out: Annotated[
@@ -90,6 +90,24 @@ def command(
     require_engine: Annotated[
         bool, typer.Option("--require-engine", help="Fail if no TensorRT engine can be built.")
     ] = False,
+    static_batch: Annotated[
+        int | None, typer.Option(help="trt: one batch size instead of a range.")
+    ] = None,
+    tf32: Annotated[
+        bool | None, typer.Option("--tf32/--no-tf32", help="trt: TF32 in FP32 products (default).")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="trt: run on later releases too; slower.")
+    ] = False,
+    hardware_compatible: Annotated[
+        str | None, typer.Option(help="trt: ampere+ or same-compute-capability; slower.")
+    ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="trt: norms and head can be exchanged.")
+    ] = False,
+    workspace: Annotated[
+        int | None, typer.Option(help="trt: memory limit of the build in MiB. Default: none.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON only.")] = False,
 ) -> None:
@@ -105,8 +123,14 @@ def command(
             "--target": target,
             "--converted": converted,
             "--seconds": seconds,
-            "--parity warn": True if parity == "warn" else None,
+            "--parity warn": parity == "warn" or None,
         }
+        engine = (static_batch, tf32, version_compatible or None, hardware_compatible)
+        if any(value is not None for value in (*engine, refit or None, workspace)):
+            raise UserError(
+                "options of the engine belong to one run: with --multi give them to "
+                "`mdpd build-engine BUNDLE`."
+            )
         for option, value in alone.items():
             if value is not None:
                 raise UserError(f"{option} belongs to one run: leave it out with --multi.")
@@ -143,6 +167,12 @@ def command(
             metric_gate=metric_gate,
             golden=_one_of("--golden", golden, GOLDEN),
             require_engine=require_engine,
+            static_batch=static_batch,
+            tf32=tf32,
+            version_compatible=version_compatible or None,
+            hardware_compatible=hardware_compatible,
+            refit=refit or None,
+            workspace=workspace,
             overwrite=overwrite,
         )
     if json:
@@ -153,11 +183,10 @@ def command(
         _print(bundle)
     engine = bundle.manifest["engine"]
     if engine["status"] == "to-build":
-        from mdpd_deploy.export import SCRIPT_FILE
-
         typer.echo(
-            f"no TensorRT engine was built: {engine['reason']}. The bundle holds the verified "
-            f"ONNX model; sh {bundle.path / SCRIPT_FILE} builds the engine on the GPU machine.",
+            f"no TensorRT engine was built: {engine['reason']}. The bundle holds the verified ONNX "
+            f"model and the recipe: `mdpd build-engine {bundle.path}` builds the engine on the GPU "
+            "machine.",
             err=True,
         )
 
@@ -177,14 +206,20 @@ def export_run(
     metric_gate: bool = True,
     golden: Golden = "validation",
     require_engine: bool = False,
+    static_batch: int | None = None,
+    tf32: bool | None = None,
+    version_compatible: bool | None = None,
+    hardware_compatible: str | None = None,
+    refit: bool | None = None,
+    workspace: int | None = None,
     overwrite: bool = False,
 ) -> "Bundle":
     """Turn a run into a verified bundle; the same words as `mdpd export`.
 
     Args:
         run: A run's folder; None = the newest completed run under `runs/`.
-        fmt: `onnx`; or `trt`: the same bundle with the recipe for a TensorRT engine. None = `trt`
-            for target `gpu`, else `onnx`.
+        fmt: `onnx`; or `trt`: the same bundle with a TensorRT engine where TensorRT and a GPU are,
+            and with the recipe for one in any case. None = `trt` for target `gpu`, else `onnx`.
         out: The bundle's folder; None = `RUN/bundles/FMT-PRECISION`.
         precision: `fp32`, `fp16`, `bf16`, `int8-cpu`, `int8-trt`, or `auto`: every one that is
             valid for the target is tried and timed, and the fastest that passes is kept.
@@ -199,6 +234,12 @@ def export_run(
         golden: The inputs kept in the bundle: from the validation data, or synthetic ones where
             that data is private.
         require_engine: Fail instead of leaving the TensorRT engine to be built.
+        static_batch: The engine's only batch size; None = the bundle's range.
+        tf32: Whether the engine's FP32 products may use TF32; None = yes, as TensorRT has it.
+        version_compatible: The engine also runs on later releases of TensorRT; slower.
+        hardware_compatible: `ampere+` or `same-compute-capability`; slower.
+        refit: The engine's norms and head can be exchanged.
+        workspace: Limit of the engine's memory while it is built [MiB]; None = none.
         overwrite: Replace what lies at `out`.
 
     Returns:
@@ -221,18 +262,29 @@ def export_run(
         _one_of("--fmt", fmt, FORMATS)
     _one_of("--golden", golden, GOLDEN)
     _one_of("--parity", parity, PARITY)
-    from mdpd_deploy.export import AUTO, ExportOptions, engine_unavailable, pack, place_of
+    from mdpd_deploy.export import AUTO, EngineOptions, ExportOptions, pack, place_of
 
     fmt, place = place_of(fmt, target)
     form = _checked_form(precision, place, converted=converted, seconds=seconds)
     if require_engine and fmt != "trt":
         raise UserError("--require-engine belongs to --fmt trt: add that, or leave it out.")
+    chosen = {
+        "static_batch": static_batch,
+        "tf32": tf32,
+        "version_compatible": version_compatible,
+        "hardware_compatible": hardware_compatible,
+        "refit": refit,
+        "workspace_mib": workspace,
+    }
+    given = [name for name, value in chosen.items() if value is not None]
+    if given and fmt != "trt":
+        option = given[0].removesuffix("_mib").replace("_", "-")
+        raise UserError(f"--{option} belongs to --fmt trt: add that, or leave it out.")
     opened = Run.open(run)
     if run is None:
         log.info("run: %s (the newest)", opened.path)
     folder = Path(out) if out is not None else opened.path / "bundles" / f"{fmt}-{precision}"
-    if require_engine:
-        raise engine_unavailable()
+    _require_engine(require_engine)
     if form is not None and form.note:
         log.warning("%s", form.note)
     options = ExportOptions(
@@ -246,6 +298,7 @@ def export_run(
         parity=parity,
         autocast_python=None if autocast_python is None else Path(autocast_python),
         converted=None if converted is None else Path(converted),
+        engine=EngineOptions().override(chosen),
     )
     timer = _timer(opened, seconds) if precision == AUTO else None
     return pack(opened, folder, options, time_graphs=timer)
@@ -337,12 +390,20 @@ def export_runs(
         raise UserError("--multi: name the runs whose tasks go into the bundle.")
     opened = [Run.open(run) for run in runs]
     inside = opened[0].path / "bundles" / f"multi-{fmt}-{precision}"
-    from mdpd_deploy.export import ExportOptions, engine_unavailable, pack_multi
+    from mdpd_deploy.export import ExportOptions, pack_multi
 
-    if require_engine:
-        raise engine_unavailable()
+    _require_engine(require_engine)
     options = ExportOptions(fmt=fmt, metric_gate=metric_gate, golden=golden, overwrite=overwrite)
     return pack_multi(opened, inside if out is None else Path(out), options, names=names)
+
+
+def _require_engine(required: bool) -> None:
+    """Raise `ExportError` before any work when an engine is required and cannot be built here."""
+    from mdpd_deploy.export import engine_required, unavailable_reason
+
+    unavailable = unavailable_reason() if required else None
+    if unavailable is not None:
+        raise engine_required(unavailable)
 
 
 def _check(fmt: str, precision: str, golden: str, require_engine: bool) -> None:

@@ -30,7 +30,12 @@ def command(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Most probable classes to show.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Inputs per run of the graph.")] = 32,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. Default: cpu, with trt cuda.")
+    ] = None,
+    runtime: Annotated[
+        str, typer.Option(help="onnx; or trt: the bundle's TensorRT engine.")
+    ] = "onnx",
     json: Annotated[
         bool, typer.Option("--json", help="Print the predictions as JSON only.")
     ] = False,
@@ -41,7 +46,8 @@ def command(
     opened = load_bundle(bundle)
     asked = opened.task(task)
     names, raws = read_inputs(asked, opened.manifest["modality"], inputs)
-    runner = opened.runner(device)
+    place = device or ("cuda" if runtime == "trt" else "cpu")
+    runner = opened.runner(place, runtime=runtime)
     predictions = opened.predict(raws, batch, runner=runner, task=asked.name)
     if json:
         import json as encoder
