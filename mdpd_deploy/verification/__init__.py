@@ -17,7 +17,7 @@ metric      the task metric is the recorded one, where the data is at hand
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mdpd_deploy.errors import MdpdError, VerificationError
+from mdpd_deploy.errors import MdpdError, VerificationError, printable
 from mdpd_deploy.verification.behaviour import check_golden, check_metric, check_parity
 from mdpd_deploy.verification.graph import check_identity, check_parameters, check_side_free
 from mdpd_deploy.verification.integrity import check_files, check_schema, check_signature
@@ -73,4 +73,4 @@ def _do(name: str, subject: Subject) -> Check:
         seen = Seen("failed", str(err))
     if seen.verdict == "failed":
         subject.failed.add(name)
-    return Check(name, seen.verdict, seen.note)
+    return Check(name, seen.verdict, printable(seen.note)[:500])
