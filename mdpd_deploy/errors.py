@@ -51,3 +51,8 @@ def missing_extra(package: str, extra: str, purpose: str) -> UserError:
         f"{purpose} needs the package {package!r}, which is not installed: "
         f'pip install "mdpd-deploy[{extra}]"'
     )
+
+
+def printable(text: str) -> str:
+    """Return a stranger's text on one line that any terminal can show."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

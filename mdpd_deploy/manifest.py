@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mdpd_deploy.errors import UserError
+from mdpd_deploy.errors import UserError, printable
 from mdpd_deploy.files import fsync_path, read_json, sha256_file, write_json
 
 FILE = "manifest.json"
@@ -319,7 +319,7 @@ def _parse(folder: Path, plain: Any) -> Manifest:
         raise UserError(f"{folder}/{FILE} is not a manifest of mdpd-deploy: export the run again.")
     if found.partition(".")[0] != SCHEMA.partition(".")[0]:
         raise UserError(
-            f"{folder} has bundle schema {found}, this version reads {SCHEMA}: use the mdpd-deploy "
+            f"{folder} has bundle schema {found!r:.40}, this version reads {SCHEMA}: use the mdpd-deploy "
             "that wrote it, or export the run again."
         )
     try:
@@ -339,5 +339,6 @@ def _compare_names(folder: Path, present: set[str], listed: set[str]) -> None:
 
 
 def _changed(folder: Path, what: str) -> UserError:
-    what = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in what)  # names are a stranger's
-    return UserError(f"bundle {folder}: {what}; take a sound copy or export the run again.")
+    return UserError(
+        f"bundle {folder}: {printable(what)}; take a sound copy or export the run again."
+    )

@@ -192,7 +192,11 @@ DAMAGE = {
     "hard link": (move_out_and_hard_link, "model.onnx is a hard link"),
     "linked folder": (link_a_folder, "preprocessor is a symbolic link"),
     "named pipe": (lambda b: os.mkfifo(b / "pipe"), "pipe is not a regular file"),
-    "schema": (lambda b: rewrite(b, lambda p: p.update(schema="2.0")), "bundle schema 2.0"),
+    "schema": (lambda b: rewrite(b, lambda p: p.update(schema="2.0")), "bundle schema '2.0'"),
+    "a schema of no text": (
+        lambda b: rewrite(b, lambda p: p.update(schema="\ud800\n")),
+        r"bundle schema '\ud800\n'",
+    ),
     "no schema": (lambda b: rewrite(b, lambda p: p.pop("schema")), "not a manifest of mdpd-deploy"),
     "too deep": (lambda b: (b / "manifest.json").write_text("[" * 200_000), "not readable JSON"),
     "a number of 5000 digits": (

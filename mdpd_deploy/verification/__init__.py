@@ -1,0 +1,76 @@
+"""Checks a bundle again from what it holds, without the run, the backbone or torch (D27).
+
+Each check is one function from a `Subject` to what was `Seen`; it raises when it fails. A bundle of
+a kind with more to it gets one more function and one more line in `CHECKS`.
+
+files       every file is the one that the manifest lists
+schema      the manifest can be read, and the graph's own notes agree with it
+signature   the files are those that the owner of a key signed
+side_free   no tensor of a side network, no weight that nothing reads
+identity    node for node the bare backbone's graph; with the bare norms put back, its weights too
+parameters  as many numbers as backbone and head have
+parity      the record of the comparison with PyTorch is sound
+golden      raw inputs give the stored outputs
+metric      the task metric is the recorded one, where the data is at hand
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mdpd_deploy.errors import MdpdError, VerificationError, printable
+from mdpd_deploy.verification.behaviour import check_golden, check_metric, check_parity
+from mdpd_deploy.verification.graph import check_identity, check_parameters, check_side_free
+from mdpd_deploy.verification.integrity import check_files, check_schema, check_signature
+from mdpd_deploy.verification.subject import SOUND, Seen, Subject, Verdict
+
+__all__ = ["CHECKS", "SOUND", "Check", "Seen", "Subject", "Verdict", "require_sound", "verify"]
+
+CHECKS: dict[str, Callable[[Subject], Seen]] = {  # in the order in which they are done
+    "files": check_files,
+    "schema": check_schema,
+    "signature": check_signature,
+    "side_free": check_side_free,
+    "identity": check_identity,
+    "parameters": check_parameters,
+    "parity": check_parity,
+    "golden": check_golden,
+    "metric": check_metric,
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the report.
+
+    Attributes:
+        name: As in the table above.
+        verdict: `passed`; `recorded`: true at export and not checked again; `not applicable`;
+            `not recorded`: the bundle is too old to be checked; `not run`; `failed`.
+        note: What was seen.
+    """
+
+    name: str
+    verdict: Verdict
+    note: str
+
+
+def verify(subject: Subject) -> list[Check]:
+    """Do every check; none of them ends the others."""
+    return [_do(name, subject) for name in CHECKS]
+
+
+def require_sound(checks: list[Check]) -> None:
+    """Raise `VerificationError` when a check did not pass."""
+    unsound = [check for check in checks if check.verdict not in SOUND]
+    if unsound:
+        raise VerificationError("; ".join(f"{check.name}: {check.note}" for check in unsound))
+
+
+def _do(name: str, subject: Subject) -> Check:
+    try:
+        seen = CHECKS[name](subject)
+    except MdpdError as err:
+        seen = Seen("failed", str(err))
+    if seen.verdict == "failed":
+        subject.failed.add(name)
+    return Check(name, seen.verdict, printable(seen.note)[:500])

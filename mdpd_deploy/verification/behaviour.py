@@ -1,0 +1,90 @@
+"""Does the graph answer as it did at export?"""
+
+import math
+
+from mdpd_deploy.bundle import run_batches
+from mdpd_deploy.data.examples import split_sha256
+from mdpd_deploy.errors import VerificationError
+from mdpd_deploy.golden import load_golden, replay
+from mdpd_deploy.manifest import GOLDEN_FILE
+from mdpd_deploy.tasks.metrics import compute
+from mdpd_deploy.verification.subject import TOO_OLD, Seen, Subject
+
+BATCH = 32  # examples per run of the graph; the metric does not depend on it
+
+
+def check_parity(subject: Subject) -> Seen:
+    """The recorded comparison with PyTorch passed and does not contradict itself."""
+    record = subject.certificate.parity
+    if record is None:
+        return TOO_OLD
+    worst = max(case.max_abs_diff for case in record.cases) / record.spread
+    finite = all(case.finite for case in record.cases)
+    within = record.tolerance is None or record.scaled_diff <= record.tolerance
+    consistent = math.isclose(worst, record.scaled_diff, rel_tol=1e-6, abs_tol=1e-12)
+    verdict = subject.bundle.manifest["verification"].get("parity", {}).get("verdict")
+    if not (finite and within and consistent and record.passed and verdict == "passed"):
+        raise VerificationError(f"the record of the comparison with PyTorch says {verdict!r}")
+    allowed = "reported only" if record.tolerance is None else f"allowed {record.tolerance:.0e}"
+    note = f"against PyTorch {record.scaled_diff:.1e} of the outputs' spread, {allowed}"
+    return Seen("recorded", f"{note}, {len(record.cases)} batches")
+
+
+def check_golden(subject: Subject) -> Seen:
+    """Put the golden inputs through preprocessing and graph, on the device that was asked for."""
+    if refused := _refused(subject):
+        return refused
+    record = subject.certificate.parity
+    if record is None:
+        return TOO_OLD
+    golden = load_golden(subject.path / GOLDEN_FILE)
+    found = replay(golden, subject.bundle.preprocess, subject.runner, record.spread)
+    if not found.preprocessing_diff == 0:  # also true for NaN
+        raise VerificationError(
+            f"preprocessing gives other arrays than at export (by {found.preprocessing_diff:.1e}): "
+            "compare the versions in the manifest with those installed"
+        )
+    allowed = math.inf if record.tolerance is None else record.tolerance
+    if not found.output_diff <= allowed:
+        raise VerificationError(
+            f"outputs are off by {found.output_diff:.1e} of their spread, allowed {allowed:.0e}"
+        )
+    seen = f"{len(golden.raws)} raw inputs replayed on {subject.runner.provider}"
+    return Seen("passed", f"{seen}, off by {found.output_diff:.1e} of the spread")
+
+
+def check_metric(subject: Subject) -> Seen:
+    """Measure the task metric again, on the very examples of the export."""
+    record = subject.certificate.metric
+    if record is None:
+        note = subject.bundle.manifest["verification"].get("metric", {}).get("note", "no record")
+        if subject.validation is not None:
+            return Seen("not recorded", f"the export measured nothing to compare with ({note})")
+        return Seen("recorded", f"not measured at export ({note})")
+    said = ", ".join(f"{name} {value:.4f}" for name, value in record.onnx.items())
+    if subject.validation is None:
+        note = f"{said} on {record.examples} examples at export; --eval-data measures it again"
+        return Seen("recorded", note)
+    if record.examples_sha256 is None or record.allowed is None:
+        return TOO_OLD
+    if refused := _refused(subject):
+        return refused
+    if split_sha256(subject.validation) != record.examples_sha256:
+        raise VerificationError(
+            f"--eval-data holds {len(subject.validation)} examples that are not the "
+            f"{record.examples} of the export: name those, or leave it out"
+        )
+    outputs = run_batches(
+        subject.bundle.preprocess, subject.runner, subject.validation.inputs, BATCH
+    )
+    measured = compute(list(record.onnx), outputs, subject.validation.labels)
+    for name, value in measured.items():
+        if not abs(value - record.onnx[name]) <= record.allowed.get(name, 0):
+            raise VerificationError(f"{name} is {value:.4f} here and was {record.onnx[name]:.4f}")
+    return Seen("passed", f"{said} on {record.examples} examples, measured again")
+
+
+def _refused(subject: Subject) -> Seen | None:
+    """A graph that is not what was exported is not run."""
+    unfit = subject.failed & {"side_free", "identity", "parameters"}
+    return Seen("not run", f"the graph failed {min(unfit)}") if unfit else None

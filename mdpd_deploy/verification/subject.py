@@ -1,0 +1,87 @@
+"""What is checked, and what a check says of it. No torch here (D27)."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import onnx
+
+from mdpd_deploy.bundle import Bundle
+from mdpd_deploy.certificate import Certificate, read_certificate
+from mdpd_deploy.data.examples import Split
+from mdpd_deploy.errors import VerificationError
+from mdpd_deploy.graph_signature import Signature, graph_signature
+from mdpd_deploy.manifest import MODEL_FILE
+from mdpd_deploy.runner import OnnxRunner
+
+Verdict = Literal["passed", "recorded", "not applicable", "not recorded", "not run", "failed"]
+SOUND = ("passed", "recorded", "not applicable")
+
+
+class Seen(NamedTuple):
+    """What a check found, in one sentence."""
+
+    verdict: Verdict
+    note: str
+
+
+NOT_FADED = Seen("not applicable", "this method deploys more than the backbone and a head")
+TOO_OLD = Seen("not recorded", "exported before this was recorded: export the run again")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is checked, and with what.
+
+    Attributes:
+        bundle: As `load_bundle` gave it, so its files and schema are sound.
+        device: "cpu" or "cuda".
+        validation: The examples that the export measured, if they are at hand.
+        signer: The public key that the signature was checked with, if it was.
+        failed: Names of the checks that failed so far.
+    """
+
+    bundle: Bundle
+    device: str = "cpu"
+    validation: Split | None = None
+    signer: str | None = None
+    failed: set[str] = field(default_factory=set)
+
+    @property
+    def path(self) -> Path:
+        """The bundle's folder."""
+        return self.bundle.path
+
+    @property
+    def faded(self) -> bool:
+        """Whether nothing is deployed beside backbone and head."""
+        return bool(self.bundle.manifest["faded"])
+
+    @property
+    def precision(self) -> str:
+        """What the graph's weights were converted to."""
+        return str(self.bundle.manifest["precision"])
+
+    @cached_property
+    def certificate(self) -> Certificate:
+        """The numbers of the export's gates."""
+        return read_certificate(self.path)
+
+    @cached_property
+    def graph(self) -> onnx.ModelProto:
+        """The graph without weights that lie outside its file."""
+        return onnx.load(self.path / MODEL_FILE, load_external_data=False)
+
+    @cached_property
+    def signature(self) -> Signature:
+        """The graph's structure and the digests of its weights."""
+        try:
+            return graph_signature(self.path / MODEL_FILE)
+        except Exception as err:  # what protobuf, onnx and numpy stumble on in a broken graph
+            raise VerificationError(f"{MODEL_FILE} is no sound graph ({err!r:.200})") from err
+
+    @cached_property
+    def runner(self) -> OnnxRunner:
+        """The graph on the device."""
+        return self.bundle.runner(self.device)
