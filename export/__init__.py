@@ -11,16 +11,28 @@ if __name__ != "mdpd_deploy.export":
 if TYPE_CHECKING:
     from mdpd_deploy.export.packing import ExportOptions, Format, pack
     from mdpd_deploy.export.recipe import SCRIPT_FILE, engine_unavailable
+    from mdpd_deploy.export.triton import write_repository
+    from mdpd_deploy.export.triton_config import TritonOptions
 
 _HOME = {
     "SCRIPT_FILE": "recipe",
     "ExportOptions": "packing",
     "Format": "packing",
+    "TritonOptions": "triton_config",
     "engine_unavailable": "recipe",
     "pack": "packing",
+    "write_repository": "triton",
 }
 
-__all__ = ["SCRIPT_FILE", "ExportOptions", "Format", "engine_unavailable", "pack"]
+__all__ = [
+    "SCRIPT_FILE",
+    "ExportOptions",
+    "Format",
+    "TritonOptions",
+    "engine_unavailable",
+    "pack",
+    "write_repository",
+]
 
 
 def __getattr__(name: str) -> object:

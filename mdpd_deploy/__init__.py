@@ -8,6 +8,7 @@ The Python API uses the command line's words and is loaded on first use, so that
     compare        methods on the same data    `mdpd compare`
     bench_latency  time a run or bundle                 `mdpd bench-latency`
     load_bundle    open a bundle for prediction         `mdpd predict`
+    triton_repository  bundles for Triton               `mdpd triton`
 
 Errors meant for people derive from `MdpdError`; `UserError` is what the caller can mend.
 """
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mdpd_deploy.commands.compare import compare
     from mdpd_deploy.commands.export import export_run
     from mdpd_deploy.commands.train import fit
+    from mdpd_deploy.commands.triton import triton_repository
     from mdpd_deploy.errors import MdpdError, UserError
 
     __version__: str
@@ -39,6 +41,7 @@ _HOME = {
     "export_run": "mdpd_deploy.commands.export",
     "fit": "mdpd_deploy.commands.train",
     "load_bundle": "mdpd_deploy.bundle",
+    "triton_repository": "mdpd_deploy.commands.triton",
 }
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "export_run",
     "fit",
     "load_bundle",
+    "triton_repository",
 ]
 
 
