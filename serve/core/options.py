@@ -38,6 +38,7 @@ class CoreOptions:
             While it is busy rows gather anyway, whatever this is.
         queue: Most rows of one model that may be in progress; more are refused.
         timeout_s: Time from a request's arrival after which it is given up.
+        drain_s: Most seconds for the requests in progress when the server is to end.
         limits: See `Limits`.
     """
 
@@ -47,4 +48,5 @@ class CoreOptions:
     max_delay_ms: float = 1.0
     queue: int = 256
     timeout_s: float = 30.0
+    drain_s: int = 20
     limits: Limits = field(default_factory=Limits)

@@ -1,6 +1,8 @@
 """Reading a request's body within limits of size, of all sizes together, and of time."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from mdpd_deploy.serve.core import Limits, Refusal
@@ -10,7 +12,7 @@ if TYPE_CHECKING:
     from fastapi import Request
 
 
-class BodyReader:
+class Bodies:
     """Reads bodies, and counts what is held of them.
 
     Args:
@@ -23,15 +25,16 @@ class BodyReader:
         self._limits = limits
         self._timeout_s = timeout_s
 
-    async def read(self, request: "Request") -> bytes:
-        """Return the whole body; call `release` with it when it is no longer needed.
+    @contextlib.asynccontextmanager
+    async def read(self, request: "Request") -> AsyncIterator[bytes]:
+        """Hold the whole body, declared or chunked, in the block.
 
         Raises:
-            Refusal: 413 as soon as it is known to be too large, 503 when too many bytes are held
-                already, 408 when it does not come in time.
+            Refusal: 413 as soon as it is known to be too large, 503 when too much is held already,
+                408 when it does not come in time.
         """
-        declared = request.headers.get("content-length")
-        if declared is not None and int(declared) > self._limits.body_bytes:
+        declared = request.headers.get("content-length", "0")
+        if int(declared) > self._limits.body_bytes:  # the HTTP parser has seen that it is a number
             raise self._too_large()
         chunks: list[bytes] = []
         size = 0
@@ -45,19 +48,12 @@ class BodyReader:
                     if self.held > self._limits.bodies_bytes:
                         raise overloaded("too many bodies are being read: try again later.")
                     chunks.append(chunk)
-            return b"".join(chunks)
+            yield b"".join(chunks)
         except TimeoutError:
+            message = f"the body did not arrive within {self._timeout_s:g} s."
+            raise Refusal(408, "slow", message) from None
+        finally:
             self.held -= size
-            raise Refusal(
-                408, "slow", f"the body did not arrive within {self._timeout_s:g} s."
-            ) from None
-        except BaseException:
-            self.held -= size
-            raise
-
-    def release(self, body: bytes) -> None:
-        """Forget a body that `read` returned."""
-        self.held -= len(body)
 
     def _too_large(self) -> Refusal:
         return too_large(f"the body has more than {self._limits.body_bytes} bytes.")
