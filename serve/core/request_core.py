@@ -175,9 +175,14 @@ class RequestCore:
     def describe_tasks(self, name: str) -> dict[str, Any]:
         """Return what a plain request may ask of a model."""
         model = self.model(name)
+        manifest = model.bundle.manifest
         return {
             "name": model.name,
-            "modality": model.bundle.manifest["modality"],
+            "modality": manifest["modality"],
+            "precision": manifest["precision"],
+            "method": manifest["method"],
+            "faded": manifest["faded"],
+            "provider": model.runner.provider.removesuffix("ExecutionProvider"),
             "max_batch": model.max_batch,
             "tasks": [
                 {
