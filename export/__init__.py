@@ -9,6 +9,7 @@ if __name__ != "mdpd_deploy.export":
     )
 
 if TYPE_CHECKING:
+    from mdpd_deploy.export.multi import pack_multi
     from mdpd_deploy.export.packing import ExportOptions, Format, pack
     from mdpd_deploy.export.recipe import SCRIPT_FILE, engine_unavailable
 
@@ -18,9 +19,10 @@ _HOME = {
     "Format": "packing",
     "engine_unavailable": "recipe",
     "pack": "packing",
+    "pack_multi": "multi",
 }
 
-__all__ = ["SCRIPT_FILE", "ExportOptions", "Format", "engine_unavailable", "pack"]
+__all__ = ["SCRIPT_FILE", "ExportOptions", "Format", "engine_unavailable", "pack", "pack_multi"]
 
 
 def __getattr__(name: str) -> object:
