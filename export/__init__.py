@@ -9,6 +9,7 @@ if __name__ != "mdpd_deploy.export":
     )
 
 if TYPE_CHECKING:
+    from mdpd_deploy.export.multi import pack_multi
     from mdpd_deploy.export.packing import ExportOptions, Format, pack
     from mdpd_deploy.export.recipe import SCRIPT_FILE, engine_unavailable
     from mdpd_deploy.export.triton import write_repository
@@ -21,6 +22,7 @@ _HOME = {
     "TritonOptions": "triton_config",
     "engine_unavailable": "recipe",
     "pack": "packing",
+    "pack_multi": "multi",
     "write_repository": "triton",
 }
 
@@ -31,6 +33,7 @@ __all__ = [
     "TritonOptions",
     "engine_unavailable",
     "pack",
+    "pack_multi",
     "write_repository",
 ]
 

@@ -26,7 +26,7 @@ from mdpd_deploy.golden import Golden, load_golden, replay
 from mdpd_deploy.model import TaskModel
 from mdpd_deploy.onnx_graph import OnnxGraph, changed_weights, export_onnx, same_structure
 from mdpd_deploy.parity import Arrays, Parity, compare_with_torch, shape_batches, torch_outputs
-from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.runner import Runner
 from mdpd_deploy.sides.base import SideNetwork
 from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, compute
 
@@ -94,7 +94,7 @@ def check_identity(faded: Faded, graph: OnnxGraph) -> Gate:
     return Gate("identity", "passed", note, {"nodes": graph.nodes, "changed_weights": values})
 
 
-def check_parity(model: TaskModel, runner: OnnxRunner, golden: Golden) -> tuple[Gate, Parity]:
+def check_parity(model: TaskModel, runner: Runner, golden: Golden) -> tuple[Gate, Parity]:
     """PyTorch's numbers at every shape that matters, and on the golden inputs."""
     batches: list[tuple[str, Arrays]] = [*shape_batches(model), ("golden inputs", golden.arrays)]
     parity = compare_with_torch(model, runner, batches)
@@ -127,7 +127,7 @@ class Measured:
 
 def check_metric(
     model: TaskModel,
-    runner: OnnxRunner,
+    runner: Runner,
     preprocess: Preprocess,
     measured: Measured,
     parity: Parity,
@@ -156,7 +156,7 @@ def check_metric(
     return Gate("metric", "passed", note, details)
 
 
-def check_golden(folder: Path, golden_file: Path, runner: OnnxRunner, parity: Parity) -> Gate:
+def check_golden(folder: Path, golden_file: Path, runner: Runner, parity: Parity) -> Gate:
     """Replay the written golden file through the written preprocessing."""
     result = replay(load_golden(golden_file), load_preprocess(folder), runner, parity.spread)
     if result.preprocessing_diff > 0 or result.output_diff > parity.tolerance:
@@ -184,7 +184,7 @@ def flipped_predictions(
 
 
 def _both_outputs(
-    model: TaskModel, runner: OnnxRunner, preprocess: Preprocess, measured: Measured
+    model: TaskModel, runner: Runner, preprocess: Preprocess, measured: Measured
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     model.eval()
     pairs = []

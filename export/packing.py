@@ -68,7 +68,7 @@ def pack(run: Run, out: Path, options: ExportOptions) -> Bundle:
         VerificationError: If a gate fails.
     """
     refuse_nonempty(out, overwrite=options.overwrite, ours=is_bundle, needed=(run.path,))
-    validation = _read_validation(run, options)
+    validation = read_validation(run, options)
     faded = fade(run)
     with atomic_folder(out, overwrite=options.overwrite) as folder:
         logger.info("tracing the deployed model to ONNX")
@@ -84,7 +84,7 @@ def pack(run: Run, out: Path, options: ExportOptions) -> Bundle:
     return load_bundle(out)
 
 
-def _read_validation(run: Run, options: ExportOptions) -> Split | None:
+def read_validation(run: Run, options: ExportOptions) -> Split | None:
     """Return the validation examples, or None when nothing of the export asks for them."""
     if not options.metric_gate and options.golden == "synthetic":
         return None

@@ -4,6 +4,7 @@ The repository's `model.py` is `MODEL`; it hands Triton's own module over, so th
 imported anywhere. Needs no torch; `REQUIRED` is what the container must have beside mdpd-deploy.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,9 @@ from mdpd_deploy.export.triton_preprocess import TritonPreprocess
 class TritonPythonModel(TritonPreprocess):
     triton = triton_python_backend_utils
 '''
-REQUIRED = ("numpy", "omegaconf", "pillow", "pydantic", "safetensors", "tokenizers")
+# numpy: releases of the Python backend that were built for numpy 1 (24.10 is one) hand over garbage
+# under numpy 2, without a word; newer ones work with both.
+REQUIRED = ("numpy<2", "omegaconf", "pillow", "pydantic", "safetensors", "tokenizers")
 MAX_BYTES = {"image": 16_000_000, "text": 100_000}  # of one picture or text
 
 
@@ -75,9 +78,7 @@ class TritonPreprocess:
                     f"{self._input} of {len(value)} bytes: at most {limit} are accepted."
                 )
         if self._input == "image":
-            import io
-
-            return decode_image(io.BytesIO(row[0]), "the picture")
+            return decode_image(io.BytesIO(row[0]), "the input")
         try:
             texts = [value.decode("utf-8") for value in row]
         except UnicodeDecodeError:

@@ -36,12 +36,14 @@ _PREPROCESS = """
 ## Preprocessing
 
 The `_preprocess` models run the bundle's own preprocessing in Triton's Python backend. The container
-needs Python 3.11 or later, mdpd-deploy without its dependencies, and these packages (no torch):
+needs Python 3.11 or later, mdpd-deploy without its dependencies, and these packages (no torch; numpy
+below 2, since older releases of the Python backend silently pass wrong values under numpy 2):
 
 ```
 FROM {image}
 COPY mdpd_deploy-*.whl /tmp/
-RUN pip install {packages} && pip install --no-deps /tmp/mdpd_deploy-*.whl
+RUN pip install {packages} \\
+    && pip install --no-deps /tmp/mdpd_deploy-*.whl
 ```
 
 Build it with the wheel of mdpd-deploy beside it (`pip wheel --no-deps CHECKOUT`) and start that image
@@ -145,7 +147,7 @@ def _preprocessing(ensemble: dict[str, Any]) -> str:
     )
     return _PREPROCESS.format(
         image=_IMAGE,
-        packages=" ".join(REQUIRED),
+        packages=" ".join(f"'{name}'" if "<" in name else name for name in REQUIRED),
         raw=raw["name"],
         raw_shape=[1, count],
         example=f"[[{example}]]",

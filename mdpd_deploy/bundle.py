@@ -7,9 +7,16 @@ BUNDLE/golden.safetensors  a few raw inputs with the arrays and outputs they mus
 BUNDLE/parity.json         details of the verification
 BUNDLE/bare_norms.safetensors  norms of the untouched backbone, to rebuild `bare`
 BUNDLE/build_engine.json, build_engine.sh   TensorRT recipe, with `--fmt trt`
+
+Of several tasks on one backbone (`mdpd export --multi`):
+
+BUNDLE/model.onnx          the mixed graph: `task_id` says which task each row of a batch asks
+BUNDLE/base.onnx           the bare backbone, whose norms and head a run may replace
+BUNDLE/model.onnx.data     the backbone's weights, which both read
+BUNDLE/tasks/NAME/         delta.safetensors, preprocess.json, golden.safetensors
+BUNDLE/preprocessor/       the tokenizer that tasks share
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,20 +26,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mdpd_deploy.bundle_tasks import Task, choose_task, load_tasks
 from mdpd_deploy.data.examples import Raw
-from mdpd_deploy.data.preprocess import Preprocess, load_preprocess
+from mdpd_deploy.data.preprocess import Preprocess
+from mdpd_deploy.deltas import load_delta
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.manifest import (
     BARE_FILE,
+    BASE_FILE,
+    DELTA_FILE,
     EXTERNAL_FILE,
     FILE,
     MODEL_FILE,
-    PREPROCESSOR,
-    Manifest,
+    TASKS,
     check_graph,
     read_checked,
 )
-from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.mixed import Swap, TaskRunner, mixed_batch
+from mdpd_deploy.runner import TASK_ID, OnnxRunner, Runner
+
+__all__ = [
+    "Bundle",
+    "Prediction",
+    "Task",
+    "batches",
+    "is_bundle",
+    "load_bundle",
+    "run_batches",
+    "to_prediction",
+]
 
 
 @dataclass(frozen=True)
@@ -64,62 +86,73 @@ class Prediction:
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """One task that a bundle's graph answers.
-
-    Attributes:
-        name: As requests name it.
-        index: The row's `task_id`, where the graph takes one.
-        kind: "classify" or "regress".
-        label_names: Class names in index order; empty for regression.
-        pair: Whether an input is a pair of texts.
-        preprocess: Raw inputs → the graph's inputs, but for `task_id`.
-    """
-
-    name: str
-    index: int
-    kind: str
-    label_names: tuple[str, ...]
-    pair: bool
-    preprocess: Preprocess
-
-    @property
-    def width(self) -> int:
-        """How many of the graph's output columns belong to the task, counted from the first."""
-        return len(self.label_names) or 1
-
-
-@dataclass(frozen=True, eq=False)
 class Bundle:
     """A verified bundle on disk.
 
     Attributes:
         path: The folder.
         manifest: `manifest.json` as read.
-        preprocess: Raw inputs → the graph's inputs.
-        label_names: Class names in index order; empty for regression.
-        kind: "classify" or "regress".
+        tasks: What the graph answers, in the order of `task_id`.
     """
 
     path: Path
     manifest: dict[str, Any]
-    preprocess: Preprocess
-    label_names: tuple[str, ...]
-    kind: str
+    tasks: tuple[Task, ...]
 
     @property
-    def tasks(self) -> tuple[Task, ...]:
-        """What the graph answers, in the order of `task_id`."""
-        name = self.manifest["task"].rpartition("/")[2]
-        pair = bool(self.manifest["pair"])
-        return (Task(name, 0, self.kind, self.label_names, pair, self.preprocess),)
+    def mixed(self) -> bool:
+        """Whether the graph answers several tasks and takes `task_id`."""
+        return "tasks" in self.manifest
+
+    def task(self, name: str | None = None) -> Task:
+        """Return a task by name, or the only one; `UserError` names the valid ones."""
+        return choose_task(self.tasks, name, self.path)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Raw inputs → the graph's inputs, of the only task."""
+        return self.task().preprocess
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Class names of the only task in index order; empty for regression."""
+        return self.task().label_names
+
+    @property
+    def kind(self) -> str:
+        """`classify` or `regress`, of the only task."""
+        return self.task().kind
 
     def runner(self, device: str = "cpu", threads: int | None = None) -> OnnxRunner:
         """Open the graph on a device; see `OnnxRunner`."""
         return OnnxRunner(self.path / MODEL_FILE, device=device, threads=threads)
 
+    def runner_of(self, task: Task, runner: OnnxRunner) -> Runner:
+        """Return what maps a task's arrays to its own outputs [B, C], on an open graph."""
+        return TaskRunner(runner, task) if self.mixed else runner
+
+    def swap(self, device: str = "cpu", threads: int | None = None) -> Swap:
+        """Open the base graph of a bundle of several tasks, to run one task at a time.
+
+        Raises:
+            UserError: If the bundle has one task only, or the device is missing.
+        """
+        if not self.mixed:
+            raise UserError(f"bundle {self.path} has one task: there is nothing to swap.")
+        base = self.manifest["files"][BASE_FILE]["sha256"]
+        deltas = {
+            task.name: load_delta(self.path / TASKS / task.name / DELTA_FILE, base)
+            for task in self.tasks
+        }
+        return Swap(self.path / BASE_FILE, deltas, device=device, threads=threads)
+
     def predict(
-        self, raws: Sequence[Raw], batch: int = 32, *, runner: OnnxRunner | None = None
+        self,
+        raws: Sequence[Raw],
+        batch: int = 32,
+        *,
+        runner: OnnxRunner | None = None,
+        task: str | None = None,
     ) -> list[Prediction]:
         """Predict raw inputs.
 
@@ -127,15 +160,52 @@ class Bundle:
             raws: Texts, pairs of texts, image paths or pictures, as in training.
             batch: Inputs per run of the graph.
             runner: An open graph to use; default: one is opened on the CPU.
+            task: Which task to ask; needed where the bundle has several.
 
         Raises:
-            UserError: For an input of the wrong kind or a picture that cannot be read.
+            UserError: For an input of the wrong kind, a picture that cannot be read, or a task that
+                is missing or unknown.
         """
+        asked = self.task(task)
         if not raws:
             return []
-        self._check_kind(raws)
-        outputs = run_batches(self.preprocess, runner or self.runner(), raws, batch)
-        return [to_prediction(row, self.label_names) for row in outputs]
+        self._check_kind(asked, raws)
+        run = self.runner_of(asked, runner or self.runner())
+        outputs = run_batches(asked.preprocess, run, raws, batch)
+        return [to_prediction(row, asked.label_names) for row in outputs]
+
+    def run_mixed(
+        self,
+        requests: Sequence[tuple[str, Raw]],
+        batch: int = 32,
+        *,
+        runner: OnnxRunner | None = None,
+    ) -> list[Prediction]:
+        """Predict inputs of several tasks, mixed within each batch.
+
+        Args:
+            requests: (task name, raw input), in any order.
+            batch: Inputs per run of the graph.
+            runner: An open graph to use; default: one is opened on the CPU.
+
+        Raises:
+            UserError: As `predict`.
+        """
+        if not requests:
+            return []
+        asked = [(self.task(name), raw) for name, raw in requests]
+        for task, raw in asked:
+            self._check_kind(task, [raw])
+        opened = runner or self.runner()
+        found: list[Prediction] = []
+        for start in range(0, len(asked), batch):
+            part = asked[start : start + batch]
+            arrays = mixed_batch(part)
+            if not self.mixed:
+                del arrays[TASK_ID]
+            rows = zip(part, opened(arrays), strict=True)
+            found += [to_prediction(row[: task.width], task.label_names) for (task, _), row in rows]
+        return found
 
     def write_bare_graph(self, path: Path) -> Path:
         """Write the same graph with the untouched backbone's norms: the `bare` rival (D23).
@@ -146,6 +216,10 @@ class Bundle:
         Raises:
             UserError: If this bundle's method changed more than norms, so that it cannot be done.
         """
+        if self.mixed:
+            raise UserError(
+                f"bundle {self.path} answers several tasks: {BASE_FILE} is its bare graph."
+            )
         if not (self.path / BARE_FILE).is_file():
             raise UserError(
                 f"bundle {self.path} cannot give the bare backbone: method "
@@ -166,13 +240,13 @@ class Bundle:
             shutil.copyfile(external, path.parent / EXTERNAL_FILE)
         return path
 
-    def _check_kind(self, raws: Sequence[Raw]) -> None:
+    def _check_kind(self, task: Task, raws: Sequence[Raw]) -> None:
         if self.manifest["modality"] == "text":
-            pair = bool(self.manifest["pair"])
             for raw in raws:
-                if isinstance(raw, str | tuple) and isinstance(raw, tuple) != pair:
-                    wanted = "pairs of texts" if pair else "single texts"
-                    raise UserError(f"this model takes {wanted}: given {raw!r:.60}.")
+                if isinstance(raw, str | tuple) and isinstance(raw, tuple) != task.pair:
+                    wanted = "pairs of texts" if task.pair else "single texts"
+                    what = f"task {task.name!r}" if self.mixed else "this model"
+                    raise UserError(f"{what} takes {wanted}: given {raw!r:.60}.")
 
 
 def load_bundle(path: Path | str) -> Bundle:
@@ -195,9 +269,7 @@ def load_bundle(path: Path | str) -> Bundle:
     folder = Path(path)
     plain, manifest = read_checked(folder)
     check_graph(folder, manifest)
-    preprocess = load_preprocess(folder / PREPROCESSOR)
-    _check_preprocess(folder, manifest, preprocess)
-    return Bundle(folder, plain, preprocess, tuple(manifest.labels), manifest.kind)
+    return Bundle(folder, plain, load_tasks(folder, plain, manifest))
 
 
 def is_bundle(path: Path) -> bool:
@@ -212,7 +284,7 @@ def batches(raws: Sequence[Raw], size: int) -> Iterator[list[Raw]]:
 
 
 def run_batches(
-    preprocess: Preprocess, runner: OnnxRunner, raws: Sequence[Raw], batch: int
+    preprocess: Preprocess, runner: Runner, raws: Sequence[Raw], batch: int
 ) -> NDArray[np.float32]:
     """Preprocess and run raw inputs batch by batch; outputs [len(raws), C]."""
     return np.concatenate([runner(preprocess(part)) for part in batches(raws, batch)])
@@ -229,12 +301,3 @@ def to_prediction(outputs: NDArray[np.float32], label_names: Sequence[str]) -> P
     ranked = {label_names[int(index)]: float(shares[index]) for index in order}
     best = int(order[0])
     return Prediction(label_names[best], float(shares[best]), None, ranked)
-
-
-def _check_preprocess(folder: Path, manifest: Manifest, preprocess: Preprocess) -> None:
-    written = json.loads((folder / PREPROCESSOR / "preprocess.json").read_text(encoding="utf-8"))
-    inputs = tuple(port.name for port in manifest.inputs)
-    if written != manifest.preprocess or inputs != preprocess.input_names:
-        raise UserError(
-            f"bundle {folder}: {PREPROCESSOR}/ contradicts {FILE}; export the run again."
-        )

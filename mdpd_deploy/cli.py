@@ -42,6 +42,7 @@ VERBS = {
     "export": Verb("export", "command", "Drop the side network; write a verified bundle."),
     "bench-latency": Verb("bench_latency", "command", "Time a model against its rivals."),
     "predict": Verb("predict", "command", "Predict with a bundle on images, texts or a table."),
+    "serve": Verb("serve", "command", "Serve bundles over HTTP."),
     "triton": Verb("triton", "command", "Write a model repository for Triton from bundles."),
     "demo": Verb("demo", "command", "Train, export and time a small model, offline."),
     "doctor": Verb("doctor", "command", "Check this machine, and say how to mend it."),

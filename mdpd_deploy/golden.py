@@ -17,7 +17,7 @@ from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.images import open_image
 from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.runner import Runner
 
 LONGEST_EDGE = 640  # pixels; larger pictures are scaled down before they become golden
 
@@ -80,7 +80,7 @@ def load_golden(path: Path) -> Golden:
     return Golden(raws, arrays, outputs)
 
 
-def replay(golden: Golden, preprocess: Preprocess, runner: OnnxRunner, spread: float) -> Replay:
+def replay(golden: Golden, preprocess: Preprocess, runner: Runner, spread: float) -> Replay:
     """Run golden inputs from raw to output and return how far off the result is.
 
     Args:

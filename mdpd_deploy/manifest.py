@@ -9,9 +9,9 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import read_json, sha256_file, write_json
@@ -23,7 +23,11 @@ GOLDEN_FILE = "golden.safetensors"
 PARITY_FILE = "parity.json"
 BARE_FILE = "bare_norms.safetensors"
 PREPROCESSOR = "preprocessor"
-SCHEMA = "1.0"  # a reader refuses another major number, and ignores what a later minor one adds
+TASKS = "tasks"  # folder of a folder per task, where a bundle answers several
+BASE_FILE = "base.onnx"
+DELTA_FILE = "delta.safetensors"
+TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of a folder and of a word in a URL
+SCHEMA = "1.1"  # a reader refuses another major number, and ignores what a later minor one adds
 METADATA_PREFIX = "mdpd."
 
 
@@ -57,22 +61,42 @@ class Engine(BaseModel):
     reason: str = ""
 
 
+class TaskEntry(BaseModel):
+    """One of several tasks; what a manifest of one task says of it, under its name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(pattern=TASK_NAME)
+    task: str
+    kind: Literal["classify", "regress"]
+    pair: bool
+    labels: list[str]
+    metrics: list[str] = Field(min_length=1)
+    data: dict[str, Any]
+    preprocess: dict[str, Any]
+
+
 class Manifest(BaseModel):
-    """Everything `predict`, `eval`, the benchmark and the server need to know."""
+    """Everything `predict`, `eval`, the benchmark and the server need to know.
+
+    A bundle of several tasks has `kind` multi and says of each in `tasks` what stands here for
+    one; labels, metrics, data and preprocess of its own are empty.
+    """
 
     model_config = ConfigDict(extra="allow")
 
     schema_: str = Field(alias="schema")
     task: str
-    kind: Literal["classify", "regress"]
+    kind: Literal["classify", "regress", "multi"]
     modality: Literal["text", "image"]
     pair: bool
     method: str
     faded: bool
     labels: list[str]
-    metrics: list[str] = Field(min_length=1)
+    metrics: list[str]
     data: dict[str, Any]
     preprocess: dict[str, Any]
+    tasks: list[TaskEntry] = []
     inputs: list[Port] = Field(min_length=1)
     outputs: list[Port] = Field(min_length=1, max_length=1)
     shapes: dict[str, AxisRange]
@@ -85,6 +109,23 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     caches: dict[str, FileEntry]
     files: dict[str, FileEntry]
+
+    @model_validator(mode="after")
+    def _one_or_many(self) -> Self:
+        if (self.kind == "multi") != bool(self.tasks) or bool(self.tasks) == bool(self.metrics):
+            raise ValueError("neither one task with metrics, nor several")
+        if len({task.name for task in self.tasks}) < len(self.tasks):
+            raise ValueError("two tasks have one name")
+        return self
+
+    @property
+    def needed(self) -> list[str]:
+        """Files without which the bundle cannot be used."""
+        if not self.tasks:
+            return [MODEL_FILE, f"{PREPROCESSOR}/preprocess.json"]
+        own = ("preprocess.json", DELTA_FILE, GOLDEN_FILE)
+        graphs = [MODEL_FILE, BASE_FILE, EXTERNAL_FILE]
+        return graphs + [f"{TASKS}/{task.name}/{file}" for task in self.tasks for file in own]
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +162,7 @@ def read_checked(folder: Path) -> tuple[dict[str, Any], Manifest]:
         file = folder / name
         if file.stat().st_size != entry.bytes or sha256_file(file) != entry.sha256:
             raise _changed(folder, f"{name} is not the file that was exported")
-    for name in (MODEL_FILE, f"{PREPROCESSOR}/preprocess.json"):
+    for name in manifest.needed:
         if name not in manifest.files:
             raise _changed(folder, f"{name} is not listed in {FILE}")
     return plain, manifest
@@ -133,13 +174,22 @@ def check_graph(folder: Path, manifest: Manifest) -> None:
     Raises:
         UserError: If they do not.
     """
+    notes = _checked_notes(folder, MODEL_FILE, manifest)
+    if notes != graph_notes(manifest.model_dump()):
+        raise _changed(folder, f"the notes inside {MODEL_FILE} contradict {FILE}")
+    if manifest.tasks and _checked_notes(folder, BASE_FILE, manifest) != base_notes(manifest):
+        raise _changed(folder, f"the notes inside {BASE_FILE} contradict {FILE}")
+
+
+def _checked_notes(folder: Path, name: str, manifest: Manifest) -> dict[str, str]:
+    """Return a graph's own notes; raises when one of its weights lies outside the bundle."""
     import onnx
     from onnx import external_data_helper
 
     try:
-        proto = onnx.load(folder / MODEL_FILE, load_external_data=False)
+        proto = onnx.load(folder / name, load_external_data=False)
     except Exception as err:  # protobuf's DecodeError is no stable import
-        raise _changed(folder, f"{MODEL_FILE} is not an ONNX file") from err
+        raise _changed(folder, f"{name} is not an ONNX file") from err
     for tensor in proto.graph.initializer:
         if not external_data_helper.uses_external_data(tensor):
             continue
@@ -148,17 +198,24 @@ def check_graph(folder: Path, manifest: Manifest) -> None:
         end = int(where.get("offset", 0)) + int(where.get("length", 0))
         if entry is None or end > entry.bytes:
             raise _changed(folder, f"weight {tensor.name!r} lies outside the bundle's files")
-    notes = {p.key: p.value for p in proto.metadata_props if p.key.startswith(METADATA_PREFIX)}
-    if notes != graph_notes(manifest.model_dump()):
-        raise _changed(folder, f"the notes inside {MODEL_FILE} contradict {FILE}")
+    return {p.key: p.value for p in proto.metadata_props if p.key.startswith(METADATA_PREFIX)}
 
 
 def graph_notes(facts: Mapping[str, Any]) -> dict[str, str]:
     """Return what the graph file itself carries, so that a lone `.onnx` can still be understood.
 
     Args:
-        facts: The manifest; needed are task, kind, labels and preprocess.
+        facts: The manifest; needed are task, kind, labels and preprocess, or tasks with these.
     """
+    if facts.get("tasks"):
+        told = ("name", "task", "kind", "labels", "preprocess")
+        tasks = [{key: task[key] for key in told} for task in facts["tasks"]]
+        return {
+            f"{METADATA_PREFIX}schema": SCHEMA.partition(".")[0],
+            f"{METADATA_PREFIX}task": facts["task"],
+            f"{METADATA_PREFIX}kind": facts["kind"],
+            f"{METADATA_PREFIX}tasks": json.dumps(tasks, sort_keys=True),
+        }
     return {
         f"{METADATA_PREFIX}schema": SCHEMA.partition(".")[0],
         f"{METADATA_PREFIX}task": facts["task"],
@@ -166,6 +223,16 @@ def graph_notes(facts: Mapping[str, Any]) -> dict[str, str]:
         f"{METADATA_PREFIX}labels": json.dumps(facts["labels"]),
         f"{METADATA_PREFIX}preprocess": json.dumps(facts["preprocess"], sort_keys=True),
     }
+
+
+def base_notes(manifest: Manifest) -> dict[str, str]:
+    """Return the notes of the graph that task deltas belong to: they pin the backbone's weights."""
+    return weights_note(manifest.files[EXTERNAL_FILE].sha256)
+
+
+def weights_note(sha256: str) -> dict[str, str]:
+    """Return the note that ties a base graph to the weights beside it."""
+    return {f"{METADATA_PREFIX}weights_sha256": sha256}
 
 
 def _regular_files(folder: Path) -> Iterator[str]:

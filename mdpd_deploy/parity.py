@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from mdpd_deploy.model import TaskModel
-from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.runner import Runner
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -74,7 +74,7 @@ def torch_outputs(model: TaskModel, arrays: Arrays) -> NDArray[np.float32]:
 
 def compare_with_torch(
     model: TaskModel,
-    runner: OnnxRunner,
+    runner: Runner,
     batches: Sequence[tuple[str, Arrays]],
     *,
     tolerance: float = FP32_TOLERANCE,

@@ -1,8 +1,9 @@
 """Runs an exported graph with ONNX Runtime on the device that was asked for. No torch (D27)."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +11,19 @@ from numpy.typing import NDArray
 from mdpd_deploy.errors import UserError, WorkFailed, missing_extra
 from mdpd_deploy.machine import cpu_count
 
+TASK_ID = "task_id"  # input int64 [B] of a graph that answers many tasks: which one each row asks
+TASKS_NOTE = "mdpd.tasks"  # note of such a graph: its tasks in the order of `task_id`
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 # On a GPU ONNX Runtime keeps shape arithmetic on the CPU on purpose; these must not be there.
 COMPUTE_OPS = frozenset({"MatMul", "Gemm", "Conv", "LayerNormalization", "Softmax", "Erf", "Gelu"})
+
+
+class Runner(Protocol):
+    """Anything that maps a batch of named arrays to outputs [B, C]."""
+
+    def __call__(self, arrays: dict[str, NDArray[Any]], /) -> NDArray[np.float32]: ...
 
 
 class OnnxRunner:
@@ -23,12 +33,15 @@ class OnnxRunner:
         path: The `.onnx` file.
         device: "cpu" or "cuda".
         threads: Threads inside one operator; default: the CPU quota.
+        entries: Further session configuration entries of ONNX Runtime, by their own names.
 
     Attributes:
         provider: The execution provider that the session really uses.
         input_names: The graph's inputs in order.
         output_name: The graph's output.
         metadata: The graph's own `mdpd.*` notes.
+        task_names: Tasks by `task_id`; empty for a graph without that input.
+        replaceable: Weights that a run may be fed in place of the graph's own, with their shapes.
 
     Raises:
         UserError: If ONNX Runtime or the device is missing, or the graph cannot be loaded.
@@ -37,15 +50,27 @@ class OnnxRunner:
             shape, since those nodes belong on the CPU. The node assignment is read instead.
     """
 
-    def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        entries: Mapping[str, str] | None = None,
+    ) -> None:
         self.device = device
         self.threads = threads or cpu_count()
-        self._session = open_session(path, device, self.threads)
+        self._session = open_session(path, device, self.threads, entries=entries)
         self.provider: str = self._session.get_providers()[0]
         self.input_names = tuple(item.name for item in self._session.get_inputs())
         (output,) = self._session.get_outputs()
         self.output_name: str = output.name
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        tasks = json.loads(self.metadata.get(TASKS_NOTE, "[]"))
+        self.task_names = tuple(str(task["name"]) for task in tasks)
+        self.replaceable: dict[str, tuple[int, ...]] = {
+            item.name: tuple(item.shape) for item in self._session.get_overridable_initializers()
+        }
 
     def __call__(self, arrays: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Run one batch.
@@ -55,9 +80,41 @@ class OnnxRunner:
 
         Returns:
             The output [B, C], float32.
+
+        Raises:
+            UserError: If `task_id` is missing or names no task. ONNX Runtime counts a negative one
+                from the end, and would spread a single one over the whole batch.
         """
+        if TASK_ID in self.input_names:
+            check_task_ids(arrays, self.task_names)
         (result,) = self._session.run([self.output_name], arrays)
         return np.asarray(result, dtype=np.float32)
+
+
+def check_task_ids(arrays: Mapping[str, NDArray[Any]], names: Sequence[str]) -> None:
+    """Refuse a mixed batch unless every row names one of the tasks.
+
+    Args:
+        arrays: The graph's inputs, batch axis first.
+        names: The tasks in the order of `task_id`.
+
+    Raises:
+        UserError: With the valid values.
+    """
+    valid = ", ".join(f"{index} ({name})" for index, name in enumerate(names[:8]))
+    more = f", … {len(names) - 1} ({names[-1]})" if len(names) > 8 else ""
+    wanted = f"give int64 [batch] with values of {valid}{more}"
+    ids = arrays.get(TASK_ID)
+    rows = {array.shape[:1] for name, array in arrays.items() if name != TASK_ID}
+    if ids is None:
+        raise UserError(f"this graph answers several tasks and {TASK_ID} is missing: {wanted}.")
+    if ids.dtype != np.int64 or ids.ndim != 1 or {ids.shape} != rows:
+        raise UserError(
+            f"{TASK_ID} is {ids.dtype} {list(ids.shape)}, other inputs have {max(rows)} rows: {wanted}."
+        )
+    outside = ids[(ids < 0) | (ids >= len(names))]
+    if len(outside):
+        raise UserError(f"{TASK_ID} {outside[0]} names no task: {wanted}.")
 
 
 def provider_of(device: str) -> str:

@@ -8,6 +8,7 @@ if __name__ != "mdpd_deploy.serve":
 
 if TYPE_CHECKING:
     from mdpd_deploy.serve.benchmark import Grid, run_benchmark
+    from mdpd_deploy.serve.core import CoreOptions, RequestCore
     from mdpd_deploy.serve.latency import Plan
     from mdpd_deploy.serve.latency_chart import write_chart
     from mdpd_deploy.serve.latency_inputs import InputSource
@@ -23,14 +24,17 @@ if TYPE_CHECKING:
         variants_of_methods,
         variants_of_run,
     )
+    from mdpd_deploy.serve.web.run import serve_bundles
 
 _HOME = {
     "DEFAULT_RIVALS": "variants",
     "RUNTIMES": "runtimes",
+    "CoreOptions": "core",
     "Grid": "benchmark",
     "InputSource": "latency_inputs",
     "LatencyReport": "latency_report",
     "Plan": "latency",
+    "RequestCore": "core",
     "SharedTasks": "shared",
     "Variant": "variants",
     "choose_device": "runtimes",
@@ -38,6 +42,7 @@ _HOME = {
     "render": "latency_table",
     "rival_names": "variants",
     "run_benchmark": "benchmark",
+    "serve_bundles": "web.run",
     "variants_of_bundle": "variants",
     "variants_of_methods": "variants",
     "variants_of_run": "variants",
@@ -47,10 +52,12 @@ _HOME = {
 __all__ = [
     "DEFAULT_RIVALS",
     "RUNTIMES",
+    "CoreOptions",
     "Grid",
     "InputSource",
     "LatencyReport",
     "Plan",
+    "RequestCore",
     "SharedTasks",
     "Variant",
     "choose_device",
@@ -58,6 +65,7 @@ __all__ = [
     "render",
     "rival_names",
     "run_benchmark",
+    "serve_bundles",
     "variants_of_bundle",
     "variants_of_methods",
     "variants_of_run",

@@ -165,7 +165,10 @@ def test_an_input_of_one_number_per_row_is_reshaped():
     raw = raw_input("text", pair=True)
     python = preprocess_config("p", raw, [ids], signature, options)
     both = parse(ensemble_config("e", graph, python, labelled=False))
-    assert [(port.name, list(port.dims)) for port in both.input] == [("text", [2]), ("task_id", [1])]
+    assert [(port.name, list(port.dims)) for port in both.input] == [
+        ("text", [2]),
+        ("task_id", [1]),
+    ]
     assert dict(both.ensemble_scheduling.step[1].input_map) == {
         "input_ids": "input_ids",
         "task_id": "task_id",
@@ -246,7 +249,7 @@ def test_an_engine_is_served_in_the_shapes_it_was_built_for(image_bundle, tmp_pa
 
 def test_what_cannot_be_served_is_said(image_bundle, tmp_path):
     out, bundle = tmp_path / "repository", image_bundle.path
-    with pytest.raises(UserError, match="holds no engine; build one .* `mdpd build-engine`"):
+    with pytest.raises(UserError, match="holds no engine; build one on the GPU machine"):
         triton_repository({"digits": bundle}, out, backend="tensorrt")
     with pytest.raises(UserError, match="takes batches of 8 and more"):
         triton_repository({"digits": with_engine(image_bundle, tmp_path / "b", (8, 8, 8))}, out)
@@ -372,9 +375,15 @@ import json
 print(json.dumps(sorted(taken - set(sys.stdlib_module_names))))
 """
     taken = json.loads(run_python("-c", code).stdout)
-    allowed = {names.get(name, name) for name in REQUIRED}
+    allowed = {names.get(name, name) for name in (word.partition("<")[0] for word in REQUIRED)}
     # what those packages need themselves
-    allowed |= {"annotated_types", "pydantic_core", "typing_extensions", "typing_inspection", "yaml"}
+    allowed |= {
+        "annotated_types",
+        "pydantic_core",
+        "typing_extensions",
+        "typing_inspection",
+        "yaml",
+    }
     strangers = {name for name in taken if not name.startswith("_")} - allowed
     assert strangers <= {"mdpd_deploy", "attr", "cython_runtime"}
 

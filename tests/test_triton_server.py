@@ -1,9 +1,11 @@
 """A generated repository inside a real Triton server, where one can be had without a GPU.
 
-NVIDIA's wheel `nvidia-pytriton` holds the server with its Python backend. It is unpacked, not
-installed (it wants an older numpy), and named by MDPD_TRITON:
+NVIDIA's wheel `nvidia-pytriton` holds the server with its Python backend. MDPD_TRITON names a
+virtual environment with it and with what the repository's README puts into the container:
 
-    pip download --no-deps nvidia-pytriton -d wheel && unzip wheel/*.whl -d triton
+    python3.11 -m venv triton && triton/bin/pip install nvidia-pytriton onnxruntime \\
+        'numpy<2' omegaconf pillow pydantic safetensors tokenizers
+    triton/bin/pip install --no-deps .
     MDPD_TRITON=triton pytest tests/test_triton_server.py
 
 The wheel has no ONNX Runtime backend: `BACKEND` stands in for it. Everything else is Triton's own:
@@ -17,7 +19,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -31,13 +32,11 @@ from mdpd_deploy.export.triton_config import Signature, TritonOptions, graph_con
 from mdpd_deploy.golden import load_golden
 from mdpd_deploy.manifest import Port
 
-FOLDER = Path(os.environ.get("MDPD_TRITON", ""))
-SERVER = FOLDER / "pytriton" / "tritonserver"
+ENVIRONMENT = Path(os.environ.get("MDPD_TRITON", "/nonexistent")).resolve()
+SITES = list(ENVIRONMENT.glob("lib/python3*/site-packages/pytriton/tritonserver"))
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not SERVER.is_dir() or not str(FOLDER), reason="MDPD_TRITON names no Triton server"
-    ),
+    pytest.mark.skipif(not SITES, reason="MDPD_TRITON names no environment with nvidia-pytriton"),
 ]
 BACKEND = """
 import json, os
@@ -117,15 +116,18 @@ def server(bundles, tmp_path_factory):
     repository = folder / "repository"
     triton_repository({name: bundle.path for name, bundle in bundles.items()}, repository)
     write_task_model(repository / "tasks")
+    (installed,) = SITES
+    site = installed.parents[1]
     backends = folder / "backends"
-    shutil.copytree(SERVER / "backends", backends)
-    stub = f"{sys.version_info.major}.{sys.version_info.minor}/triton_python_backend_stub"
-    shutil.copy(SERVER / "python_backend_stubs" / stub, backends / "python")
-    (backends / "python" / "triton_python_backend_stub").chmod(0o755)
+    shutil.copytree(installed / "backends", backends)
+    python = site.parent.name.removeprefix("python")
+    stub = installed / "python_backend_stubs" / python / "triton_python_backend_stub"
+    shutil.copy(stub, backends / "python")
+    (backends / "python" / stub.name).chmod(0o755)
     (backends / "onnxruntime").mkdir()
     (backends / "onnxruntime" / "model.py").write_text(BACKEND)
     binary = folder / "tritonserver"
-    shutil.copy(SERVER / "bin" / "tritonserver", binary)
+    shutil.copy(installed / "bin" / "tritonserver", binary)
     binary.chmod(0o755)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -137,12 +139,14 @@ def server(bundles, tmp_path_factory):
     ]  # fmt: skip
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "LD_LIBRARY_PATH": str(FOLDER.resolve() / "nvidia_pytriton.libs"),
+        "PATH": f"{ENVIRONMENT / 'bin'}:{os.environ['PATH']}",
+        "LD_LIBRARY_PATH": str(site / "nvidia_pytriton.libs"),
     }
     log = folder / "log.txt"
     with log.open("w") as stream:
-        process = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment)
+        process = subprocess.Popen(
+            words, stdout=stream, stderr=stream, env=environment, cwd=folder
+        )
     try:
         with client.InferenceServerClient(f"127.0.0.1:{port}") as opened:
             for _ in range(120):

@@ -192,6 +192,11 @@ def _open(path: Path | None) -> _Subject:
             log.info("run: %s (the newest)", run.path)
         return _Subject(run.path, run, None)
     bundle = load_bundle(path)
+    if bundle.mixed:
+        raise UserError(
+            f"bundle {path} answers several tasks, and rivals belong to one: name a run, or a "
+            "bundle of one task."
+        )
     if bundle.manifest["precision"] != "fp32":
         raise UserError(
             f"bundle {path} is {bundle.manifest['precision']}: its rivals exist in fp32 only, and "

@@ -57,6 +57,9 @@ def command(
             help="File or folder to measure on. Default: the evaluation data of training."
         ),
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Which task to measure, where a bundle has several.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON only.")] = False,
@@ -65,7 +68,9 @@ def command(
     from mdpd_deploy.bundle import is_bundle
 
     if run_or_bundle is not None and is_bundle(run_or_bundle):
-        found = evaluate_bundle(run_or_bundle, data, batch=batch, device=device)
+        found = evaluate_bundle(run_or_bundle, data, task=task, batch=batch, device=device)
+    elif task is not None:
+        raise UserError("--task names a task of a bundle, and a run has one: leave it out.")
     else:
         found = evaluate_run(run_or_bundle, data, batch=batch, device=device)
     if json:
@@ -76,12 +81,15 @@ def command(
         _print(found)
 
 
-def evaluate_bundle(path: Path, data: str | None, *, batch: int, device: str) -> Evaluation:
+def evaluate_bundle(
+    path: Path, data: str | None, *, task: str | None = None, batch: int, device: str
+) -> Evaluation:
     """Measure a bundle with ONNX Runtime.
 
     Args:
         path: The bundle.
         data: A file or folder; None works where the data needs no path (`digits`, `hub:NAME`).
+        task: Which task to measure; needed where the bundle has several.
         batch: Examples per run of the graph.
         device: cpu or cuda.
 
@@ -93,22 +101,24 @@ def evaluate_bundle(path: Path, data: str | None, *, batch: int, device: str) ->
     from mdpd_deploy.data import load_evaluation, load_task
 
     bundle = load_bundle(path)
-    manifest = bundle.manifest
-    task, seed, labels = manifest["task"], manifest["data"]["seed"], bundle.label_names
-    options = {**manifest["data"]["options"], "eval_path": data, "labels": list(labels) or None}
+    asked = bundle.task(task)
+    facts, labels = asked.facts, asked.label_names
+    name, seed = facts["task"], facts["data"]["seed"]
+    options = {**facts["data"]["options"], "eval_path": data, "labels": list(labels) or None}
     config = check_config({"data": options}).data
     if data is not None:
-        splits = load_evaluation(task, config, seed=seed, label_names=labels)
-    elif config.path is not None or task in SELF_CONTAINED:
-        splits = load_task(task, config, seed=seed).evaluation
+        splits = load_evaluation(name, config, seed=seed, label_names=labels)
+    elif config.path is not None or name in SELF_CONTAINED:
+        splits = load_task(name, config, seed=seed).evaluation
     else:
         raise UserError(
             f"bundle {path} does not keep where its data lies: add --data with a file or folder "
-            f"of task {task}."
+            f"of task {name}."
         )
     runner = bundle.runner(device)
-    metrics = _measure({"deployed": runner}, bundle.preprocess, splits, manifest["metrics"], batch)
-    return Evaluation(str(path), manifest["task"], "onnx", runner.provider, _sizes(splits), metrics)
+    models: dict[str, Forward] = {"deployed": bundle.runner_of(asked, runner)}
+    metrics = _measure(models, asked.preprocess, splits, facts["metrics"], batch)
+    return Evaluation(str(path), name, "onnx", runner.provider, _sizes(splits), metrics)
 
 
 def evaluate_run(path: Path | None, data: str | None, *, batch: int, device: str) -> Evaluation:

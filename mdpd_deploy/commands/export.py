@@ -1,6 +1,7 @@
 """`mdpd export`: from a run to a verified bundle."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -23,13 +24,22 @@ GOLDEN: tuple[Golden, ...] = ("validation", "synthetic")
 
 
 def command(
-    run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="Default: the newest run.")
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN...", help="Default: the newest run.")
+    ] = None,
+    multi: Annotated[
+        bool, typer.Option("--multi", help="One bundle for the tasks of several runs.")
+    ] = False,
+    names: Annotated[
+        str | None, typer.Option(help="Names of the tasks for --multi, with commas.")
     ] = None,
     fmt: Annotated[
         str, typer.Option(help="onnx; or trt: ONNX with a TensorRT build recipe.")
     ] = "onnx",
-    out: Annotated[Path | None, typer.Option(help="Default: RUN/bundles/FMT-PRECISION.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Default: RUN/bundles/FMT-PRECISION, of the first RUN with --multi."),
+    ] = None,
     precision: Annotated[str, typer.Option(help="fp32.")] = "fp32",
     eval_data: Annotated[
         str | None, typer.Option(help="Data for the metric gate, where the run's own has moved.")
@@ -51,17 +61,40 @@ def command(
 
     A gate that fails ends the command with exit code 1, and no bundle is left behind.
     """
-    bundle = export_run(
-        run,
-        fmt=_one_of("--fmt", fmt, FORMATS),
-        out=out,
-        precision=precision,
-        eval_data=eval_data,
-        metric_gate=metric_gate,
-        golden=_one_of("--golden", golden, GOLDEN),
-        require_engine=require_engine,
-        overwrite=overwrite,
-    )
+    given = runs or []
+    if multi:
+        if eval_data is not None:
+            raise UserError("--eval-data names the data of one task: leave it out with --multi.")
+        bundle = export_runs(
+            given,
+            names=None if names is None else names.split(","),
+            fmt=_one_of("--fmt", fmt, FORMATS),
+            out=out,
+            precision=precision,
+            metric_gate=metric_gate,
+            golden=_one_of("--golden", golden, GOLDEN),
+            require_engine=require_engine,
+            overwrite=overwrite,
+        )
+    else:
+        if len(given) > 1:
+            raise UserError(
+                f"{len(given)} runs were given: add --multi to put their tasks into one bundle, or "
+                "export them one by one."
+            )
+        if names is not None:
+            raise UserError("--names belongs to --multi: add that, or leave it out.")
+        bundle = export_run(
+            given[0] if given else None,
+            fmt=_one_of("--fmt", fmt, FORMATS),
+            out=out,
+            precision=precision,
+            eval_data=eval_data,
+            metric_gate=metric_gate,
+            golden=_one_of("--golden", golden, GOLDEN),
+            require_engine=require_engine,
+            overwrite=overwrite,
+        )
     if json:
         import json as encoder
 
@@ -121,14 +154,7 @@ def export_run(
     """
     from mdpd_deploy.run import Run
 
-    _one_of("--fmt", fmt, FORMATS)
-    _one_of("--golden", golden, GOLDEN)
-    if precision not in PRECISIONS:
-        raise UserError(
-            f"--precision {precision} is not supported yet: use {', '.join(PRECISIONS)}."
-        )
-    if require_engine and fmt != "trt":
-        raise UserError("--require-engine belongs to --fmt trt: add that, or leave it out.")
+    _check(fmt, precision, golden, require_engine)
     opened = Run.open(run)
     if run is None:
         log.info("run: %s (the newest)", opened.path)
@@ -145,6 +171,66 @@ def export_run(
         overwrite=overwrite,
     )
     return pack(opened, target, options)
+
+
+def export_runs(
+    runs: Sequence[Path | str],
+    *,
+    names: Sequence[str] | None = None,
+    fmt: Format = "onnx",
+    out: Path | str | None = None,
+    precision: str = "fp32",
+    metric_gate: bool = True,
+    golden: Golden = "validation",
+    require_engine: bool = False,
+    overwrite: bool = False,
+) -> "Bundle":
+    """Turn several runs on one backbone into one verified bundle that answers all their tasks.
+
+    Args:
+        runs: Completed runs that differ in norms and head only: methods mdpd, norms, probe.
+        names: A name for each task; None = the runs' own (`sst2`), numbered where equal.
+        fmt: As `export_run`; with `trt` norms take each sample's values in the form that TensorRT
+            can parse.
+        out: The bundle's folder; None = `bundles/multi-FMT-PRECISION` in the first run.
+        precision: As `export_run`, and so the others.
+        metric_gate: See there.
+        golden: See there.
+        require_engine: See there.
+        overwrite: See there.
+
+    Returns:
+        The bundle, read back from disk and checked.
+
+    Raises:
+        UserError: If a run, its data or an option cannot be used, or the runs cannot share a graph.
+        ExportError: If the model cannot be traced, or `require_engine` cannot be met.
+        VerificationError: If a gate fails for a task; nothing is left behind.
+    """
+    from mdpd_deploy.run import Run
+
+    _check(fmt, precision, golden, require_engine)
+    if not runs:
+        raise UserError("--multi: name the runs whose tasks go into the bundle.")
+    opened = [Run.open(run) for run in runs]
+    inside = opened[0].path / "bundles" / f"multi-{fmt}-{precision}"
+    from mdpd_deploy.export import ExportOptions, engine_unavailable, pack_multi
+
+    if require_engine:
+        raise engine_unavailable()
+    options = ExportOptions(fmt=fmt, metric_gate=metric_gate, golden=golden, overwrite=overwrite)
+    return pack_multi(opened, inside if out is None else Path(out), options, names=names)
+
+
+def _check(fmt: str, precision: str, golden: str, require_engine: bool) -> None:
+    _one_of("--fmt", fmt, FORMATS)
+    _one_of("--golden", golden, GOLDEN)
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"--precision {precision} is not supported yet: use {', '.join(PRECISIONS)}."
+        )
+    if require_engine and fmt != "trt":
+        raise UserError("--require-engine belongs to --fmt trt: add that, or leave it out.")
 
 
 def _one_of(option: str, given: str, choices: tuple[Choice, ...]) -> Choice:

@@ -11,7 +11,7 @@ import typer
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
-    from mdpd_deploy.bundle import Bundle, Prediction
+    from mdpd_deploy.bundle import Prediction, Task
     from mdpd_deploy.data.examples import Raw
 
 SHOWN = 60  # characters of an input in the table
@@ -25,6 +25,9 @@ def command(
             metavar="INPUT...", help="Image paths, texts, or tables with the training columns."
         ),
     ],
+    task: Annotated[
+        str | None, typer.Option(help="Which task to ask, where the bundle has several.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Most probable classes to show.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Inputs per run of the graph.")] = 32,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -36,9 +39,10 @@ def command(
     from mdpd_deploy.bundle import load_bundle
 
     opened = load_bundle(bundle)
-    names, raws = read_inputs(opened, inputs)
+    asked = opened.task(task)
+    names, raws = read_inputs(asked, opened.manifest["modality"], inputs)
     runner = opened.runner(device)
-    predictions = opened.predict(raws, batch, runner=runner)
+    predictions = opened.predict(raws, batch, runner=runner, task=asked.name)
     if json:
         import json as encoder
 
@@ -46,37 +50,41 @@ def command(
             {"input": name, **prediction.to_json(top)}
             for name, prediction in zip(names, predictions, strict=True)
         ]
-        plain = {"bundle": str(bundle), "provider": runner.provider, "predictions": rows}
+        plain = {
+            "bundle": str(bundle),
+            "task": asked.name,
+            "provider": runner.provider,
+            "predictions": rows,
+        }
         typer.echo(encoder.dumps(plain, indent=2, ensure_ascii=False))
     else:
         _print(names, predictions, top)
 
 
-def read_inputs(bundle: Bundle, inputs: Sequence[str]) -> tuple[list[str], list[Raw]]:
+def read_inputs(task: Task, modality: str, inputs: Sequence[str]) -> tuple[list[str], list[Raw]]:
     """Turn words of the command line into raw inputs, each with the name it is shown by.
 
     A word is a table if it ends like one (`.csv`, `.tsv`, `.jsonl`, `.parquet`); else an image path
-    or a literal text, as the bundle takes.
+    or a literal text, as the task takes.
 
     Raises:
         UserError: If a table is missing or lacks a column, or a pair is wanted and no table given.
     """
     from mdpd_deploy.data.table import FORMATS, read_inputs
 
-    manifest = bundle.manifest
-    columns: list[str] = manifest["data"]["columns"]
+    columns: list[str] = task.facts["data"]["columns"]
     names: list[str] = []
     raws: list[Raw] = []
     for word in inputs:
         path = Path(word)
         if path.suffix.lower() in FORMATS and (path.is_file() or not any(map(str.isspace, word))):
-            rows = read_inputs(path, columns, manifest["modality"])
+            rows = read_inputs(path, columns, modality)
             names += [_shown(raw) for raw in rows]
             raws += rows
             continue
-        if manifest["modality"] == "image":
+        if modality == "image":
             raws.append(path)
-        elif manifest["pair"]:
+        elif task.pair:
             raise UserError(
                 f"this model takes pairs of texts, and {word!r:.60} is one: give a table with the "
                 f"columns {', '.join(columns)}."

@@ -211,8 +211,12 @@ class TextPreprocess:
 Preprocess = ImagePreprocess | TextPreprocess
 
 
-def load_preprocess(folder: Path) -> Preprocess:
+def load_preprocess(folder: Path, tokenizer_file: Path | None = None) -> Preprocess:
     """Read what `save` wrote.
+
+    Args:
+        folder: Holds `preprocess.json`.
+        tokenizer_file: The tokenizer of a text model; None = the one in the folder.
 
     Raises:
         UserError: If a file is missing, damaged or of another schema.
@@ -229,7 +233,7 @@ def load_preprocess(folder: Path) -> Preprocess:
         if plain["kind"] == "image":
             return _load_image(plain)
         if plain["kind"] == "text":
-            return _load_text(plain, folder / TOKENIZER_FILE)
+            return _load_text(plain, tokenizer_file or folder / TOKENIZER_FILE)
     except (KeyError, TypeError, ValueError) as err:
         raise UserError(f"{path} is damaged ({err!r}): take it from a sound copy.") from err
     raise UserError(f"{path} has the unknown kind {plain['kind']!r}: expected image or text.")
