@@ -4,6 +4,9 @@ REPOSITORY/README.md, repository.json     how to start it; what was put in
 REPOSITORY/NAME/                          the graph: config.pbtxt, 1/model.onnx or 1/model.plan
 REPOSITORY/NAME_preprocess/               raw inputs → the graph's inputs (Python backend)
 REPOSITORY/NAME_ensemble/                 both as one model
+
+A bundle of several tasks is the graph alone: its clients send `task_id` with every row, and each task
+has a preprocessing of its own.
 """
 
 import re
@@ -33,7 +36,8 @@ from mdpd_deploy.export.triton_preprocess import MODEL
 from mdpd_deploy.export.triton_readme import readme
 from mdpd_deploy.files import atomic_folder, read_json, refuse_nonempty, write_json
 from mdpd_deploy.golden import load_golden
-from mdpd_deploy.manifest import EXTERNAL_FILE, GOLDEN_FILE, MODEL_FILE, PREPROCESSOR, Manifest
+from mdpd_deploy.manifest import EXTERNAL_FILE, MODEL_FILE, PREPROCESSOR, Manifest
+from mdpd_deploy.runner import TASK_ID
 
 PLAN_FILE, KEY_FILE = "model.plan", "model.plan.json"  # an engine and what it was built for
 FACTS_FILE = "repository.json"
@@ -91,17 +95,17 @@ def _write_models(
     backend, engine = _choose(bundle, options)
     profiles = _engine_profiles(engine, bundle) if engine else _graph_profiles(manifest)
     signature = Signature(manifest.inputs, manifest.outputs, profiles)
-    labels = bundle.label_names if len(bundle.tasks) == 1 else ()  # of several, each has its own
+    labels = () if bundle.mixed else bundle.label_names  # of several tasks, each has its own
     graph = graph_config(name, signature, backend, options, labelled=bool(labels))
     _write_config(folder / name, graph, labels)
     _copy_graph(bundle, backend, folder / name / VERSION)
     _write_warmup(bundle, signature, folder / name / "warmup")
     configs = [graph]
-    if options.preprocess:
+    if options.preprocess and not bundle.mixed:
         made = [port for port in manifest.inputs if port.name in bundle.preprocess.input_names]
         raw = raw_input(manifest.modality, pair=manifest.pair)
         python = preprocess_config(f"{name}_preprocess", raw, made, signature, options)
-        both = ensemble_config(f"{name}_ensemble", graph, python, labelled=bool(labels))
+        both = ensemble_config(f"{name}_ensemble", graph, python)
         _write_config(folder / python["name"], python, ())
         _write_preprocess(bundle, folder / python["name"] / VERSION)
         _write_config(folder / both["name"], both, labels)
@@ -143,10 +147,13 @@ def _write_warmup(bundle: Bundle, signature: Signature, folder: Path) -> None:
     Real values, since a mask of zeros or a token beyond the vocabulary is no valid input.
     """
     folder.mkdir()
-    golden = load_golden(bundle.path / GOLDEN_FILE)
+    first = bundle.tasks[0]
+    assert first.golden is not None
+    arrays = load_golden(first.golden).arrays
+    arrays = {**arrays, TASK_ID: np.full(1, first.index, dtype=np.int64)}
     for _, rows in signature.rows().values():
         for port in signature.inputs:
-            row = golden.arrays[port.name][0]
+            row = arrays[port.name][0]
             filled = np.resize(row, rows[port.name]).astype(row.dtype.newbyteorder("<"))
             (folder / warmup_file(port, rows[port.name])).write_bytes(filled.tobytes())
 
@@ -212,6 +219,8 @@ def _facts(
         "opset": manifest.opset,
         "onnx_sha256": manifest.files[MODEL_FILE].sha256,
     }
+    if manifest.tasks:
+        facts["tasks"] = [{"name": task.name, "labels": task.labels} for task in manifest.tasks]
     if engine:
         facts["engine"] = {name: engine[name] for name in ("tensorrt", "gpu", "compute_capability")}
     return facts

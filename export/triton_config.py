@@ -139,33 +139,21 @@ def preprocess_config(
     }
 
 
-def ensemble_config(
-    name: str, graph: dict[str, Any], preprocess: dict[str, Any], *, labelled: bool
-) -> dict[str, Any]:
+def ensemble_config(name: str, graph: dict[str, Any], preprocess: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of preprocessing followed by the graph, as one model.
 
     Args:
         name: The ensemble's name.
         graph: From `graph_config`.
-        preprocess: From `preprocess_config`.
-        labelled: As in `graph_config`.
+        preprocess: From `preprocess_config`; makes every input of the graph.
     """
-    (raw,) = preprocess["input"]
-    made = {port["name"] for port in preprocess["output"]}
-    others = [port for port in graph["input"] if port["name"] not in made]
-    outputs = [
-        {key: value for key, value in port.items() if key != "label_filename"}
-        | ({"label_filename": LABELS_FILE} if labelled else {})
-        for port in graph["output"]
-    ]
     return {
         "name": name,
         "platform": "ensemble",
         "max_batch_size": graph["max_batch_size"],
         "version_policy": {"latest": {"num_versions": 1}},
-        # A step reshapes its own inputs; the ensemble hands them on as they came.
-        "input": [raw, *({k: v for k, v in port.items() if k != "reshape"} for port in others)],
-        "output": outputs,
+        "input": preprocess["input"],
+        "output": graph["output"],
         "ensemble_scheduling": {"step": [_step(preprocess), _step(graph)]},
     }
 

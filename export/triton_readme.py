@@ -56,7 +56,7 @@ import tritonclient.http as triton
 client = triton.InferenceServerClient("localhost:8000")
 given = triton.InferInput("{raw}", {raw_shape}, "BYTES")
 given.set_data_from_numpy(np.array({example}, dtype=object))
-{more}answer = client.infer("{ensemble}", [{given}])
+answer = client.infer("{ensemble}", [given])
 print(answer.as_numpy("{output}"))
 ```
 """
@@ -95,8 +95,27 @@ def readme(models: Sequence[dict[str, Any]]) -> str:
         if ragged
         else "All shapes here are fixed, so any requests are."
     )
+    parts += [_tasks(model) for model in models if "tasks" in model]
     parts.append(_NOTES.format(output=models[0]["outputs"][0]["name"], text_note=text_note))
     return "".join(parts)
+
+
+def _tasks(model: dict[str, Any]) -> str:
+    """List what a graph of several tasks answers."""
+    head = f"""
+## Tasks of `{model["name"]}`
+
+`task_id` says for each row which task it asks; of the outputs the first columns are that task's.
+Inputs are preprocessed by the client, as the bundle's `tasks/NAME/preprocess.json` says.
+
+| task_id | task | columns |
+|---|---|---|
+"""
+    rows = (
+        f"| {index} | {task['name']} | {', '.join(task['labels']) or 'the value'} |\n"
+        for index, task in enumerate(model["tasks"])
+    )
+    return head + "".join(rows)
 
 
 def _row(model: dict[str, Any]) -> str:
@@ -135,24 +154,17 @@ def _image_note(models: Sequence[dict[str, Any]]) -> str:
 
 
 def _preprocessing(ensemble: dict[str, Any]) -> str:
-    raw, *others = ensemble["inputs"]
+    (raw,) = ensemble["inputs"]
     count = raw["dims"][0]
     example = 'open("a.jpg", "rb").read()' if raw["name"] == "image" else 'b"a text"'
     if count == 2:
         example = 'b"first text", b"second text"'
-    more = "".join(
-        f'{port["name"]} = triton.InferInput("{port["name"]}", [1, 1], "INT64")\n'
-        f"{port['name']}.set_data_from_numpy(np.array([[0]]))\n"
-        for port in others
-    )
     return _PREPROCESS.format(
         image=_IMAGE,
         packages=" ".join(f"'{name}'" if "<" in name else name for name in REQUIRED),
         raw=raw["name"],
         raw_shape=[1, count],
         example=f"[[{example}]]",
-        more=more,
-        given=", ".join(["given", *(port["name"] for port in others)]),
         ensemble=ensemble["name"],
         output=ensemble["outputs"][0]["name"],
     )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mdpd_deploy.serve.latency_inputs import InputSource
     from mdpd_deploy.serve.latency_report import LatencyReport
     from mdpd_deploy.serve.latency_table import render
+    from mdpd_deploy.serve.ray_app import Scaling, build_ray_app, serve_on_ray
     from mdpd_deploy.serve.runtimes import RUNTIMES, choose_device
     from mdpd_deploy.serve.shared import SharedTasks, load_shared
     from mdpd_deploy.serve.variants import (
@@ -35,14 +36,17 @@ _HOME = {
     "LatencyReport": "latency_report",
     "Plan": "latency",
     "RequestCore": "core",
+    "Scaling": "ray_app",
     "SharedTasks": "shared",
     "Variant": "variants",
+    "build_ray_app": "ray_app",
     "choose_device": "runtimes",
     "load_shared": "shared",
     "render": "latency_table",
     "rival_names": "variants",
     "run_benchmark": "benchmark",
     "serve_bundles": "web.run",
+    "serve_on_ray": "ray_app",
     "variants_of_bundle": "variants",
     "variants_of_methods": "variants",
     "variants_of_run": "variants",
@@ -58,14 +62,17 @@ __all__ = [
     "LatencyReport",
     "Plan",
     "RequestCore",
+    "Scaling",
     "SharedTasks",
     "Variant",
+    "build_ray_app",
     "choose_device",
     "load_shared",
     "render",
     "rival_names",
     "run_benchmark",
     "serve_bundles",
+    "serve_on_ray",
     "variants_of_bundle",
     "variants_of_methods",
     "variants_of_run",

@@ -18,15 +18,11 @@ from PIL import Image
 from mdpd_deploy import export_run, load_bundle, triton_repository
 from mdpd_deploy.bundle import Bundle
 from mdpd_deploy.cli import main
-from mdpd_deploy.commands.triton import named
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.export.triton_config import (
     Signature,
     TritonOptions,
-    ensemble_config,
     graph_config,
-    preprocess_config,
-    raw_input,
     to_pbtxt,
 )
 from mdpd_deploy.export.triton_preprocess import MAX_BYTES, REQUIRED, TritonPreprocess
@@ -162,17 +158,6 @@ def test_an_input_of_one_number_per_row_is_reshaped():
     assert list(config.input[1].reshape.shape) == []
     (warmup,) = config.model_warmup  # three equal profiles are one
     assert (warmup.batch_size, list(warmup.inputs["task_id"].dims)) == (4, [1])
-    raw = raw_input("text", pair=True)
-    python = preprocess_config("p", raw, [ids], signature, options)
-    both = parse(ensemble_config("e", graph, python, labelled=False))
-    assert [(port.name, list(port.dims)) for port in both.input] == [
-        ("text", [2]),
-        ("task_id", [1]),
-    ]
-    assert dict(both.ensemble_scheduling.step[1].input_map) == {
-        "input_ids": "input_ids",
-        "task_id": "task_id",
-    }
 
 
 def copy_of(bundle, folder):
@@ -182,6 +167,32 @@ def copy_of(bundle, folder):
     for name in ("schema", "caches", "files"):
         del facts[name]
     return facts
+
+
+@pytest.fixture(scope="module")
+def mixed_bundle(tiny_text_run, folder) -> Bundle:
+    from mdpd_deploy.export import ExportOptions, pack_multi
+
+    options = ExportOptions(metric_gate=False)
+    return pack_multi([tiny_text_run] * 2, folder / "mixed", options, names=["one", "two"])
+
+
+def test_a_bundle_of_several_tasks_takes_the_task_of_each_row(mixed_bundle, tmp_path):
+    out = tmp_path / "repository"
+    triton_repository({"mixed": mixed_bundle.path}, out)
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["mixed"]
+    config = read_config(out / "mixed" / "config.pbtxt")
+    task = next(port for port in config.input if port.name == "task_id")
+    assert (list(task.dims), task.HasField("reshape")) == ([1], True)
+    assert not config.output[0].label_filename
+    sample = config.model_warmup[0].inputs["task_id"].input_data_file
+    assert (out / "mixed" / "warmup" / sample).read_bytes() == bytes(8)
+    assert "| 1 | two | neg, pos |" in (out / "README.md").read_text()
+    path = out / "mixed" / "1" / "model.onnx" / "model.onnx"  # its weights lie beside it
+    golden = load_golden(mixed_bundle.tasks[1].golden)
+    ids = np.ones(len(golden.outputs), dtype=np.int64)
+    found = OnnxRunner(path, threads=1)({**golden.arrays, "task_id": ids})
+    np.testing.assert_allclose(found[:, :2], golden.outputs, atol=1e-4)
 
 
 def test_external_weights_make_the_model_a_folder(image_bundle, tmp_path):
@@ -257,9 +268,6 @@ def test_what_cannot_be_served_is_said(image_bundle, tmp_path):
         triton_repository({"a/b": bundle}, out)
     with pytest.raises(UserError, match="two models would be named a_ensemble"):
         triton_repository({"a": bundle, "a_ensemble": bundle}, out)
-    with pytest.raises(UserError, match=r"two bundles would be named 'digits' .*NAME=BUNDLE"):
-        named([str(bundle), str(bundle)])
-    assert named([f"a={bundle}", str(bundle)]) == {"a": bundle, "digits": bundle}
     assert not out.exists()
 
 

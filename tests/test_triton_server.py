@@ -144,9 +144,7 @@ def server(bundles, tmp_path_factory):
     }
     log = folder / "log.txt"
     with log.open("w") as stream:
-        process = subprocess.Popen(
-            words, stdout=stream, stderr=stream, env=environment, cwd=folder
-        )
+        process = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment, cwd=folder)
     try:
         with client.InferenceServerClient(f"127.0.0.1:{port}") as opened:
             for _ in range(120):

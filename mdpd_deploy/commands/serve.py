@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mdpd_deploy.errors import UserError
+from mdpd_deploy.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from mdpd_deploy.serve import Scaling
+
+ENGINES = ("local", "ray")
 
 
 def command(
@@ -42,8 +47,19 @@ def command(
     drain_s: Annotated[
         int | None, typer.Option(min=1, help="After SIGTERM, time for requests in progress.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local: this process; ray: replicas on a Ray cluster.")
+    ] = "local",
+    replicas: Annotated[
+        str | None,
+        typer.Option(metavar="N|MIN-MAX", help="Of --engine ray; default 1, a range autoscales."),
+    ] = None,
 ) -> None:
     """Serve bundles over HTTP: the Open Inference Protocol, raw texts and pictures, a page."""
+    if engine not in ENGINES:
+        raise unknown("--engine", engine, ENGINES)
+    if replicas is not None and engine != "ray":
+        raise UserError("--replicas belongs to --engine ray: add that, or leave it out.")
     from mdpd_deploy.serve import CoreOptions, serve_bundles
 
     named = name_bundles(bundles)
@@ -61,7 +77,26 @@ def command(
     def say(url: str) -> None:
         typer.echo(f"serving {', '.join(named)} at {url}")
 
-    serve_bundles(named, options, host=host, port=port, on_ready=say)
+    if engine == "local":
+        serve_bundles(named, options, host=host, port=port, on_ready=say)
+        return
+    from mdpd_deploy.serve import serve_on_ray
+
+    scaling = read_scaling(replicas or "1")
+    serve_on_ray(named, options, scaling, host=host, port=port, on_ready=say)
+
+
+def read_scaling(words: str) -> Scaling:
+    """Return `N` or `MIN-MAX` replicas; `UserError` for anything else."""
+    import re
+
+    from mdpd_deploy.serve import Scaling
+
+    found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", words)
+    if not found:
+        raise UserError(f"--replicas {words}: give a number, or a range as 1-8.")
+    low = int(found[1])
+    return Scaling(min_replicas=low, max_replicas=int(found[2] or low))
 
 
 def name_bundles(words: list[str]) -> dict[str, Path]:

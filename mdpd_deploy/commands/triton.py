@@ -1,12 +1,12 @@
 """`mdpd triton`: a model repository for Triton from bundles."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from mdpd_deploy.errors import UserError, unknown
+from mdpd_deploy.errors import unknown
 
 Backend = Literal["onnxruntime", "tensorrt"]
 Device = Literal["cpu", "cuda"]
@@ -15,7 +15,9 @@ Device = Literal["cpu", "cuda"]
 def command(
     bundles: Annotated[
         list[str],
-        typer.Argument(metavar="[NAME=]BUNDLE...", help="Default name: that of the folder."),
+        typer.Argument(
+            metavar="BUNDLE...", help="Folders of `mdpd export`, or NAME=FOLDER for another name."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The repository's folder.")],
     backend: Annotated[
@@ -44,8 +46,10 @@ def command(
 
     The README in it says how to start it.
     """
+    from mdpd_deploy.commands.serve import name_bundles
+
     facts = triton_repository(
-        named(bundles),
+        name_bundles(bundles),
         out,
         backend=_one_of("--backend", backend, ("onnxruntime", "tensorrt")),
         device=_one_of("--device", device, ("cpu", "cuda")),
@@ -115,26 +119,6 @@ def triton_repository(
     )
     opened = {name: load_bundle(path) for name, path in bundles.items()}
     return write_repository(opened, Path(out), options, overwrite=overwrite)
-
-
-def named(words: Sequence[str]) -> dict[str, Path]:
-    """Turn `NAME=BUNDLE` and `BUNDLE` into folders by name; the default is the folder's own.
-
-    Raises:
-        UserError: If two would have the same name.
-    """
-    found: dict[str, Path] = {}
-    for word in words:
-        name, equals, path = word.partition("=")
-        folder = Path(path) if equals else Path(word)
-        name = name if equals else folder.resolve().name
-        if name in found:
-            raise UserError(
-                f"two bundles would be named {name!r} ({found[name]} and {folder}): name them as "
-                "NAME=BUNDLE."
-            )
-        found[name] = folder
-    return found
 
 
 def _one_of(option: str, given: str | None, choices: tuple[str, ...]) -> Any:
