@@ -8,8 +8,8 @@ from mdpd_deploy.serve.core.refusal import invalid, shown
 def read_json_body(body: bytes | memoryview) -> dict[str, Any]:
     """Return the JSON object in a body.
 
-    pydantic's parser refuses nesting beyond 200 levels, numbers that are not finite, invalid UTF-8
-    and lone surrogates.
+    pydantic's parser refuses nesting beyond 200 levels, NaN and Infinity, invalid UTF-8 and lone
+    surrogates.
 
     Raises:
         Refusal: 400 if it is anything but one JSON object.

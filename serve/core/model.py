@@ -12,14 +12,13 @@ from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.manifest import MODEL_FILE
-from mdpd_deploy.runner import PROVIDERS, OnnxRunner
+from mdpd_deploy.runner import PROVIDERS, TASK_ID, OnnxRunner
 from mdpd_deploy.serve.core.graph_values import read_value_ranges
 from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.core.proof import prove
 from mdpd_deploy.serve.core.refusal import Refusal, invalid, not_found, shown
 from mdpd_deploy.serve.core.tensors import Arrays, Axis, TensorSpec, read_specs
 
-TASK_ID = "task_id"  # int64 [batch]: which task a row belongs to, where a graph answers several
 MASK = "attention_mask"
 VERSION = "1"  # a bundle is one version; another one is another bundle
 
@@ -97,7 +96,6 @@ class ServedModel:
         self.inputs = read_specs(manifest["inputs"], manifest["shapes"], ranges)
         self.outputs = read_specs(manifest["outputs"], manifest["shapes"], {})
         self.max_batch = self._choose_max_batch(options.max_batch)
-        self.takes_task = any(spec.name == TASK_ID for spec in self.inputs)
         self._pads = any(spec.name == MASK for spec in self.inputs)
         prove(self.bundle, self.runner, on_cpu=self.runner.provider == PROVIDERS["cpu"])
 
@@ -140,7 +138,7 @@ class ServedModel:
             arrays = task.preprocess(raws)
         except UserError as err:
             raise invalid(str(err)) from err
-        if self.takes_task:
+        if self.bundle.mixed:
             arrays[TASK_ID] = np.full(len(raws), task.index, dtype=np.int64)
         return arrays
 
