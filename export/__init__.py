@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mdpd_deploy.export.precision.forms import AUTO, Form, form_of, forms_for, place_of
     from mdpd_deploy.export.recipe import engine_required, read_recipe
     from mdpd_deploy.export.trials import Race
+    from mdpd_deploy.export.triton import write_repository
+    from mdpd_deploy.export.triton_config import TritonOptions
 
 _HOME = {
     "AUTO": "precision.forms",
@@ -30,6 +32,7 @@ _HOME = {
     "Format": "packing",
     "Installed": "engine_install",
     "Race": "trials",
+    "TritonOptions": "triton_config",
     "build_alike": "engine_install",
     "engine_required": "recipe",
     "form_of": "precision.forms",
@@ -40,6 +43,7 @@ _HOME = {
     "place_of": "precision.forms",
     "read_recipe": "recipe",
     "unavailable_reason": "engine_install",
+    "write_repository": "triton",
 }
 
 __all__ = [
@@ -50,6 +54,7 @@ __all__ = [
     "Format",
     "Installed",
     "Race",
+    "TritonOptions",
     "build_alike",
     "engine_required",
     "form_of",
@@ -60,6 +65,7 @@ __all__ = [
     "place_of",
     "read_recipe",
     "unavailable_reason",
+    "write_repository",
 ]
 
 

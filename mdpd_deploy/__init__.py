@@ -12,6 +12,7 @@ The Python API uses the command line's words and is loaded on first use, so that
     sign_bundle    sign a bundle with a key             `mdpd sign`
     bench_latency  time a run or bundle                 `mdpd bench-latency`
     load_bundle    open a bundle for prediction         `mdpd predict`
+    triton_repository  bundles for Triton               `mdpd triton`
 
 Errors meant for people derive from `MdpdError`; `UserError` is what the caller can mend.
 """
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mdpd_deploy.commands.export import export_run, export_runs
     from mdpd_deploy.commands.sign import sign_bundle
     from mdpd_deploy.commands.train import fit
+    from mdpd_deploy.commands.triton import triton_repository
     from mdpd_deploy.commands.verify import verify_bundle
     from mdpd_deploy.errors import MdpdError, UserError
 
@@ -50,6 +52,7 @@ _HOME = {
     "load_bundle": "mdpd_deploy.bundle",
     "sign_bundle": "mdpd_deploy.commands.sign",
     "verify_bundle": "mdpd_deploy.commands.verify",
+    "triton_repository": "mdpd_deploy.commands.triton",
 }
 
 __all__ = [
@@ -64,6 +67,7 @@ __all__ = [
     "fit",
     "load_bundle",
     "sign_bundle",
+    "triton_repository",
     "verify_bundle",
 ]
 

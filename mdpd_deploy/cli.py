@@ -45,6 +45,8 @@ VERBS = {
     "build-engine": Verb("build_engine", "command", "Build a bundle's TensorRT engine here."),
     "bench-latency": Verb("bench_latency", "command", "Time a model against its rivals."),
     "predict": Verb("predict", "command", "Predict with a bundle on images, texts or a table."),
+    "serve": Verb("serve", "command", "Serve bundles over HTTP."),
+    "triton": Verb("triton", "command", "Write a model repository for Triton from bundles."),
     "demo": Verb("demo", "command", "Train, export and time a small model, offline."),
     "doctor": Verb("doctor", "command", "Check this machine, and say how to mend it."),
 }

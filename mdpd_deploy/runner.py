@@ -53,6 +53,7 @@ class OnnxRunner:
         path: The `.onnx` file.
         device: "cpu" or "cuda".
         threads: Threads inside one operator; default: the CPU quota.
+        entries: Further session configuration entries of ONNX Runtime, by their own names.
 
     Attributes:
         provider: The execution provider that the session really uses.
@@ -70,11 +71,18 @@ class OnnxRunner:
             shape, since those nodes belong on the CPU. The node assignment is read instead.
     """
 
-    def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        entries: Mapping[str, str] | None = None,
+    ) -> None:
         self.device = device
         self.threads = threads or cpu_count()
         self.max_batch: int | None = None
-        self._session = open_session(path, device, self.threads)
+        self._session = open_session(path, device, self.threads, entries=entries)
         self.provider: str = self._session.get_providers()[0]
         self.input_names = tuple(item.name for item in self._session.get_inputs())
         (output,) = self._session.get_outputs()

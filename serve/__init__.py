@@ -8,12 +8,14 @@ if __name__ != "mdpd_deploy.serve":
 
 if TYPE_CHECKING:
     from mdpd_deploy.serve.benchmark import Grid, run_benchmark
+    from mdpd_deploy.serve.core import CoreOptions, RequestCore
     from mdpd_deploy.serve.graph_race import race_graphs
     from mdpd_deploy.serve.latency import Plan
     from mdpd_deploy.serve.latency_chart import write_chart
     from mdpd_deploy.serve.latency_inputs import InputSource
     from mdpd_deploy.serve.latency_report import CONTROL, DEPLOYED, LatencyReport
     from mdpd_deploy.serve.latency_table import render
+    from mdpd_deploy.serve.ray_app import Scaling, build_ray_app, serve_on_ray
     from mdpd_deploy.serve.runtimes import DEFAULT_RUNTIMES, RUNTIMES, choose_device
     from mdpd_deploy.serve.shared import SharedTasks, load_shared
     from mdpd_deploy.serve.variants import (
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
         variants_of_methods,
         variants_of_run,
     )
+    from mdpd_deploy.serve.web.run import serve_bundles
 
 _HOME = {
     "CONTROL": "latency_report",
@@ -31,18 +34,24 @@ _HOME = {
     "DEFAULT_RUNTIMES": "runtimes",
     "DEPLOYED": "latency_report",
     "RUNTIMES": "runtimes",
+    "CoreOptions": "core",
     "Grid": "benchmark",
     "InputSource": "latency_inputs",
     "LatencyReport": "latency_report",
     "Plan": "latency",
+    "RequestCore": "core",
+    "Scaling": "ray_app",
     "SharedTasks": "shared",
     "Variant": "variants",
+    "build_ray_app": "ray_app",
     "choose_device": "runtimes",
     "load_shared": "shared",
     "race_graphs": "graph_race",
     "render": "latency_table",
     "rival_names": "variants",
     "run_benchmark": "benchmark",
+    "serve_bundles": "web.run",
+    "serve_on_ray": "ray_app",
     "variants_of_bundle": "variants",
     "variants_of_methods": "variants",
     "variants_of_run": "variants",
@@ -55,18 +64,24 @@ __all__ = [
     "DEFAULT_RUNTIMES",
     "DEPLOYED",
     "RUNTIMES",
+    "CoreOptions",
     "Grid",
     "InputSource",
     "LatencyReport",
     "Plan",
+    "RequestCore",
+    "Scaling",
     "SharedTasks",
     "Variant",
+    "build_ray_app",
     "choose_device",
     "load_shared",
     "race_graphs",
     "render",
     "rival_names",
     "run_benchmark",
+    "serve_bundles",
+    "serve_on_ray",
     "variants_of_bundle",
     "variants_of_methods",
     "variants_of_run",

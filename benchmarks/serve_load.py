@@ -1,0 +1,244 @@
+"""What does a server add to a bare call, how much load does it carry, and does it last?
+
+    python benchmarks/serve_load.py BUNDLE --engines local,ray --out docs/results/serve-load
+    python benchmarks/serve_load.py BUNDLE --soak-minutes 30 --share 0.8 --out soak
+
+Three parts: *overhead*, one request at a time against ONNX Runtime called in this process, in turn;
+*ramp*, open-loop Poisson load at rising rates until no server carries it (see open_loop.py), the
+servers in turn at each rate; *soak*, a mix of protocol and raw requests at a share of the knee,
+watching memory. Every answer is compared with the bundle's golden vectors. The client runs on the
+machine that it measures, so knees are lower than a server of its own would show.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from load_chart import write_charts
+from open_loop import KNEE_FACTOR, Request, apply_load, carried, find_knee, summarise
+from served import graph_arrays, memory_bytes, plain_requests, protocol_requests, started
+
+from mdpd_deploy.bundle import Bundle, load_bundle
+from mdpd_deploy.golden import load_golden
+from mdpd_deploy.machine import cpu_count, describe
+from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.serve.estimate import paired_ratio
+
+WARM_UP = 30  # requests
+
+
+def measure_overhead(
+    urls: dict[str, str], bundle: Bundle, request: Request, threads: int, rounds: int
+) -> dict[str, Any]:
+    """Time a bare call and one request to each server, in turn; ms and 95 % intervals."""
+    task = bundle.tasks[0]
+    assert task.golden is not None
+    arrays = graph_arrays(bundle, task, load_golden(task.golden).raws[:1])
+    runner = OnnxRunner(bundle.path / "model.onnx", threads=threads)
+    calls = {"bare": lambda: runner(arrays)}
+    rng = np.random.default_rng(0)
+    with contextlib.ExitStack() as stack:
+        for name, url in urls.items():
+            place = urlsplit(url)
+            line = http.client.HTTPConnection(place.hostname, place.port)
+            stack.callback(line.close)
+            calls[name] = lambda line=line: _ask(line, request)
+        for call in calls.values():
+            for _ in range(WARM_UP):
+                call()
+        times: dict[str, list[int]] = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name in rng.permutation(list(calls)):
+                begin = time.perf_counter_ns()
+                calls[name]()
+                times[name].append(time.perf_counter_ns() - begin)
+    bare = np.array(times.pop("bare"))
+    found: dict[str, Any] = {"rounds": rounds, "bare_p50_ms": _ms(np.median(bare))}
+    for name, values in times.items():
+        taken = np.array(values)
+        ratio = paired_ratio(taken, bare, seed=0)
+        low, middle, high = _median_interval(taken - bare)
+        found[name] = {
+            "p50_ms": _ms(np.median(taken)),
+            "added_ms": _ms(middle),
+            "added_ci95_ms": [_ms(low), _ms(high)],
+            "ratio": round(ratio.median, 3),
+            "ratio_ci95": [round(ratio.low, 3), round(ratio.high, 3)],
+        }
+    return found
+
+
+def _ask(line: http.client.HTTPConnection, request: Request) -> None:
+    line.request("POST", request.path, request.body, request.headers)
+    answer = line.getresponse()
+    body = answer.read()
+    if answer.status != 200:
+        raise SystemExit(f"{request.path} was answered with {answer.status}: {body[:200]!r}")
+    problem = request.problem(body, answer.headers)
+    if problem:
+        raise SystemExit(f"{request.path}: {problem}")
+
+
+def _median_interval(values: np.ndarray) -> tuple[float, float, float]:
+    rng = np.random.default_rng(0)
+    picks = rng.integers(len(values), size=(1000, len(values)))
+    medians = np.median(values[picks], axis=1)
+    return float(np.quantile(medians, 0.025)), float(np.median(values)), float(
+        np.quantile(medians, 0.975)
+    )  # fmt: skip
+
+
+def _ms(nanoseconds: float) -> float:
+    return round(float(nanoseconds) / 1e6, 3)
+
+
+def ramp(
+    urls: dict[str, str], requests: Sequence[Request], rates: Iterable[float], seconds: float
+) -> dict[str, list[dict[str, Any]]]:
+    """Raise the rate until each server failed to carry two in a row; return levels by server."""
+    levels: dict[str, list[dict[str, Any]]] = {name: [] for name in urls}
+    active = list(urls)
+    for turn, rate in enumerate(rates):
+        for name in active[::-1] if turn % 2 else list(active):
+            load = apply_load(urls[name], requests, rate=rate, seconds=seconds, seed=turn)
+            level = summarise(asyncio.run(load), rate=round(rate, 2), seconds=seconds)
+            level["load_average"] = os.getloadavg()[0]
+            levels[name].append(level)
+            print(f"{name}: {_words(level)}", flush=True)
+            failed = [not carried(each, levels[name][0]) for each in levels[name][-2:]]
+            if failed == [True, True]:
+                active.remove(name)
+        if not active:
+            break
+    return levels
+
+
+def rising(first: float, step: float, most: float) -> Iterator[float]:
+    """Yield first, first * step, … up to `most`."""
+    while first <= most:
+        yield first
+        first *= step
+
+
+def _words(level: dict[str, Any]) -> str:
+    errors = f", errors {level['errors']}" if level["errors"] else ""
+    return (
+        f"{level['rate']:.0f}/s offered, {level['answered_per_s']:.0f}/s answered, p50 "
+        f"{level['p50_ms']} p95 {level['p95_ms']} p99 {level['p99_ms']} ms{errors}"
+    )
+
+
+def soak(url: str, process: Any, requests: Sequence[Request], rate: float, minutes: float) -> dict:
+    """Load for a long time; one line per half minute with memory and latency."""
+    lines = []
+    end = time.monotonic() + 60 * minutes
+    while time.monotonic() < end:
+        seconds = min(30.0, end - time.monotonic())
+        load = apply_load(url, requests, rate=rate, seconds=max(seconds, 1), seed=len(lines))
+        level = summarise(asyncio.run(load), rate=rate, seconds=max(seconds, 1))
+        lines.append({**level, "memory_bytes": memory_bytes(process)})
+        print(f"{_words(level)}, memory {lines[-1]['memory_bytes'] / 1e6:.1f} MB", flush=True)
+    sizes = np.array([line["memory_bytes"] for line in lines]) / 1e6
+    half = sizes[len(sizes) // 2 :]
+    slope = float(np.polyfit(np.arange(len(half)), half, 1)[0]) if len(half) > 2 else None
+    return {
+        "minutes": minutes,
+        "rate": rate,
+        "requests": sum(line["requests"] for line in lines),
+        "errors": sum(sum(line["errors"].values()) for line in lines),
+        "memory_mb_first_middle_last": [
+            round(float(sizes[i]), 1) for i in (0, len(sizes) // 2, -1)
+        ],
+        "second_half_mb_per_hour": None if slope is None else round(120 * slope, 2),
+        "lines": lines,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--name", default="model", help="the model's name in requests")
+    parser.add_argument("--url", help="a server that runs already, instead of --engines")
+    parser.add_argument("--engines", default="local", help="local, ray, or both")
+    parser.add_argument("--threads", type=int, default=cpu_count(), help="inside one operator")
+    parser.add_argument("--rows", type=int, default=1, help="inputs of one request")
+    parser.add_argument("--rounds", type=int, default=500, help="of the overhead")
+    parser.add_argument("--seconds", type=float, default=15, help="of each rate")
+    parser.add_argument("--first-rate", type=float, help="default: a tenth of a bare call's")
+    parser.add_argument("--step", type=float, default=1.3, help="from one rate to the next")
+    parser.add_argument("--max-rate", type=float, default=100_000)
+    parser.add_argument("--soak-minutes", type=float, default=0)
+    parser.add_argument("--share", type=float, default=0.8, help="of the knee, for the soak")
+    parser.add_argument("--soak-rate", type=float, help="instead of a share; leaves the ramp out")
+    parser.add_argument("--out", type=Path, default=Path("serve-load"), help="without ending")
+    args = parser.parse_args()
+    bundle = load_bundle(args.bundle)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {
+        "bundle": args.bundle.name,
+        "task": bundle.manifest["task"],
+        "backbone": bundle.manifest["source"]["backbone"],
+        "settings": {
+            "engines": [args.url] if args.url else args.engines.split(","),
+            "threads": args.threads,
+            "rows": args.rows,
+            "seconds": args.seconds,
+            "knee_factor": KNEE_FACTOR,
+        },
+        "machine": describe(),
+        "load_average_before": os.getloadavg(),
+    }
+    with servers(args) as (urls, processes):
+        requests = protocol_requests(args.name, bundle, args.rows)
+        if args.soak_rate is None:
+            single = protocol_requests(args.name, bundle)[0]
+            report["overhead"] = measure_overhead(urls, bundle, single, args.threads, args.rounds)
+            print(json.dumps(report["overhead"], indent=2), flush=True)
+            bare = 1e3 / report["overhead"]["bare_p50_ms"]
+            rates = rising(args.first_rate or 0.1 * bare, args.step, args.max_rate)
+            levels = ramp(urls, requests, rates, args.seconds)
+            report["ramp"] = {
+                name: {"knee_per_s": find_knee(rows), "levels": rows}
+                for name, rows in levels.items()
+            }
+        if args.soak_minutes:
+            name = next(iter(urls))
+            rate = args.soak_rate or args.share * (report["ramp"][name]["knee_per_s"] or 0)
+            if not rate:
+                raise SystemExit("no rate was carried: name one with --soak-rate.")
+            mixed = requests + plain_requests(args.name, bundle)
+            report["soak"] = soak(urls[name], processes[name], mixed, rate, args.soak_minutes)
+    args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    for path in write_charts(report, args.out):
+        print(path)
+
+
+@contextlib.contextmanager
+def servers(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+    """Start what is to be measured; yield URLs and processes by engine."""
+    if args.url:
+        if args.soak_minutes:
+            raise SystemExit("--soak-minutes watches a process that this script starts: no --url.")
+        yield {"server": args.url}, {}
+        return
+    with contextlib.ExitStack() as stack:
+        urls, processes = {}, {}
+        for place, engine in enumerate(args.engines.split(",")):
+            words = ["--threads", str(args.threads), "--port", str(18080 + place)]
+            log = args.out.with_suffix(f".{engine}.log")
+            found = started({args.name: args.bundle}, engine, *words, log=log)
+            urls[engine], processes[engine] = stack.enter_context(found)
+        yield urls, processes
+
+
+if __name__ == "__main__":
+    main()

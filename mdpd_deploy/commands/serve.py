@@ -1,0 +1,126 @@
+"""`mdpd serve`: bundles behind HTTP. No torch is imported (D27)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mdpd_deploy.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from mdpd_deploy.serve import Scaling
+
+ENGINES = ("local", "ray")
+
+
+def command(
+    bundles: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="BUNDLE...", help="Folders of `mdpd export`, or NAME=FOLDER for another name."
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads in one operator; default the CPU quota.")
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(min=1, help="Most rows in one run; default the bundle's maximum.")
+    ] = None,
+    max_delay_ms: Annotated[
+        float | None, typer.Option(min=0, help="How long an idle device waits for more rows.")
+    ] = None,
+    queue: Annotated[
+        int | None, typer.Option(min=1, help="Most rows of a model in progress; more get a 503.")
+    ] = None,
+    timeout_s: Annotated[
+        float | None, typer.Option(min=0.001, help="A request's time limit; later is a 504.")
+    ] = None,
+    drain_s: Annotated[
+        int | None, typer.Option(min=1, help="After SIGTERM, time for requests in progress.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local: this process; ray: replicas on a Ray cluster.")
+    ] = "local",
+    replicas: Annotated[
+        str | None,
+        typer.Option(metavar="N|MIN-MAX", help="Of --engine ray; default 1, a range autoscales."),
+    ] = None,
+) -> None:
+    """Serve bundles over HTTP: the Open Inference Protocol, raw texts and pictures, a page."""
+    if engine not in ENGINES:
+        raise unknown("--engine", engine, ENGINES)
+    if replicas is not None and engine != "ray":
+        raise UserError("--replicas belongs to --engine ray: add that, or leave it out.")
+    from mdpd_deploy.serve import CoreOptions, serve_bundles
+
+    named = name_bundles(bundles)
+    asked: dict[str, Any] = {
+        "device": device,
+        "threads": threads,
+        "max_batch": max_batch,
+        "max_delay_ms": max_delay_ms,
+        "queue": queue,
+        "timeout_s": timeout_s,
+        "drain_s": drain_s,
+    }
+    options = CoreOptions(**{name: value for name, value in asked.items() if value is not None})
+
+    def say(url: str) -> None:
+        typer.echo(f"serving {', '.join(named)} at {url}")
+
+    if engine == "local":
+        serve_bundles(named, options, host=host, port=port, on_ready=say)
+        return
+    from mdpd_deploy.serve import serve_on_ray
+
+    scaling = read_scaling(replicas or "1")
+    serve_on_ray(named, options, scaling, host=host, port=port, on_ready=say)
+
+
+def read_scaling(words: str) -> Scaling:
+    """Return `N` or `MIN-MAX` replicas; `UserError` for anything else."""
+    import re
+
+    from mdpd_deploy.serve import Scaling
+
+    found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", words)
+    if not found:
+        raise UserError(f"--replicas {words}: give a number, or a range as 1-8.")
+    low = int(found[1])
+    return Scaling(min_replicas=low, max_replicas=int(found[2] or low))
+
+
+def name_bundles(words: list[str]) -> dict[str, Path]:
+    """Return folders by the names that requests use: `NAME=FOLDER`, or the folder's own name.
+
+    Raises:
+        UserError: For a name that a URL cannot hold as it is, or one that is given twice.
+    """
+    import re
+
+    named: dict[str, Path] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not equals or Path(word).exists():
+            name, folder = Path(word).resolve().name, word
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise UserError(
+                f"{word}: {name!r} cannot name a model in a URL; give it one of letters, digits, "
+                f"'.', '_' and '-': NAME={folder}"
+            )
+        if name in named:
+            raise UserError(
+                f"two bundles would be served as {name!r} ({named[name]} and {folder}): "
+                "name one of them, NAME=FOLDER."
+            )
+        named[name] = Path(folder)
+    return named

@@ -1,0 +1,52 @@
+"""What a server may be told, and what it accepts from strangers."""
+
+from dataclasses import dataclass, field
+
+from mdpd_deploy.data.images import MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one request may ask for; checked before anything of that size is allocated.
+
+    Attributes:
+        body_bytes: Size of a body.
+        bodies_bytes: All bodies that are held in memory at once.
+        header_bytes: Request line and headers.
+        tensors: Inputs, or requested outputs, of one request.
+        text_bytes: One text in UTF-8, before it is tokenised.
+        pixels: Width times height of a picture, read from its header; fixed in `data.images`.
+    """
+
+    body_bytes: int = 16_000_000
+    bodies_bytes: int = 256_000_000
+    header_bytes: int = 16_384
+    tensors: int = 16
+    text_bytes: int = 100_000
+    pixels: int = field(default=MAX_PIXELS, init=False)
+
+
+@dataclass(frozen=True)
+class CoreOptions:
+    """How requests are batched and run.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        threads: Threads inside one operator; None = the CPU quota.
+        max_batch: Most rows in one run of a graph; None = the bundle's own maximum.
+        max_delay_ms: How long the first row of a batch waits for others while the device is idle.
+            While it is busy rows gather anyway, whatever this is.
+        queue: Most rows of one model that may be in progress; more are refused.
+        timeout_s: Time from a request's arrival after which it is given up.
+        drain_s: Most seconds for the requests in progress when the server is to end.
+        limits: See `Limits`.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    max_batch: int | None = None
+    max_delay_ms: float = 1.0
+    queue: int = 256
+    timeout_s: float = 30.0
+    drain_s: int = 20
+    limits: Limits = field(default_factory=Limits)

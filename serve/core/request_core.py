@@ -1,0 +1,317 @@
+"""The request core: models, batching and protocol without HTTP. See the package's docstring."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mdpd_deploy.bundle import Prediction, to_prediction
+from mdpd_deploy.data.examples import Raw
+from mdpd_deploy.data.images import decode_image
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.machine import cpu_count
+from mdpd_deploy.serve.core.batcher import Batch, Done, MicroBatcher
+from mdpd_deploy.serve.core.model import (
+    VERSION,
+    RunnerFactory,
+    ServedModel,
+    onnx_runner,
+)
+from mdpd_deploy.serve.core.options import CoreOptions
+from mdpd_deploy.serve.core.protocol import InferRequest, Reply, decode_request, encode_reply
+from mdpd_deploy.serve.core.refusal import (
+    draining,
+    expired,
+    invalid,
+    not_found,
+    shown,
+    too_large,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a plain request gets.
+
+    Attributes:
+        model: The model's name.
+        task: The task that answered.
+        predictions: One per input, in order.
+        queue_ms: Time its rows waited for the device.
+        compute_ms: Time of the batch that they were run in.
+        batch_rows: Rows of that batch, those of other requests included.
+    """
+
+    model: str
+    task: str
+    predictions: tuple[Prediction, ...]
+    queue_ms: float
+    compute_ms: float
+    batch_rows: int
+
+
+@dataclass(frozen=True)
+class InferAnswer:
+    """What a protocol request gets: the body, and the times as in `Answer`."""
+
+    reply: Reply
+    queue_ms: float
+    compute_ms: float
+    batch_rows: int
+
+
+class RequestCore:
+    """Serves several bundles in one process; see the package's docstring.
+
+    Args:
+        models: Opened models; all share one inference thread and take turns.
+        options: Batching, deadlines and limits.
+        on_batch: Told of every batch that was run, for metrics.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ServedModel],
+        options: CoreOptions,
+        *,
+        on_batch: Callable[[Batch], None] = lambda batch: None,
+    ) -> None:
+        self.options = options
+        self.models: dict[str, ServedModel] = {model.name: model for model in models}
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="inference")
+        self._preparing = ThreadPoolExecutor(cpu_count(), thread_name_prefix="preparing")
+        self._batchers = {
+            model.name: MicroBatcher(
+                model.name,
+                model.run,
+                self._device,
+                key=model.batch_key,
+                max_batch=model.max_batch,
+                max_delay_ms=options.max_delay_ms,
+                queue=max(options.queue, model.max_batch),
+                on_batch=on_batch,
+            )
+            for model in models
+        }
+        self._started = self._closing = False
+
+    @classmethod
+    def open(
+        cls,
+        bundles: Mapping[str, Path],
+        options: CoreOptions,
+        *,
+        make_runner: RunnerFactory = onnx_runner,
+        on_batch: Callable[[Batch], None] = lambda batch: None,
+    ) -> "RequestCore":
+        """Load and prove bundles, named as requests name them; see `ServedModel` for errors."""
+        if not bundles:
+            raise UserError("name at least one bundle to serve.")
+        models = [ServedModel(name, path, options, make_runner) for name, path in bundles.items()]
+        return cls(models, options, on_batch=on_batch)
+
+    async def start(self) -> None:
+        """Begin to answer, in the running event loop."""
+        for batcher in self._batchers.values():
+            batcher.start()
+        self._started = True
+
+    async def close(self) -> None:
+        """Refuse new requests, answer those that were taken, and stop."""
+        self._closing = True
+        await asyncio.gather(*(batcher.close() for batcher in self._batchers.values()))
+        self._preparing.shutdown(wait=True, cancel_futures=True)
+        self._device.shutdown(wait=True)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered now."""
+        return self._started and not self._closing
+
+    def queued(self) -> dict[str, int]:
+        """Return how many rows of each model are taken and not answered yet."""
+        return {name: batcher.reserved for name, batcher in self._batchers.items()}
+
+    def model(self, name: str, version: str | None = None) -> ServedModel:
+        """Return a model; raises `Refusal` 404 for an unknown name or version."""
+        found = self.models.get(name)
+        if found is None:
+            raise not_found(f"unknown model {shown(name)}: served are {', '.join(self.models)}.")
+        if version not in (None, VERSION):
+            raise not_found(f"model {name!r} has no version {shown(version)}, only {VERSION!r}.")
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """Return the protocol's server metadata."""
+        from importlib.metadata import version
+
+        return {
+            "name": "mdpd-deploy",
+            "version": version("mdpd-deploy"),
+            "extensions": ["binary_tensor_data"],
+        }
+
+    def describe_model(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """Return the protocol's model metadata."""
+        model = self.model(name, version)
+        inputs, outputs = (
+            [{"name": spec.name, "datatype": spec.datatype, "shape": spec.shape} for spec in specs]
+            for specs in (model.inputs, model.outputs)
+        )
+        return {
+            "name": model.name,
+            "versions": [VERSION],
+            "platform": model.platform,
+            "inputs": inputs,
+            "outputs": outputs,
+        }
+
+    def describe_tasks(self, name: str) -> dict[str, Any]:
+        """Return what a plain request may ask of a model."""
+        model = self.model(name)
+        manifest = model.bundle.manifest
+        return {
+            "name": model.name,
+            "modality": manifest["modality"],
+            "precision": manifest["precision"],
+            "method": manifest["method"],
+            "faded": manifest["faded"],
+            "provider": model.runner.provider.removesuffix("ExecutionProvider"),
+            "max_batch": model.max_batch,
+            "tasks": [
+                {
+                    "name": task.name,
+                    "kind": task.kind,
+                    "pair": task.pair,
+                    "labels": list(task.label_names),
+                }
+                for task in model.tasks.values()
+            ],
+        }
+
+    async def infer(
+        self, name: str, body: bytes, *, json_length: int | None = None, version: str | None = None
+    ) -> InferAnswer:
+        """Answer a request of the protocol.
+
+        Args:
+            name: The model.
+            body: The whole body.
+            json_length: `Inference-Header-Content-Length`.
+            version: The model's version, where the request names one.
+
+        Raises:
+            Refusal: For every request that cannot be answered, with the reason.
+        """
+        model = self.model(name, version)
+
+        def decode() -> tuple[InferRequest, int]:
+            most = self.options.limits.tensors
+            request = decode_request(
+                body, json_length, model.inputs, model.outputs, most_tensors=most
+            )
+            return request, model.check(request.arrays)
+
+        started = asyncio.get_running_loop().time()
+        async with _deadline(self.options.timeout_s) as limit:
+            request, rows = await self._prepare(decode)
+            if request.timeout_s is not None:
+                _shorten(limit, started, request.timeout_s)
+            with self._batchers[name].reserve(rows):
+                done = await self._batchers[name].submit(request.arrays, rows)
+        outputs = {model.outputs[0].name: done.outputs}
+        reply = encode_reply(request, model.name, VERSION, outputs)
+        return InferAnswer(reply, done.queue_ms, done.compute_ms, done.batch_rows)
+
+    async def predict(self, name: str, raws: Sequence[Raw], *, task: str | None = None) -> Answer:
+        """Answer raw inputs, all for one task.
+
+        Args:
+            name: The model.
+            raws: Texts, pairs of texts, or pictures in memory.
+            task: Which task; None where there is only one.
+
+        Raises:
+            Refusal: For every request that cannot be answered, with the reason.
+        """
+        self._check_raws(name, raws, task)
+        return await self._predict(name, len(raws), lambda: raws, task)
+
+    async def classify(self, name: str, picture: bytes, *, task: str | None = None) -> Answer:
+        """Answer a JPEG, PNG or WebP file in memory; see `predict`."""
+        if self.model(name).bundle.manifest["modality"] != "image":
+            raise invalid(f"{name} takes text, not pictures.")
+        if not picture:
+            raise invalid("the body is empty: send the bytes of a JPEG, PNG or WebP picture.")
+
+        def decode() -> list[Raw]:
+            try:
+                return [decode_image(BytesIO(picture), "the picture")]
+            except UserError as err:
+                raise (too_large if "pixels" in str(err) else invalid)(str(err)) from err
+
+        return await self._predict(name, 1, decode, task)
+
+    async def _predict(
+        self, name: str, rows: int, decode: Callable[[], Sequence[Raw]], task: str | None
+    ) -> Answer:
+        model = self.model(name)
+        chosen = model.task(task)
+        async with _deadline(self.options.timeout_s):
+            with self._batchers[name].reserve(rows):
+                arrays = await self._prepare(lambda: model.to_arrays(decode(), chosen))
+                done: Done = await self._batchers[name].submit(arrays, rows)
+        predictions = tuple(
+            to_prediction(row[: chosen.width], chosen.label_names) for row in done.outputs
+        )
+        times = done.queue_ms, done.compute_ms, done.batch_rows
+        return Answer(model.name, chosen.name, predictions, *times)
+
+    def _check_raws(self, name: str, raws: Sequence[Raw], task: str | None) -> None:
+        model = self.model(name)
+        chosen = model.task(task)
+        if not raws:
+            raise invalid("the request holds no input.")
+        if len(raws) > model.max_batch:
+            raise invalid(
+                f"a request may have at most {model.max_batch} inputs: given {len(raws)}."
+            )
+        if model.bundle.manifest["modality"] == "image":
+            return
+        most = self.options.limits.text_bytes
+        for raw in raws:
+            if isinstance(raw, tuple) != chosen.pair or not isinstance(raw, str | tuple):
+                wanted = "pairs of texts" if chosen.pair else "single texts"
+                raise invalid(f"task {chosen.name!r} takes {wanted}: given {shown(raw)}.")
+            for text in raw if isinstance(raw, tuple) else (raw,):
+                if len(text.encode(errors="replace")) > most:
+                    raise too_large(f"a text has more than {most} bytes: shorten it.")
+
+    async def _prepare(self, work: Callable[[], T]) -> T:
+        """Run processor work beside the event loop."""
+        if not self.ready:
+            raise draining()
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+
+
+@contextlib.asynccontextmanager
+async def _deadline(timeout_s: float) -> AsyncIterator[asyncio.Timeout]:
+    """Give up the block after a time, with a 504."""
+    try:
+        async with asyncio.timeout(timeout_s) as limit:
+            yield limit
+    except TimeoutError:
+        raise expired() from None
+
+
+def _shorten(limit: asyncio.Timeout, started: float, timeout_s: float) -> None:
+    """Take a client's own limit where it is shorter."""
+    end = limit.when()
+    assert end is not None
+    limit.reschedule(min(end, started + timeout_s))

@@ -1,0 +1,124 @@
+"""What each input of a graph accepts: name, datatype, shape and values."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdpd_deploy.serve.core.refusal import invalid, shown
+
+Arrays = dict[str, NDArray[Any]]
+
+# Datatypes of the protocol → numpy, little-endian. BYTES has no fixed size, BF16 no numpy type.
+DATATYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("?"),
+    "UINT8": np.dtype("u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+_OF_NUMPY = {dtype.newbyteorder("="): name for name, dtype in DATATYPES.items()}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a tensor.
+
+    Attributes:
+        name: As in the manifest; None for a fixed axis.
+        low: Smallest size.
+        high: Largest size; equal to `low` for a fixed axis.
+    """
+
+    name: str | None
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph, the batch axis first.
+
+    Attributes:
+        values: Whole numbers that may occur, as (smallest, largest); None = any finite value.
+    """
+
+    name: str
+    datatype: str
+    axes: tuple[Axis, ...]
+    values: tuple[int, int] | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy type, little-endian."""
+        return DATATYPES[self.datatype]
+
+    @property
+    def shape(self) -> list[int]:
+        """As the protocol writes it: -1 for an axis that may vary."""
+        return [-1 if axis.name else axis.low for axis in self.axes]
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise a 400 unless every axis is within its range; nothing is allocated for this."""
+        if len(shape) != len(self.axes):
+            raise invalid(
+                f"input {self.name!r} has {len(self.axes)} dimensions {self.shape}: "
+                f"the request gives it {len(shape)}."
+            )
+        for number, (axis, size) in enumerate(zip(self.axes, shape, strict=True)):
+            if not axis.low <= size <= axis.high:
+                wanted = str(axis.low) if axis.low == axis.high else f"{axis.low} to {axis.high}"
+                called = f" ({axis.name})" if axis.name else ""
+                raise invalid(
+                    f"input {self.name!r}: dimension {number}{called} must be {wanted}, "
+                    f"not {shown(size)}."
+                )
+
+    def check_values(self, array: NDArray[Any]) -> None:
+        """Raise a 400 for a value that the graph has no row for, or that is not finite."""
+        if self.values is not None:
+            low, high = self.values
+            worst = int(array.min()), int(array.max())
+            if worst[0] < low or worst[1] > high:
+                bad = worst[0] if worst[0] < low else worst[1]
+                raise invalid(f"input {self.name!r}: {bad} is not one of {low} to {high}.")
+        elif array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise invalid(f"input {self.name!r} holds values that are not finite.")
+
+
+def read_specs(
+    ports: Sequence[Mapping[str, Any]],
+    shapes: Mapping[str, Mapping[str, int]],
+    values: Mapping[str, tuple[int, int]],
+) -> tuple[TensorSpec, ...]:
+    """Return the specs of a manifest's inputs or outputs.
+
+    Args:
+        ports: `manifest["inputs"]` or `["outputs"]`.
+        shapes: `manifest["shapes"]`: the range of every named axis.
+        values: Ranges of values by input name, where known.
+    """
+    return tuple(
+        TensorSpec(
+            name=port["name"],
+            datatype=_OF_NUMPY[np.dtype(port["dtype"])],
+            axes=tuple(_axis(size, shapes) for size in port["shape"]),
+            values=values.get(port["name"]),
+        )
+        for port in ports
+    )
+
+
+def _axis(size: str | int, shapes: Mapping[str, Mapping[str, int]]) -> Axis:
+    if isinstance(size, int):
+        return Axis(None, size, size)
+    return Axis(size, shapes[size]["min"], shapes[size]["max"])

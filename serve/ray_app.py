@@ -1,0 +1,222 @@
+"""The server as a Ray Serve application: the same routes over the same request core, on a cluster.
+
+Every replica is one process with its own copy of the models and its own batcher; Ray's proxies share
+the requests out. A replica answers only after its bundles are proven, as `mdpd serve` does.
+
+    mdpd serve BUNDLE --engine ray --replicas 1-8              # the application lives as long as this
+    serve run mdpd_deploy.serve.ray_app:app bundles=NAME=FOLDER max_replicas=8        # Ray's own way
+
+Bundles are folders that every machine of the cluster sees at the same path.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from mdpd_deploy.bundle import load_bundle
+from mdpd_deploy.errors import UserError, WorkFailed, missing_extra
+from mdpd_deploy.serve.core import CoreOptions, RequestCore
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+NAME = "mdpd"  # of the application and its deployment
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How many replicas there are.
+
+    Attributes:
+        min_replicas: Replicas that always run.
+        max_replicas: With more than `min_replicas` Ray adds replicas under load and removes them.
+        target_ongoing_requests: Requests in progress per replica that Ray aims at.
+    """
+
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_ongoing_requests: float = 16.0
+
+
+def build_ray_app(
+    bundles: Mapping[str, Path], options: CoreOptions, scaling: Scaling | None = None
+) -> Any:
+    """Return a Ray Serve application.
+
+    Args:
+        bundles: Folders by the names that requests use, at the same path on every machine.
+        options: As for one process; a replica reserves a processor per thread (default 1), or one
+            GPU where `device` is cuda.
+        scaling: See `Scaling`.
+
+    Raises:
+        UserError: If Ray is not installed, or a bundle is no sound one here.
+    """
+    serve = _import_serve()
+    scaling = scaling or Scaling()
+    if scaling.max_replicas < scaling.min_replicas or scaling.min_replicas < 1:
+        raise UserError(
+            f"--replicas {scaling.min_replicas}-{scaling.max_replicas}: give MIN-MAX with 1 or "
+            "more, or one number."
+        )
+    if not bundles:
+        raise UserError("name at least one bundle to serve.")
+    places = {name: Path(path).resolve() for name, path in bundles.items()}
+    for path in places.values():
+        load_bundle(path)  # a wrong one is told here and not in the log of a replica
+    own = replace(options, threads=options.threads or 1)
+
+    def build() -> "FastAPI":
+        """Open the models in a replica; Ray starts and ends what this returns."""
+        from mdpd_deploy.serve.web.app import build_app
+        from mdpd_deploy.serve.web.metrics import Metrics
+
+        metrics = Metrics()
+        return build_app(RequestCore.open(places, own, on_batch=metrics.on_batch), metrics)
+
+    resources = {"num_cpus": own.threads, "num_gpus": int(own.device == "cuda")}
+    asked: dict[str, Any] = {"num_replicas": scaling.min_replicas}
+    if scaling.max_replicas > scaling.min_replicas:
+        asked = {
+            "autoscaling_config": {
+                "min_replicas": scaling.min_replicas,
+                "max_replicas": scaling.max_replicas,
+                "target_ongoing_requests": scaling.target_ongoing_requests,
+            }
+        }
+    deployment = serve.deployment(
+        serve.ingress(build)(),
+        name=NAME,
+        ray_actor_options=resources,
+        max_ongoing_requests=own.queue,  # the core refuses what is more, in its own words
+        max_queued_requests=own.queue,
+        graceful_shutdown_timeout_s=own.drain_s,
+        **asked,
+    )
+    return deployment.bind()
+
+
+class AppArguments(BaseModel):
+    """What `serve run` or a Serve config file may say.
+
+    Attributes:
+        bundles: Folders by name, or `NAME=FOLDER,NAME=FOLDER`.
+        device: cpu or cuda.
+        threads: Processors per replica.
+        max_batch: Most rows of one run; None = the bundles' own maximum.
+        max_delay_ms: How long an idle replica waits for more rows.
+        queue: Most rows of a model in progress in a replica.
+        timeout_s: A request's time limit.
+        min_replicas: As in `Scaling`.
+        max_replicas: As in `Scaling`.
+        target_ongoing_requests: As in `Scaling`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundles: dict[str, Path] | str
+    device: str = CoreOptions.device
+    threads: int | None = CoreOptions.threads
+    max_batch: int | None = CoreOptions.max_batch
+    max_delay_ms: float = CoreOptions.max_delay_ms
+    queue: int = CoreOptions.queue
+    timeout_s: float = CoreOptions.timeout_s
+    min_replicas: int = Scaling.min_replicas
+    max_replicas: int = Scaling.max_replicas
+    target_ongoing_requests: float = Scaling.target_ongoing_requests
+
+
+def app(args: AppArguments) -> Any:
+    """Return the application, for `serve run mdpd_deploy.serve.ray_app:app` and config files."""
+    places = args.bundles
+    if isinstance(places, str):
+        pairs = (word.partition("=") for word in places.split(","))
+        places = {name: Path(folder) for name, _, folder in pairs}
+    plain = args.model_dump(exclude={"bundles"})
+    scaling = Scaling(**{name: plain.pop(name) for name in Scaling.__dataclass_fields__})
+    return build_ray_app(places, CoreOptions(**plain), scaling)
+
+
+def serve_on_ray(
+    bundles: Mapping[str, Path],
+    options: CoreOptions,
+    scaling: Scaling,
+    *,
+    host: str,
+    port: int,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Run the application on a Ray cluster until SIGTERM or an interrupt.
+
+    Joins the cluster that RAY_ADDRESS names; without one, a cluster of this machine alone is started,
+    without dashboard and usage statistics.
+
+    Args:
+        bundles: Folders by the names that requests use.
+        options: See `build_ray_app`.
+        scaling: See `Scaling`.
+        host: Address that Ray's proxies listen on.
+        port: Their port.
+        on_ready: Told the URL when requests are answered.
+
+    Raises:
+        UserError: If Ray, a bundle or a cluster is missing.
+        WorkFailed: If no replica gets ready.
+        KeyboardInterrupt: After an interrupt.
+    """
+    serve = _import_serve()
+    application = build_ray_app(bundles, options, scaling)
+    _join()
+    stop = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        try:
+            serve.run(application, name=NAME)
+        except RuntimeError as err:
+            reason = str(err).strip().splitlines()[-1]
+            raise WorkFailed(f"no replica got ready: {reason}") from err
+        on_ready(f"http://{host}:{port}")
+        while not stop.wait(1):  # a wait without end would also hold an interrupt back
+            pass
+    finally:
+        _leave(serve)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _join() -> None:
+    import ray
+
+    if ray.is_initialized():
+        return
+    alone: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+    try:
+        ray.init(log_to_driver=False, **alone)
+    except ConnectionError as err:
+        raise UserError(f"--engine ray: no cluster could be reached ({err}).") from err
+
+
+def _leave(serve: Any) -> None:
+    """End the application; a cluster that was started here ends with this process."""
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        serve.delete(NAME)
+    else:
+        serve.shutdown()
+    ray.shutdown()
+
+
+def _import_serve() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        from ray import serve
+    except ImportError as err:
+        raise missing_extra("ray", "ray", "--engine ray") from err
+    return serve

@@ -1,0 +1,123 @@
+"""The application: routes over a request core, errors in one form, headers, counting."""
+
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from mdpd_deploy.errors import missing_extra
+from mdpd_deploy.serve.core import Refusal, RequestCore
+from mdpd_deploy.serve.core.refusal import internal
+from mdpd_deploy.serve.web.body import Bodies
+from mdpd_deploy.serve.web.metrics import Metrics
+from mdpd_deploy.serve.web.routes import add_pages, add_plain_routes, add_protocol_routes
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+]
+
+
+def build_app(core: RequestCore, metrics: Metrics) -> "FastAPI":
+    """Return the application; the core starts and closes with it.
+
+    Args:
+        core: An opened core, not yet started, whose `on_batch` is `metrics.on_batch`.
+        metrics: Where requests are counted.
+
+    Raises:
+        UserError: If FastAPI is not installed.
+    """
+    try:
+        from fastapi import FastAPI
+        from starlette.exceptions import HTTPException
+    except ImportError as err:
+        raise missing_extra("fastapi", "serve", "serving") from err
+
+    @asynccontextmanager
+    async def lifespan(app: "FastAPI") -> AsyncIterator[None]:
+        await core.start()
+        yield
+        await core.close()
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    for name in core.models:
+        metrics.watch_queue(name, lambda name=name: core.queued()[name])  # type: ignore[misc]
+    bodies = Bodies(core.options.limits, core.options.timeout_s)
+    add_protocol_routes(app, core, bodies, metrics)
+    add_plain_routes(app, core, bodies, metrics)
+    add_pages(app, core, metrics)
+
+    async def refused(_: Any, err: Exception) -> Any:
+        assert isinstance(err, Refusal)
+        return _error(err, metrics)
+
+    async def no_route(_: Any, err: Exception) -> Any:
+        assert isinstance(err, HTTPException)
+        message = {404: "there is nothing at this path.", 405: "this path takes another method."}
+        words = message.get(err.status_code, "the request cannot be read.")
+        return _error(Refusal(err.status_code, "no_route", words), metrics)
+
+    async def failed(_: Any, err: Exception) -> Any:
+        return _error(internal(), metrics)
+
+    app.add_exception_handler(Refusal, refused)
+    app.add_exception_handler(HTTPException, no_route)
+    app.add_exception_handler(Exception, failed)
+    app.add_middleware(_Frame, metrics=metrics, header_bytes=core.options.limits.header_bytes)
+    return app
+
+
+def _error(refusal: Refusal, metrics: Metrics) -> Any:
+    from fastapi import Response
+
+    metrics.on_error(refusal.kind)
+    headers = {}
+    if refusal.retry_after_s is not None:
+        headers["Retry-After"] = str(refusal.retry_after_s)
+    if refusal.status in (408, 413):  # the rest of the body is not read
+        headers["Connection"] = "close"
+    body = json.dumps({"error": str(refusal)}, ensure_ascii=False).encode()
+    return Response(body, refusal.status, headers=headers, media_type="application/json")
+
+
+class _Frame:
+    """Around every request: the size of its headers, our own headers, time and status."""
+
+    def __init__(self, app: "ASGIApp", metrics: Metrics, header_bytes: int) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._header_bytes = header_bytes
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        status = 500
+
+        async def framed(message: "Message") -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *_HEADERS]
+            await send(message)
+
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        if size + len(scope["raw_path"]) + len(scope["query_string"]) > self._header_bytes:
+            words = f"the headers have more than {self._header_bytes} bytes."
+            response = _error(Refusal(431, "too_large", words), self._metrics)
+            await response(scope, receive, framed)
+        else:
+            await self._app(scope, receive, framed)
+        route = getattr(scope.get("route"), "path", "other")
+        self._metrics.on_request(route, status, time.perf_counter() - started)

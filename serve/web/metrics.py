@@ -1,0 +1,82 @@
+"""What the server tells Prometheus: requests, errors, waiting, computing, batches, queues."""
+
+from collections.abc import Callable
+
+from mdpd_deploy.errors import missing_extra
+from mdpd_deploy.serve.core import Batch
+
+_SECONDS = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25),
+    *(0.5, 1, 2.5, 5, 10, 30),
+)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own.
+
+    Label values come from served models, routes and kinds of refusal, never from a request, so
+    that no client can make them grow.
+
+    Raises:
+        UserError: If prometheus-client is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+        except ImportError as err:
+            raise missing_extra("prometheus-client", "serve", "serving") from err
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "mdpd_requests", "Requests answered.", ("route", "status"), registry=registry
+        )
+        self._errors = Counter(
+            "mdpd_errors", "Requests refused or failed, by kind.", ("kind",), registry=registry
+        )
+        self._latency = Histogram(
+            "mdpd_request_seconds", "From headers to answer.", ("route",),
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self._queue = Histogram(
+            "mdpd_queue_seconds", "A request's wait for the device.", ("model",),
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self._compute = Histogram(
+            "mdpd_compute_seconds", "A batch's run on the device.", ("model",),
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self._rows = Histogram(
+            "mdpd_batch_rows", "Rows of a batch.", ("model",), buckets=_ROWS, registry=registry
+        )
+        self._depth = Gauge(
+            "mdpd_queue_rows", "Rows in progress or waiting.", ("model",), registry=registry
+        )
+
+    def watch_queue(self, model: str, depth: Callable[[], int]) -> None:
+        """Report `depth()` as a model's queue whenever the metrics are read."""
+        self._depth.labels(model).set_function(depth)
+
+    def on_batch(self, batch: Batch) -> None:
+        """Count a batch that was run."""
+        self._compute.labels(batch.model).observe(batch.compute_ms / 1e3)
+        self._rows.labels(batch.model).observe(batch.rows)
+
+    def on_wait(self, model: str, queue_ms: float) -> None:
+        """Count a request's time in the queue."""
+        self._queue.labels(model).observe(queue_ms / 1e3)
+
+    def on_request(self, route: str, status: int, seconds: float) -> None:
+        """Count a request that was answered, whatever the answer."""
+        self._requests.labels(route, str(status)).inc()
+        self._latency.labels(route).observe(seconds)
+
+    def on_error(self, kind: str) -> None:
+        """Count a refusal."""
+        self._errors.labels(kind).inc()
+
+    def text(self) -> tuple[bytes, str]:
+        """Return everything in Prometheus' text form, and its content type."""
+        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST

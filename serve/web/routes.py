@@ -1,0 +1,160 @@
+"""What is answered where: the Open Inference Protocol, plain requests, metrics and the page."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from mdpd_deploy.serve.core import Answer, RequestCore, check_encoding
+from mdpd_deploy.serve.core.json_body import read_json_body, take_count, take_list, take_text
+from mdpd_deploy.serve.core.refusal import invalid, shown, unsupported
+from mdpd_deploy.serve.web.body import Bodies, json_length
+from mdpd_deploy.serve.web.metrics import Metrics
+from mdpd_deploy.serve.web.page import read_page
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+TOP = 5  # classes in an answer, where the request does not say
+_MODEL = "/v2/models/{model}"
+_VERSION = "/v2/models/{model}/versions/{version}"
+
+
+def add_protocol_routes(
+    app: "FastAPI", core: RequestCore, bodies: Bodies, metrics: Metrics
+) -> None:
+    """Add the Open Inference Protocol, version 2, with its binary extension."""
+    from fastapi import Request, Response
+
+    async def server() -> Response:
+        return _json(core.describe())
+
+    async def live() -> Response:
+        return _json({"live": True})
+
+    async def ready() -> Response:
+        return _json({"ready": core.ready}, 200 if core.ready else 503)
+
+    async def model_of(model: str, version: str | None = None) -> Response:
+        return _json(core.describe_model(model, version))
+
+    async def model_ready(model: str, version: str | None = None) -> Response:
+        core.model(model, version)
+        return _json({"name": model, "ready": core.ready}, 200 if core.ready else 503)
+
+    async def infer(request: Request, model: str, version: str | None = None) -> Response:
+        core.model(model, version)
+        check_encoding(request.headers.get("content-encoding"))
+        async with bodies.read(request) as body:
+            length = json_length(request)
+            answer = await core.infer(model, body, json_length=length, version=version)
+        metrics.on_wait(model, answer.queue_ms)
+        reply = answer.reply
+        if reply.json_length is None:
+            return Response(reply.body, media_type="application/json")
+        headers = {"Inference-Header-Content-Length": str(reply.json_length)}
+        return Response(reply.body, headers=headers, media_type="application/octet-stream")
+
+    app.add_api_route("/v2", server, methods=["GET"])
+    app.add_api_route("/v2/health/live", live, methods=["GET"])
+    app.add_api_route("/v2/health/ready", ready, methods=["GET"])
+    for path in (_MODEL, _VERSION):
+        app.add_api_route(path, model_of, methods=["GET"])
+        app.add_api_route(f"{path}/ready", model_ready, methods=["GET"])
+        app.add_api_route(f"{path}/infer", infer, methods=["POST"])
+
+
+def add_plain_routes(app: "FastAPI", core: RequestCore, bodies: Bodies, metrics: Metrics) -> None:
+    """Add what takes raw texts and pictures, and says what may be asked."""
+    from fastapi import Request, Response
+
+    async def models() -> Response:
+        return _json({"models": [core.describe_tasks(name) for name in core.models]})
+
+    async def model_of(model: str) -> Response:
+        return _json(core.describe_tasks(model))
+
+    async def predict(request: Request, model: str) -> Response:
+        core.model(model)
+        check_encoding(request.headers.get("content-encoding"))
+        async with bodies.read(request) as body:
+            plain = read_json_body(body)
+            most = core.model(model).max_batch
+            raws = [_to_raw(item) for item in take_list(plain, "inputs", "", most)]
+            task = take_text(plain, "task", "") or request.query_params.get("task")
+            top = take_count(plain, "top", "")
+            answer = await core.predict(model, raws, task=task)
+        metrics.on_wait(model, answer.queue_ms)
+        return _json(_plain(answer, TOP if top is None else top))
+
+    async def classify(request: Request, model: str) -> Response:
+        core.model(model)
+        check_encoding(request.headers.get("content-encoding"))
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            raise unsupported("send the picture's bytes as the whole body, not as a form.")
+        query = request.query_params
+        top = _top(query.get("top"))
+        async with bodies.read(request) as body:
+            answer = await core.classify(model, body, task=query.get("task"))
+        metrics.on_wait(model, answer.queue_ms)
+        return _json(_plain(answer, top))
+
+    app.add_api_route("/v1/models", models, methods=["GET"])
+    app.add_api_route("/v1/models/{model}", model_of, methods=["GET"])
+    app.add_api_route("/v1/models/{model}/predict", predict, methods=["POST"])
+    app.add_api_route("/v1/models/{model}/classify", classify, methods=["POST"])
+
+
+def add_pages(app: "FastAPI", core: RequestCore, metrics: Metrics) -> None:
+    """Add the page for people, the state it shows, and the metrics."""
+    from fastapi import Response
+
+    text, policy = read_page()
+
+    async def page() -> Response:
+        return Response(text, media_type="text/html", headers={"Content-Security-Policy": policy})
+
+    async def queue() -> Response:
+        limit = core.options.queue
+        return _json({"ready": core.ready, "queue": limit, "in_progress": core.queued()})
+
+    async def read_metrics() -> Response:
+        content, media_type = metrics.text()
+        return Response(content, headers={"Content-Type": media_type})
+
+    app.add_api_route("/", page, methods=["GET"])
+    app.add_api_route("/v1/queue", queue, methods=["GET"])
+    app.add_api_route("/metrics", read_metrics, methods=["GET"])
+
+
+def _to_raw(item: Any) -> str | tuple[str, str]:
+    """Return a text, or a pair of texts, from its JSON form."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, list) and len(item) == 2 and all(isinstance(text, str) for text in item):
+        return item[0], item[1]
+    raise invalid(f"an input is a text or a list of two texts: given {shown(item)}.")
+
+
+def _top(value: str | None) -> int:
+    if value is None:
+        return TOP
+    if not value.isascii() or not value.isdigit() or len(value) > 6:
+        raise invalid(f"top must be a whole number, not negative: given {shown(value)}.")
+    return int(value)
+
+
+def _plain(answer: Answer, top: int) -> dict[str, Any]:
+    return {
+        "model": answer.model,
+        "task": answer.task,
+        "predictions": [prediction.to_json(top) for prediction in answer.predictions],
+        "queue_ms": round(answer.queue_ms, 3),
+        "compute_ms": round(answer.compute_ms, 3),
+        "batch_rows": answer.batch_rows,
+    }
+
+
+def _json(plain: Any, status: int = 200) -> Any:
+    from fastapi import Response
+
+    body = json.dumps(plain, ensure_ascii=False, allow_nan=False).encode()
+    return Response(body, status, media_type="application/json")

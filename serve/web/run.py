@@ -1,0 +1,114 @@
+"""One server process, from its start to the end of its drain."""
+
+import errno
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mdpd_deploy.errors import UserError, missing_extra
+from mdpd_deploy.serve.core import CoreOptions, RequestCore, RunnerFactory, onnx_runner
+from mdpd_deploy.serve.web.app import build_app
+from mdpd_deploy.serve.web.metrics import Metrics
+
+
+def serve_bundles(
+    bundles: Mapping[str, Path],
+    options: CoreOptions,
+    *,
+    host: str,
+    port: int,
+    on_ready: Callable[[str], None] = lambda url: None,
+    make_runner: RunnerFactory = onnx_runner,
+) -> None:
+    """Serve bundles until SIGTERM or an interrupt, then answer what was taken and return.
+
+    It listens only when every bundle's files, device and golden vectors are proven.
+
+    Args:
+        bundles: Folders by the names that requests use.
+        options: Batching, deadlines and limits.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        on_ready: Told the URL when requests are answered.
+        make_runner: Opens a bundle's graph.
+
+    Raises:
+        UserError: If a package is missing, the address cannot be used or a bundle is no sound one.
+        WorkFailed: If a bundle does not run on the device, or its golden vectors do not come out.
+        KeyboardInterrupt: After the drain that an interrupt began.
+    """
+    try:
+        import uvicorn
+    except ImportError as err:
+        raise missing_extra("uvicorn", "serve", "serving") from err
+    metrics = Metrics()
+    place = _bind(host, port)
+    with place:
+        core = RequestCore.open(
+            bundles, options, make_runner=make_runner, on_batch=metrics.on_batch
+        )
+        config = uvicorn.Config(
+            build_app(core, metrics),
+            http="h11",  # the parser that limits the size of headers
+            h11_max_incomplete_event_size=options.limits.header_bytes,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=options.drain_s,
+        )
+        _run(config, place, lambda: on_ready(_url(host, place.getsockname()[1])))
+
+
+def _run(config: Any, place: socket.socket, announce: Callable[[], None]) -> None:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Says when it listens, and takes SIGTERM as an ordinary end."""
+
+        interrupted = False
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            announce()
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.interrupted |= sig == signal.SIGINT
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
+
+    server = Server(config)
+    server.run(sockets=[place])
+    if server.interrupted:
+        raise KeyboardInterrupt
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the address before the bundles are loaded: a taken one is told at once."""
+    where = f"--host {host} --port {port}"
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError, OverflowError) as err:
+        raise UserError(f"{where} is no address of this machine ({err}).") from err
+    place = socket.socket(family, kind)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind(address)
+    except OSError as err:
+        place.close()
+        if err.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"--port {port} is in use: choose another one, or 0 for any that is free."
+            ) from err
+        raise UserError(f"{where} cannot be used ({err.strerror}).") from err
+    return place
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

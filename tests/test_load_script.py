@@ -1,0 +1,138 @@
+"""The open-loop load generator, against a small server whose behaviour is known."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+aiohttp = pytest.importorskip("aiohttp", reason="sends the load")
+from aiohttp import web
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def open_loop(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import open_loop
+
+    yield open_loop
+    for name in ("open_loop", "served", "load_chart", "serve_load"):
+        sys.modules.pop(name, None)
+
+
+def load(open_loop, handler, requests, **options):
+    """Run a server and a load against it in one event loop."""
+
+    async def both():
+        app = web.Application()
+        app.router.add_post("/{tail:.*}", handler)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = site._server.sockets[0].getsockname()[1]
+        try:
+            return await open_loop.apply_load(f"http://127.0.0.1:{port}", requests, **options)
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(both())
+
+
+def test_arrivals_are_poisson(open_loop):
+    times = open_loop.poisson_times(200, 50, np.random.default_rng(0))
+    gaps = np.diff(times)
+    assert abs(len(times) / 50 - 200) < 10
+    assert abs(gaps.mean() * 200 - 1) < 0.05
+    assert abs(gaps.std() / gaps.mean() - 1) < 0.05  # an exponential's is 1; even arrivals have 0
+
+
+def test_a_slow_server_does_not_slow_the_arrivals_and_its_queue_counts(open_loop):
+    """A closed loop would see 20 ms from a server that does one request at a time in 20 ms."""
+    lock = asyncio.Lock()
+
+    async def one_at_a_time(request):
+        async with lock:
+            await asyncio.sleep(0.02)
+        return web.Response(body=b"{}")
+
+    requests = [open_loop.Request("/x", b"", {})]
+    samples = load(open_loop, one_at_a_time, requests, rate=100, seconds=2, seed=0)
+    level = open_loop.summarise(samples, rate=100, seconds=2)
+    assert level["requests"] > 150
+    assert level["errors"] == {}
+    # twice the capacity for 2 s: the last waits for about as many as came too much
+    assert level["p99_ms"] > 1000
+    assert level["answered_per_s"] < 60
+
+
+def test_outcomes_are_told_apart(open_loop):
+    bodies = {
+        "/ok": (200, b'{"x": 1}'),
+        "/busy": (503, b'{"error": "too much"}'),
+        "/rude": (500, b"<html>"),
+    }
+
+    async def handler(request):
+        if request.path == "/gone":
+            request.transport.close()
+            return web.Response()
+        status, body = bodies[request.path]
+        return web.Response(status=status, body=body)
+
+    def check(body, headers):
+        return None if json.loads(body) == {"x": 2} else "wrong answer"
+
+    requests = [
+        open_loop.Request("/ok", b"", {}),
+        open_loop.Request("/ok", b"", {}, check),
+        *(open_loop.Request(path, b"", {}) for path in ("/busy", "/rude", "/gone")),
+    ]
+    samples = load(open_loop, handler, requests, rate=200, seconds=1, seed=1)
+    errors = open_loop.summarise(samples, rate=200, seconds=1)["errors"]
+    assert errors.keys() == {
+        "wrong answer", "status 503", "unclean error", "ServerDisconnectedError",
+    }  # fmt: skip
+    assert sum(errors.values()) < len(samples)
+
+
+def test_the_knee_is_where_two_rates_in_a_row_are_not_carried(open_loop):
+    def level(rate, p95, **errors):
+        return {"rate": rate, "p95_ms": p95, "errors": errors}
+
+    levels = [level(10, 4), level(20, 30), level(40, 6), level(80, 90), level(160, 900)]
+    assert open_loop.find_knee(levels) == 40
+    assert (
+        open_loop.find_knee([level(10, 4), level(20, 5, refused=1), level(40, 5, refused=2)]) == 10
+    )
+    assert open_loop.find_knee([level(10, 4, refused=1), level(20, None)]) is None
+    assert open_loop.find_knee(levels[:1]) == 10
+
+
+def test_the_whole_script_measures_a_served_bundle(open_loop, tiny_run, tmp_path, monkeypatch):
+    """A real server, a short ramp and a short soak: figures, pictures, no wrong answer."""
+    from mdpd_deploy import export_run
+
+    bundle = export_run(tiny_run.path, out=tmp_path / "digits", metric_gate=False)
+    import serve_load
+
+    words = [
+        "serve_load.py", str(bundle.path), "--rounds", "20", "--seconds", "0.5", "--threads", "1",
+        "--first-rate", "20", "--step", "8", "--max-rate", "160", "--soak-minutes", "0.02",
+        "--out", str(tmp_path / "load"),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", words)
+    serve_load.main()
+    report = json.loads((tmp_path / "load.json").read_text())
+    assert report["overhead"]["local"]["p50_ms"] > report["overhead"]["bare_p50_ms"]
+    levels = report["ramp"]["local"]["levels"]
+    assert [round(row["rate"]) for row in levels] == [20, 160]
+    assert not any("wrong" in error or "unclean" in error for r in levels for error in r["errors"])
+    assert report["soak"]["errors"] == 0
+    assert report["soak"]["lines"][0]["memory_bytes"] > 50e6
+    assert (tmp_path / "load.svg").stat().st_size > 1000
+    assert (tmp_path / "load-memory.png").stat().st_size > 1000

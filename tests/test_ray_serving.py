@@ -1,0 +1,148 @@
+"""The server on a Ray cluster of two nodes: replicas on both, batches, the same answers and errors.
+
+Ray runs in a child process: importing its Serve library warns, and a cluster must end whatever
+happens to the test.
+"""
+
+import json
+
+import pytest
+
+from mdpd_deploy import export_run
+from mdpd_deploy.cli import main
+
+pytest.importorskip("onnxruntime", reason="serves exported graphs")
+pytest.importorskip("ray.cluster_utils", reason="starts a Ray cluster")
+pytest.importorskip("fastapi", reason="serves over HTTP")
+
+CLUSTER = """
+import concurrent.futures, json, os, re, signal, socket, subprocess, sys, time, urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+from ray.cluster_utils import Cluster
+
+from mdpd_deploy.bundle import load_bundle
+from mdpd_deploy.golden import load_golden
+
+bundle, log = load_bundle(sys.argv[1]), Path(sys.argv[2])
+golden = load_golden(bundle.path / "golden.safetensors")
+one = {"num_cpus": 1, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=one)
+cluster.add_node(num_cpus=1)
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+words = ["serve", f"digits={bundle.path}", "--engine", "ray", "--replicas", "2"]
+words += ["--port", str(port), "--max-delay-ms", "50"]
+with log.open("w") as stream:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mdpd_deploy", *words], stdout=stream, stderr=stream,
+        env={**os.environ, "RAY_ADDRESS": cluster.address},
+    )
+url = f"http://127.0.0.1:{port}"
+
+def ask(path, body=None):
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url + path, body), timeout=60) as got:
+            return got.status, json.loads(got.read())
+    except urllib.error.HTTPError as err:
+        return err.code, json.loads(err.read())
+
+try:
+    for _ in range(600):
+        if f"serving digits at {url}" in log.read_text():
+            break
+        assert server.poll() is None, log.read_text()
+        time.sleep(0.1)
+    def infer(index):
+        array = golden.arrays["pixel_values"][index : index + 1]
+        given = {"name": "pixel_values", "datatype": "FP32", "shape": list(array.shape)}
+        given["data"] = array.ravel().tolist()
+        return ask("/v2/models/digits/infer", json.dumps({"inputs": [given]}).encode())
+    count = len(golden.outputs)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(infer, [index % count for index in range(64)]))
+    off = max(
+        float(abs(value - right))
+        for index, (status, answer) in enumerate(answers)
+        for value, right in zip(answer["outputs"][0]["data"], golden.outputs[index % count])
+    )
+    replicas = [
+        process for process in psutil.process_iter(["name", "cmdline", "ppid"])
+        if "ServeReplica:mdpd" in " ".join(process.info["cmdline"] or [])
+    ]
+    ours = {process.pid for process in psutil.Process().children(recursive=True)}
+    mine = [process for process in replicas if process.pid in ours]
+    rows = []
+    for _ in range(20):  # whichever replica answers tells what it has run
+        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as got:
+            text = got.read().decode()
+        for kind in ("count", "sum"):
+            found = re.search(rf'^(mdpd\\w*rows_{kind})\\{{.*digits.*\\}} (\\S+)$', text, re.M)
+            rows.append((kind, float(found[2]) if found else 0.0))
+    print(json.dumps({
+        "statuses": sorted({status for status, _ in answers}),
+        "off": off,
+        "raylets": len({process.info["ppid"] for process in mine}),
+        "replicas": len(mine),
+        "rows": rows,
+        "unknown": ask("/v2/models/other/infer", b"{}"),
+        "invalid": ask("/v2/models/digits/infer", b"[]"),
+        "ready": ask("/v2/health/ready"),
+    }))
+finally:
+    server.send_signal(signal.SIGTERM)
+    code = server.wait(60)
+    cluster.shutdown()
+assert code == 0, log.read_text()
+"""
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ray") / "digits"
+    return export_run(tiny_run.path, out=out, metric_gate=False)
+
+
+@pytest.mark.slow
+def test_replicas_on_two_nodes_answer_alike_in_batches(bundle, tmp_path, run_python):
+    done = run_python("-W", "ignore", "-c", CLUSTER, str(bundle.path), str(tmp_path / "log"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["statuses"] == [200]
+    assert found["off"] < 1e-3
+    assert (found["replicas"], found["raylets"]) == (2, 2)
+    counts = {value for kind, value in found["rows"] if kind == "count"}
+    sums = {value for kind, value in found["rows"] if kind == "sum"}
+    assert max(sums) > max(counts) > 0  # fewer runs than rows: batches were formed
+    assert found["ready"] == [200, {"ready": True}]
+    assert found["unknown"][0] == 404
+    assert found["invalid"][0] == 400
+    assert isinstance(found["invalid"][1]["error"], str)
+
+
+def test_replicas_are_asked_for_in_one_form(bundle, capsys):
+    words = ["serve", str(bundle.path)]
+    assert main([*words, "--engine", "rya"]) == 2
+    assert "Did you mean 'ray'?" in capsys.readouterr().err
+    assert main([*words, "--replicas", "2"]) == 2
+    assert "--replicas belongs to --engine ray" in capsys.readouterr().err
+    for given in ("two", "0", "4-2", "1-"):
+        assert main([*words, "--engine", "ray", "--replicas", given]) == 2
+        assert f"--replicas {given[:1]}" in capsys.readouterr().err
+
+
+def test_the_application_builds_from_ray_serves_own_words(bundle, tmp_path, run_python):
+    """`serve run mdpd_deploy.serve.ray_app:app bundles=...` and config files pass strings."""
+    code = """
+import sys
+from mdpd_deploy.serve.ray_app import AppArguments, app
+plain = {"bundles": f"digits={sys.argv[1]}", "max_replicas": "3", "queue": "64"}
+made = app(AppArguments(**plain))
+config = made._bound_deployment._deployment_config
+print(config.autoscaling_config.max_replicas, config.max_ongoing_requests)
+"""
+    done = run_python("-W", "ignore", "-c", code, str(bundle.path))
+    assert done.stdout.split() == ["3", "64"], done.stderr
