@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from mdpd_deploy.bundle import Bundle
@@ -28,12 +27,13 @@ from mdpd_deploy.engine_cache import (
     misfit,
     read_key,
 )
-from mdpd_deploy.engine_parity import Case, EngineParity, compare_engine, policy, shape_batches
-from mdpd_deploy.errors import UserError, VerificationError
+from mdpd_deploy.engine_parity import EngineParity
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.export.engine_check import check_engine
 from mdpd_deploy.export.engine_options import NO_LEVEL, OPTIMIZATION_LEVEL, EngineOptions
 from mdpd_deploy.export.trt_build import Plan, build_plan, builder_flags
 from mdpd_deploy.export.trt_layers import LayerReport, check_precision, inspect_layers
-from mdpd_deploy.export.trt_profiles import Profiles, profile_shapes
+from mdpd_deploy.export.trt_profiles import profile_shapes
 from mdpd_deploy.files import (
     LOCK,
     claimed,
@@ -43,9 +43,7 @@ from mdpd_deploy.files import (
     sha256_file,
     write_json,
 )
-from mdpd_deploy.golden import Golden, load_golden
-from mdpd_deploy.manifest import BARE_FILE, GOLDEN_FILE, MODEL_FILE, TASKS, replace_caches
-from mdpd_deploy.runner import TASK_ID, OnnxRunner
+from mdpd_deploy.manifest import BARE_FILE, MODEL_FILE, replace_caches
 from mdpd_deploy.trt_cuda import current_gpu
 from mdpd_deploy.trt_library import import_trt
 from mdpd_deploy.trt_runner import TrtRunner
@@ -54,7 +52,6 @@ log = logging.getLogger(__name__)
 
 HEAD = "head."
 MOST_WARNINGS = 20
-CPU_LESS = frozenset({"bf16"})  # ONNX Runtime has no CPU kernels: golden vectors alone must do
 NOT_FOR_TENSORRT = frozenset({"int8-cpu"})
 
 
@@ -244,50 +241,6 @@ def _build(
     record = _describe(staging, key, built, layers, parity)
     write_json(staging / KEY_FILE, record)
     return record
-
-
-def check_engine(
-    bundle: Bundle, runner: TrtRunner, profiles: Profiles, *, tf32: bool
-) -> EngineParity:
-    """Compare an engine with the golden vectors and, at its profile's corners, with the graph.
-
-    Raises:
-        VerificationError: If it computes something else.
-    """
-    precision = str(bundle.manifest["precision"])
-    reference = None if precision in CPU_LESS else OnnxRunner(bundle.path / MODEL_FILE)
-    golden = load_golden(bundle.path / GOLDEN_FILE) if not bundle.mixed else _all_tasks(bundle)
-    if bundle.mixed:
-        assert reference is not None, "bundles of several tasks are FP32"
-        cases = [Case("golden inputs", golden.arrays, reference(golden.arrays))]
-    else:
-        cases = [Case("golden inputs", golden.arrays, golden.outputs)]
-    for name, arrays in shape_batches(golden, profiles):
-        cases.append(Case(name, arrays, None if reference is None else reference(arrays)))
-    tolerance, agreement = policy(precision, tf32=tf32)
-    parity = compare_engine(runner, cases, tolerance=tolerance, agreement=agreement)
-    if parity.passed:
-        return parity
-    worst = max(parity.cases, key=lambda name: parity.cases[name])
-    if parity.agreement < agreement:
-        what = f"{parity.agreement:.1%} of the classes agree, wanted are {agreement:.1%}"
-    else:
-        what = f"outputs are off by {parity.scaled_diff:.1e} of their spread at {worst}"
-        what += "" if tolerance is None else f", allowed {tolerance:.0e}"
-    raise VerificationError(f"engine parity: {what}; the bundle is as it was.")
-
-
-def _all_tasks(bundle: Bundle) -> Golden:
-    """Return the first task's golden inputs, asked of every task in turn.
-
-    Each task's own golden outputs were held against the graph at export; the graph is the
-    reference here.
-    """
-    golden = load_golden(bundle.path / TASKS / bundle.tasks[0].name / GOLDEN_FILE)
-    rows, count = len(golden.outputs), len(bundle.tasks)
-    arrays = {name: np.concatenate([array] * count) for name, array in golden.arrays.items()}
-    arrays[TASK_ID] = np.repeat(np.arange(count, dtype=np.int64), rows)
-    return Golden(golden.raws * count, arrays, np.concatenate([golden.outputs] * count))
 
 
 def _describe(

@@ -61,7 +61,7 @@ def build_plan(
     trt = import_trt("building a TensorRT engine")
     logger = recording_logger(trt)
     builder = trt.Builder(logger)
-    network = parse_graph(trt, builder, logger, graph)
+    network, parser = parse_graph(trt, builder, logger, graph)
     mark_refittable(network, logger, refit)
     config = builder.create_builder_config()
     configure(trt, config, options)
@@ -69,6 +69,7 @@ def build_plan(
     _use_timing_cache(config, timing_cache)
     started = time.monotonic()
     plan = builder.build_serialized_network(network, config)
+    del parser  # not before: the network reads the weights that it holds
     if plan is None:
         raise ExportError(
             f"TensorRT could not build the engine{_limit(options)}: {said(logger.errors)}."

@@ -10,8 +10,8 @@ from mdpd_deploy.trt_library import said
 MOST_CAUSES = 4
 
 
-def parse_graph(trt: Any, builder: Any, logger: Any, graph: Path) -> Any:
-    """Return the network of an ONNX file.
+def parse_graph(trt: Any, builder: Any, logger: Any, graph: Path) -> tuple[Any, Any]:
+    """Return the network of an ONNX file, and its parser, which holds the weights until the build.
 
     Args:
         trt: From `import_trt`.
@@ -30,7 +30,7 @@ def parse_graph(trt: Any, builder: Any, logger: Any, graph: Path) -> Any:
         shown = "; ".join(causes[:MOST_CAUSES]) or said(logger.errors)
         more = f"; and {len(causes) - MOST_CAUSES} more" if len(causes) > MOST_CAUSES else ""
         raise ExportError(f"TensorRT's parser refuses the graph: {shown}{more}.")
-    return network
+    return network, parser
 
 
 def grouped_errors(parser: Any) -> Iterator[str]:

@@ -67,7 +67,7 @@ def said(messages: list[str], *, most: int = 2) -> str:
     return "; ".join(kept) or "TensorRT gave no reason"
 
 
-def open_engine(trt: Any, plan: Path, logger: Any, *, host_code: bool) -> Any:
+def open_engine(trt: Any, plan: Path, logger: Any, *, host_code: bool) -> tuple[Any, Any]:
     """Deserialise a plan, whose checksum the caller has verified.
 
     Args:
@@ -75,6 +75,9 @@ def open_engine(trt: Any, plan: Path, logger: Any, *, host_code: bool) -> Any:
         plan: The file.
         logger: From `recording_logger`.
         host_code: Allow the code that version-compatible plans carry for the processor.
+
+    Returns:
+        The engine, and the runtime that must live as long as it does.
 
     Raises:
         WorkFailed: If TensorRT refuses it; there is no way to ask beforehand.
@@ -88,7 +91,7 @@ def open_engine(trt: Any, plan: Path, logger: Any, *, host_code: bool) -> Any:
             f"TensorRT {trt.__version__} refuses the engine {plan.name}: {said(logger.errors)}. "
             "Build it again with `mdpd build-engine`."
         )
-    return engine
+    return engine, runtime
 
 
 def _line(err: BaseException) -> str:

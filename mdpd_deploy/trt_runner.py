@@ -79,7 +79,7 @@ class TrtRunner:
         self.failed: str | None = None
         self.lock = threading.RLock()  # a refit holds it while it verifies
         self.logger = recording_logger(trt)
-        self.engine = open_engine(trt, plan, self.logger, host_code=host_code)
+        self.engine, self._runtime = open_engine(trt, plan, self.logger, host_code=host_code)
         self.inputs, outputs = _ports(trt, self.engine)
         self.input_names = tuple(self.inputs)
         if len(outputs) != 1:

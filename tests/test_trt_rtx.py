@@ -31,7 +31,7 @@ bundle = load_bundle(sys.argv[2])
 manifest = bundle.manifest
 logger = recording_logger(trt)
 builder = trt.Builder(logger)
-network = trt_network.parse_graph(trt, builder, logger, bundle.path / "model.onnx")
+network, parser = trt_network.parse_graph(trt, builder, logger, bundle.path / "model.onnx")
 names = engine_install.refit_names(bundle.path, manifest)
 marked = [name for name in names if network.mark_weights_refittable(name)]
 for name in marked:

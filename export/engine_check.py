@@ -1,0 +1,54 @@
+"""Is a built engine the bundle's model? Asked on its GPU, before it gets into the bundle."""
+
+import numpy as np
+
+from mdpd_deploy.bundle import Bundle
+from mdpd_deploy.engine_parity import Case, EngineParity, compare_engine, policy, shape_batches
+from mdpd_deploy.errors import VerificationError
+from mdpd_deploy.export.trt_profiles import Profiles
+from mdpd_deploy.golden import Golden, load_golden
+from mdpd_deploy.manifest import GOLDEN_FILE, MODEL_FILE, TASKS
+from mdpd_deploy.runner import TASK_ID, OnnxRunner
+from mdpd_deploy.trt_runner import TrtRunner
+
+CPU_LESS = frozenset({"bf16"})  # ONNX Runtime has no CPU kernels: golden vectors alone must do
+
+
+def check_engine(
+    bundle: Bundle, runner: TrtRunner, profiles: Profiles, *, tf32: bool
+) -> EngineParity:
+    """Compare an engine with the golden vectors and, at its profile's corners, with the graph.
+
+    Raises:
+        VerificationError: If it computes something else.
+    """
+    precision = str(bundle.manifest["precision"])
+    reference = None if precision in CPU_LESS else OnnxRunner(bundle.path / MODEL_FILE)
+    golden = _all_tasks(bundle) if bundle.mixed else load_golden(bundle.path / GOLDEN_FILE)
+    expected = golden.outputs
+    if bundle.mixed:  # each task's own golden outputs were held against the graph at export
+        assert reference is not None, "bundles of several tasks are FP32"
+        expected = reference(golden.arrays)
+    cases = [Case("golden inputs", golden.arrays, expected)]
+    for name, arrays in shape_batches(golden, profiles):
+        cases.append(Case(name, arrays, None if reference is None else reference(arrays)))
+    tolerance, agreement = policy(precision, tf32=tf32)
+    parity = compare_engine(runner, cases, tolerance=tolerance, agreement=agreement)
+    if parity.passed:
+        return parity
+    worst = max(parity.cases, key=lambda name: parity.cases[name])
+    if parity.agreement < agreement:
+        what = f"{parity.agreement:.1%} of the classes agree, wanted are {agreement:.1%}"
+    else:
+        what = f"outputs are off by {parity.scaled_diff:.1e} of their spread at {worst}"
+        what += "" if tolerance is None else f", allowed {tolerance:.0e}"
+    raise VerificationError(f"engine parity: {what}; the bundle is as it was.")
+
+
+def _all_tasks(bundle: Bundle) -> Golden:
+    """Return the first task's golden inputs, asked of every task in turn."""
+    golden = load_golden(bundle.path / TASKS / bundle.tasks[0].name / GOLDEN_FILE)
+    count = len(bundle.tasks)
+    arrays = {name: np.concatenate([array] * count) for name, array in golden.arrays.items()}
+    arrays[TASK_ID] = np.repeat(np.arange(count, dtype=np.int64), len(golden.outputs))
+    return Golden(golden.raws * count, arrays, np.concatenate([golden.outputs] * count))
