@@ -2,29 +2,28 @@
 
 import json
 import logging
-import shutil
-import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx
 
+from mdpd_deploy import verification
 from mdpd_deploy.bundle import Bundle, is_bundle, load_bundle
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.errors import UserError, VerificationError
-from mdpd_deploy.export import gates, reduced, trials
+from mdpd_deploy.export import gates
 from mdpd_deploy.export.engine_install import engine_state, install_if_possible, refit_names
 from mdpd_deploy.export.engine_options import EngineOptions
 from mdpd_deploy.export.facts import describe_run, input_columns
 from mdpd_deploy.export.fade import Faded, bare_norms, fade
 from mdpd_deploy.export.golden import GoldenSource, make_golden
-from mdpd_deploy.export.precision.forms import AUTO, Form, Target, form_of, forms_for
+from mdpd_deploy.export.precision.forms import Target
 from mdpd_deploy.export.recipe import write_recipe
-from mdpd_deploy.export.reduced_gates import Reference
+from mdpd_deploy.export.settle import Subject, settle_precision
+from mdpd_deploy.export.trials import TimeGraphs
 from mdpd_deploy.export.trt_profiles import profile_shapes
 from mdpd_deploy.files import atomic_folder, refuse_nonempty, write_json
-from mdpd_deploy.golden import load_golden
 from mdpd_deploy.manifest import (
     BARE_FILE,
     GOLDEN_FILE,
@@ -35,10 +34,9 @@ from mdpd_deploy.manifest import (
     seal,
 )
 from mdpd_deploy.onnx_graph import OnnxGraph, export_onnx
-from mdpd_deploy.parity_policy import POLICIES, ParityMode
+from mdpd_deploy.parity_policy import ParityMode
 from mdpd_deploy.run import Run
 from mdpd_deploy.runner import OnnxRunner
-from mdpd_deploy.verification import Subject, require_sound, verify
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +80,7 @@ def pack(
     out: Path,
     options: ExportOptions,
     *,
-    time_graphs: trials.TimeGraphs | None = None,
+    time_graphs: TimeGraphs | None = None,
 ) -> Bundle:
     """Write and return the verified bundle of a run.
 
@@ -105,16 +103,19 @@ def pack(
         graph = export_onnx(faded.model, folder / MODEL_FILE)
         facts = _write_beside(run, faded, graph, folder, options)
         passed = _pass_gates(run, faded, graph, validation, folder, options)
-        passed, told = _settle_precision(
-            run, faded, graph, validation, facts, passed, folder, options, time_graphs
-        )
+        measured = _measured(run, validation, options) if options.metric_gate else None
+        subject = Subject(run, faded.model, graph, folder, measured)
+        settled = settle_precision(subject, passed, options, time_graphs)
+        facts |= settled.facts
+        _write_notes(graph.path, graph_notes(facts))  # a converted graph has lost them
         facts["verification"] = {
-            gate.name: {"verdict": gate.verdict, "note": gate.note} for gate in passed
+            gate.name: {"verdict": gate.verdict, "note": gate.note} for gate in settled.gates
         }
-        write_json(folder / PARITY_FILE, {gate.name: gate.details for gate in passed} | told)
+        write_json(folder / PARITY_FILE, settled.details)
         seal(folder, facts)
         sealed = load_bundle(folder)
-        require_sound(verify(Subject(sealed)))  # its certificate can be checked again
+        certificate = verification.verify(verification.Subject(sealed))
+        verification.require_sound(certificate)  # its certificate can be checked again
         install_if_possible(sealed, options.engine)
     return load_bundle(out)
 
@@ -196,9 +197,8 @@ def _pass_gates(
     gate, parity = gates.check_parity(model, runner, golden, mode=options.parity)
     passed.append(gate)
     if options.metric_gate:
-        assert validation is not None
         measured = _measured(run, validation, options)
-        logger.info("measuring %d examples with PyTorch and ONNX Runtime", len(validation))
+        logger.info("measuring %d examples with PyTorch and ONNX Runtime", len(measured.split))
         try:
             passed.append(gates.check_metric(model, runner, run.preprocess, measured, parity))
         except VerificationError as err:
@@ -211,7 +211,8 @@ def _pass_gates(
     return passed
 
 
-def _measured(run: Run, validation: Split, options: ExportOptions) -> gates.Measured:
+def _measured(run: Run, validation: Split | None, options: ExportOptions) -> gates.Measured:
+    assert validation is not None
     reported = run.summary["metrics"]["deployed"]
     return gates.Measured(
         validation,
@@ -219,84 +220,3 @@ def _measured(run: Run, validation: Split, options: ExportOptions) -> gates.Meas
         None if options.eval_data else reported,
         run.config.train.eval_batch,
     )
-
-
-def _settle_precision(
-    run: Run,
-    faded: Faded,
-    graph: OnnxGraph,
-    validation: Split | None,
-    facts: dict[str, Any],
-    passed: list[gates.Gate],
-    folder: Path,
-    options: ExportOptions,
-    time_graphs: trials.TimeGraphs | None,
-) -> tuple[list[gates.Gate], dict[str, Any]]:
-    """Put the precision asked for in the FP32 graph's place, and its facts into the manifest.
-
-    Returns:
-        The verdicts of the bundle, and what `parity.json` says besides.
-    """
-    golden = load_golden(folder / GOLDEN_FILE)
-    measured = None
-    if options.metric_gate:
-        assert validation is not None
-        measured = _measured(run, validation, options)
-    reference = Reference(faded.model, run.preprocess, golden, measured)
-    material = reduced.material_of(
-        run,
-        golden,
-        options.golden,
-        autocast_python=options.autocast_python,
-        converted=options.converted,
-    )
-    with tempfile.TemporaryDirectory(prefix="mdpd-precision-") as scratch:
-
-        def make(form: Form) -> reduced.Candidate:
-            if form.convert is None:
-                return reduced.unconverted(form, graph.path)
-            return reduced.convert(
-                form,
-                folder,
-                graph.path,
-                Path(scratch, f"{form.precision}.onnx"),
-                material=material,
-                reference=reference,
-                mode=options.parity,
-            )
-
-        if options.precision == AUTO:
-            assert time_graphs is not None
-            tried = trials.try_all(forms_for(options.target), make, time_graphs)
-            chosen, facts["precision_trials"] = tried.chosen, tried.table
-        else:
-            chosen = make(form_of(options.precision, options.target))
-        return _install(chosen, graph, facts, passed, options)
-
-
-def _install(
-    chosen: reduced.Candidate,
-    graph: OnnxGraph,
-    facts: dict[str, Any],
-    passed: list[gates.Gate],
-    options: ExportOptions,
-) -> tuple[list[gates.Gate], dict[str, Any]]:
-    """Write the chosen graph into the bundle; see `_settle_precision`."""
-    precision, receipt = chosen.form.precision, chosen.receipt.to_json()
-    facts |= {"precision": precision, "receipt": receipt, "conversion": chosen.how}
-    policy = POLICIES[precision].to_json()
-    told = {"receipt": receipt, "policy": {"mode": options.parity, "precision": precision} | policy}
-    if not chosen.gates:
-        return passed, told
-    shutil.copyfile(chosen.graph, graph.path)
-    _write_notes(graph.path, graph_notes(facts))
-    proto = onnx.load(graph.path, load_external_data=False)
-    facts |= {"nodes": len(proto.graph.node), "opset": proto.opset_import[0].version}
-    new = {gate.name: gate for gate in chosen.gates}
-    told["before_conversion"] = {gate.name: gate.details for gate in passed if gate.name in new}
-    before = "proved on the FP32 graph before conversion"
-    kept = [
-        g if g.name in new or g.verdict != "passed" else replace(g, note=f"{g.note}; {before}")
-        for g in passed
-    ]
-    return [new.get(gate.name, gate) for gate in kept], told

@@ -18,7 +18,7 @@ from mdpd_deploy.commands.evaluate import evaluate_bundle
 from mdpd_deploy.errors import ExportError, UserError, VerificationError
 from mdpd_deploy.export import Race, reduced
 from mdpd_deploy.export.fade import fade
-from mdpd_deploy.export.gates import Measured
+from mdpd_deploy.export.gates import Measured, check_parity
 from mdpd_deploy.export.precision.autocast import autocast
 from mdpd_deploy.export.precision.bf16_twin import write_twin
 from mdpd_deploy.export.precision.checks import check_converted
@@ -314,6 +314,14 @@ def test_fp16_parity_fails_on_a_damaged_graph_and_warns_only_when_asked(fp16, re
     with pytest.raises(VerificationError, match=r"parity: largest difference .* allowed 3e-02"):
         check_reduced_parity(reference, runner, policy, mode="fail")
     gate, parity = check_reduced_parity(reference, runner, policy, mode="warn")
+    assert gate.verdict == "warned" and not parity.passed and "--parity warn" in gate.note
+
+
+def test_fp32_warns_only_when_asked(fp32, reference, tmp_path):
+    runner = damaged(fp32.path / "model.onnx", tmp_path / "m.onnx", lambda w: w * 1.01)
+    with pytest.raises(VerificationError, match=r"parity: outputs differ .* allowed 1e-04"):
+        check_parity(reference.model, runner, reference.golden)
+    gate, parity = check_parity(reference.model, runner, reference.golden, mode="warn")
     assert gate.verdict == "warned" and not parity.passed and "--parity warn" in gate.note
 
 

@@ -84,7 +84,7 @@ def check_symmetric(proto: onnx.ModelProto) -> None:
     if not pairs:
         raise ExportError("int8-trt: nothing in the graph is quantised.")
     for node in pairs:
-        scale, zero = values.get(node.input[1]), values.get(node.input[2])
+        scale, zero = (values.get(name) for name in [*node.input, "", ""][1:3])
         if scale is None or zero is None or zero.dtype != np.int8 or zero.any():
             raise ExportError(f"int8-trt: {node.name} is not symmetric int8 (zero point 0).")
         if not (np.isfinite(scale).all() and (scale > 0).all()):

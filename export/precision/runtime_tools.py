@@ -35,6 +35,8 @@ def float16_tools() -> Any:
 def quiet() -> Iterator[None]:
     """Silence what the converters log on the root logger, and their warnings."""
     before = logging.root.manager.disable
+    silent = logging.NullHandler()  # without a handler, logging would install one for good
+    logging.root.addHandler(silent)
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -42,3 +44,4 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+        logging.root.removeHandler(silent)
