@@ -62,7 +62,8 @@ def on_ray(jobs: int, threads: int, gpus: int) -> Executor:
             ray.init(log_to_driver=False)
         except (ConnectionError, RuntimeError) as err:
             raise UserError(f"--engine ray: no cluster could be reached ({err}).") from err
-    _refuse_small_machines([n["Resources"] for n in ray.nodes() if n["Alive"]], threads, gpus)
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]  # it has no annotations
+    _refuse_small_machines([node["Resources"] for node in nodes if node["Alive"]], threads, gpus)
     return RayExecutor(num_cpus=threads, num_gpus=gpus)
 
 
