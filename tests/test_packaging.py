@@ -41,6 +41,9 @@ TORCH_FREE = (
     "mdpd_deploy.commands.sign",
     "mdpd_deploy.commands.verify",
     "mdpd_deploy.verification",
+    "mdpd_deploy.commands.serve",
+    "mdpd_deploy.serve.core",
+    "mdpd_deploy.serve.web.run",
 )
 # Import names that differ from the name in the index.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
