@@ -126,13 +126,19 @@ class Bundle:
         return self.task().kind
 
     def runner(
-        self, device: str = "cpu", threads: int | None = None, *, runtime: str = "onnx"
+        self,
+        device: str = "cpu",
+        threads: int | None = None,
+        *,
+        runtime: str = "onnx",
+        entries: Mapping[str, str] | None = None,
     ) -> Runner:
         """Open the model on a device.
 
         Args:
             device: "cpu" or "cuda".
             threads: Threads inside one operator on the CPU; default: the CPU quota.
+            entries: Further configuration entries of an ONNX Runtime session.
             runtime: "onnx", or "trt" for the bundle's TensorRT engine, which needs "cuda".
 
         Raises:
@@ -149,7 +155,8 @@ class Bundle:
                     "bfloat16 kernels on the CPU: build its engine on a GPU, or use an fp32 or "
                     "int8-cpu bundle."
                 )
-            return OnnxRunner(self.path / MODEL_FILE, device=device, threads=threads)
+            graph = self.path / MODEL_FILE
+            return OnnxRunner(graph, device=device, threads=threads, entries=entries)
         if device != "cuda":
             raise UserError(f"--device {device}: a TensorRT engine runs with --device cuda only.")
         from mdpd_deploy.engine_cache import open_bundle_engine

@@ -46,7 +46,7 @@ def autocast(precision: str, source: Path, target: Path, material: Material) -> 
         )
     with tempfile.TemporaryDirectory(prefix="mdpd-autocast-") as scratch:
         data = Path(scratch, "calibration.npz")
-        np.savez(data, **material.golden.batches[0])
+        np.savez(data, allow_pickle=False, **material.golden.batches[0])
         _run(precision, source, target, data, material.autocast_python)
     return f"ModelOpt AutoCast, ranges from {material.golden.source}"
 

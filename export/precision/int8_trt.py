@@ -46,7 +46,7 @@ def quantise_static(
     products = [n for n in proto.graph.node if n.op_type == "MatMul"]
     batches: Iterator[Arrays] = iter(calibration.batches)
 
-    class Reader(tools.CalibrationDataReader):  # type: ignore[misc]  # its base has no types
+    class Reader(tools.CalibrationDataReader):  # type: ignore[misc, name-defined]  # no types
         def get_next(self) -> Arrays | None:
             return next(batches, None)
 

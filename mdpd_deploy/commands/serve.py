@@ -28,7 +28,12 @@ def command(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
     ] = 8000,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. Default: cpu; cuda with --runtime trt.")
+    ] = None,
+    runtime: Annotated[
+        str, typer.Option(help="onnx; or trt: the bundle's TensorRT engine.")
+    ] = "onnx",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads in one operator; default the CPU quota.")
     ] = None,
@@ -64,7 +69,8 @@ def command(
 
     named = name_bundles(bundles)
     asked: dict[str, Any] = {
-        "device": device,
+        "device": device or ("cuda" if runtime == "trt" else "cpu"),
+        "runtime": runtime,
         "threads": threads,
         "max_batch": max_batch,
         "max_delay_ms": max_delay_ms,

@@ -13,7 +13,7 @@ from mdpd_deploy.data.examples import Split
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.graph_signature import Signature, graph_signature
 from mdpd_deploy.manifest import MODEL_FILE
-from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.runner import Runner
 
 Verdict = Literal["passed", "recorded", "not applicable", "not recorded", "not run", "failed"]
 SOUND = ("passed", "recorded", "not applicable")
@@ -82,6 +82,6 @@ class Subject:
             raise VerificationError(f"{MODEL_FILE} is no sound graph ({err!r:.200})") from err
 
     @cached_property
-    def runner(self) -> OnnxRunner:
+    def runner(self) -> Runner:
         """The graph on the device."""
         return self.bundle.runner(self.device)

@@ -18,7 +18,7 @@ and has no queue: `decode_request` → `model.check` → `model.run([arrays, …
 or `model.to_arrays(raws, task)` → `model.run` → `mdpd_deploy.bundle.to_prediction`. `run` takes
 the arrays of several requests, pads texts to the longest, and gives each its own rows back.
 
-A `RunnerFactory` opens the graph on a device; `onnx_runner` is the default.
+A `RunnerFactory` opens the graph on a device; `open_runner` is the default.
 
     refusal.py       why a request is not answered          options.py    what may be set, limits
     json_body.py     JSON from strangers                    tensors.py    what an input accepts
@@ -30,10 +30,9 @@ A `RunnerFactory` opens the graph on a device; `onnx_runner` is the default.
 from mdpd_deploy.serve.core.batcher import Batch, Done, MicroBatcher
 from mdpd_deploy.serve.core.model import (
     VERSION,
-    Runner,
     RunnerFactory,
     ServedModel,
-    onnx_runner,
+    open_runner,
 )
 from mdpd_deploy.serve.core.options import CoreOptions, Limits
 from mdpd_deploy.serve.core.protocol import (
@@ -59,11 +58,10 @@ __all__ = [
     "Refusal",
     "Reply",
     "RequestCore",
-    "Runner",
     "RunnerFactory",
     "ServedModel",
     "check_encoding",
     "decode_request",
     "encode_reply",
-    "onnx_runner",
+    "open_runner",
 ]

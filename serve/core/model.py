@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.manifest import MODEL_FILE
-from mdpd_deploy.runner import PROVIDERS, TASK_ID, OnnxRunner
+from mdpd_deploy.runner import PROVIDERS, TASK_ID, Runner
 from mdpd_deploy.serve.core.graph_values import read_value_ranges
 from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.core.proof import prove
@@ -28,33 +28,12 @@ VERSION = "1"  # a bundle is one version; another one is another bundle
 ENTRIES = {"session.intra_op.allow_spinning": "0"}
 
 
-class Runner(Protocol):
-    """Runs a graph on a device; `mdpd_deploy.runner.OnnxRunner` is one.
-
-    Attributes:
-        provider: What it runs on, in the runtime's own words.
-        input_names: The graph's inputs in order.
-    """
-
-    @property
-    def provider(self) -> str: ...
-
-    @property
-    def input_names(self) -> tuple[str, ...]: ...
-
-    def __call__(self, arrays: Arrays) -> NDArray[np.float32]:
-        """Run one batch: every input by name, batch axis first → outputs [B, C]."""
-        ...
-
-
 RunnerFactory = Callable[[Bundle, CoreOptions], Runner]
 
 
-def onnx_runner(bundle: Bundle, options: CoreOptions) -> Runner:
-    """Open a bundle's graph with ONNX Runtime; see `OnnxRunner` for what it raises."""
-    return OnnxRunner(
-        bundle.path / MODEL_FILE, device=options.device, threads=options.threads, entries=ENTRIES
-    )
+def open_runner(bundle: Bundle, options: CoreOptions) -> Runner:
+    """Open a bundle's graph, or its engine; see `Bundle.runner` for what it raises."""
+    return bundle.runner(options.device, options.threads, runtime=options.runtime, entries=ENTRIES)
 
 
 class ServedModel:
@@ -64,7 +43,7 @@ class ServedModel:
         name: As requests name it.
         path: The bundle.
         options: Device, threads and largest batch.
-        make_runner: Opens the graph; default ONNX Runtime.
+        make_runner: Opens the graph; default what the options say.
 
     Attributes:
         bundle: As loaded.
@@ -85,7 +64,7 @@ class ServedModel:
         name: str,
         path: Path,
         options: CoreOptions,
-        make_runner: RunnerFactory = onnx_runner,
+        make_runner: RunnerFactory = open_runner,
     ) -> None:
         self.name = name
         self.bundle = load_bundle(path)
@@ -111,10 +90,11 @@ class ServedModel:
 
     def _choose_max_batch(self, asked: int | None) -> int:
         low, high = self._batch_axis.low, self._batch_axis.high
+        high = min(high, self.runner.max_batch or high)
         if asked is not None and asked > high:
             raise UserError(
-                f"--max-batch {asked}: {self.bundle.path} was exported for batches of up to "
-                f"{high}; use at most that."
+                f"--max-batch {asked}: {self.bundle.path} was made for batches of up to {high}; "
+                "use at most that."
             )
         return max(asked or high, low)
 

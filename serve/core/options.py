@@ -31,6 +31,7 @@ class CoreOptions:
     """How requests are batched and run.
 
     Attributes:
+        runtime: "onnx" (ONNX Runtime), or "trt": the bundle's TensorRT engine, with device "cuda".
         device: "cpu" or "cuda".
         threads: Threads inside one operator; None = the CPU quota.
         max_batch: Most rows in one run of a graph; None = the bundle's own maximum.
@@ -42,6 +43,7 @@ class CoreOptions:
         limits: See `Limits`.
     """
 
+    runtime: str = "onnx"
     device: str = "cpu"
     threads: int | None = None
     max_batch: int | None = None

@@ -19,7 +19,7 @@ from mdpd_deploy.serve.core.model import (
     VERSION,
     RunnerFactory,
     ServedModel,
-    onnx_runner,
+    open_runner,
 )
 from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.core.protocol import InferRequest, Reply, decode_request, encode_reply
@@ -107,7 +107,7 @@ class RequestCore:
         bundles: Mapping[str, Path],
         options: CoreOptions,
         *,
-        make_runner: RunnerFactory = onnx_runner,
+        make_runner: RunnerFactory = open_runner,
         on_batch: Callable[[Batch], None] = lambda batch: None,
     ) -> "RequestCore":
         """Load and prove bundles, named as requests name them; see `ServedModel` for errors."""

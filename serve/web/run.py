@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 from mdpd_deploy.errors import UserError, missing_extra
-from mdpd_deploy.serve.core import CoreOptions, RequestCore, RunnerFactory, onnx_runner
+from mdpd_deploy.serve.core import CoreOptions, RequestCore, RunnerFactory, open_runner
 from mdpd_deploy.serve.web.app import build_app
 from mdpd_deploy.serve.web.metrics import Metrics
 
@@ -21,7 +21,7 @@ def serve_bundles(
     host: str,
     port: int,
     on_ready: Callable[[str], None] = lambda url: None,
-    make_runner: RunnerFactory = onnx_runner,
+    make_runner: RunnerFactory = open_runner,
 ) -> None:
     """Serve bundles until SIGTERM or an interrupt, then answer what was taken and return.
 
