@@ -191,7 +191,7 @@ def _graph_profiles(manifest: Manifest) -> dict[str, Shapes]:
 def _engine_profiles(engine: Mapping[str, Any], bundle: Bundle) -> dict[str, Shapes]:
     """Shapes that the engine was built for, which may be narrower."""
     profiles = engine["profiles"]
-    found = {
+    found: dict[str, Shapes] = {
         bound: {name: tuple(profile[bound]) for name, profile in profiles.items()}
         for bound in ("min", "opt", "max")
     }
