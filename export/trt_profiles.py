@@ -62,8 +62,22 @@ def add_profile(builder: Any, network: Any, config: Any, logger: Any, profiles: 
             f"the graph's inputs are {', '.join(sorted(known))}, the shape spec has "
             f"{', '.join(sorted(profiles))}: export the run again."
         )
+    for tensor in found:
+        for bound, shape in profiles.get(tensor.name, {}).items():
+            if not _fits(shape, tuple(tensor.shape)):
+                raise ExportError(
+                    f"the graph's {tensor.name} is {tuple(tensor.shape)}, the shape spec's {bound} "
+                    f"is {shape}: export the run again."
+                )
     profile = builder.create_optimization_profile()
     for name in sorted(dynamic):
         profile.set_shape(name, *(tuple(profiles[name][bound]) for bound in BOUNDS))
     if not profile or config.add_optimization_profile(profile) < 0:
         raise ExportError(f"TensorRT refuses the shapes {profiles}: {said(logger.errors)}.")
+
+
+def _fits(shape: Sequence[int], wanted: tuple[int, ...]) -> bool:
+    """Whether a shape has the fixed axes of the graph; -1 marks those that are free."""
+    return len(shape) == len(wanted) and all(
+        size == fixed or fixed == -1 for size, fixed in zip(shape, wanted, strict=True)
+    )

@@ -230,6 +230,9 @@ def test_a_forgotten_input_is_found_before_the_build(bundle, stand_in):
         wrong = {name: profiles[name] for name in list(profiles)[:2]} | change
         with pytest.raises(ExportError, match="the graph's inputs are attention_mask, input_ids"):
             build_plan(bundle / "model.onnx", wrong, EngineOptions())
+    long = {name: {**p, "opt": [8, 24, 1]} for name, p in profiles.items()}
+    with pytest.raises(ExportError, match=r"input_ids is \(-1, -1\), the shape spec's opt is"):
+        build_plan(bundle / "model.onnx", long, EngineOptions())
     upside_down = {name: {**p, "min": p["max"], "max": p["min"]} for name, p in profiles.items()}
     with pytest.raises(ExportError, match="refuses the shapes"):
         build_plan(bundle / "model.onnx", upside_down, EngineOptions())
