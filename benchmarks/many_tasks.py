@@ -5,7 +5,8 @@
 BUNDLE comes from `mdpd export --multi`. Tasks beyond its own are perturbed copies of them: speed
 and memory do not depend on the values. Each round runs every way once, in random order, on a batch
 whose rows ask random tasks; ratios are medians over `bare` (one task's graph on the whole batch)
-with a bootstrap 95 % interval. Memory is what a fresh process holds after one run of every task.
+with a bootstrap 95 % interval. `--clock cpu` counts the processor time of this process (one thread),
+which other programs on the machine inflate far less than the wall clock. Memory is what a fresh process holds after one run of every task.
 
 bare      the base graph as it lies in the bundle, one task for all rows; `bare again` is the A/A
 mixed     one run, rows of any task: one Gather, norms fused (`mdpd export --multi`)
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,7 +31,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from mdpd_deploy import load_bundle
-from mdpd_deploy.deltas import HEAD_BIAS, HEAD_WEIGHT, Delta, load_delta
+from mdpd_deploy.deltas import HEAD_WEIGHT, Delta, load_delta
 from mdpd_deploy.machine import describe
 from mdpd_deploy.mixed import Swap
 from mdpd_deploy.mixed_graph import TABLE, mixed_graph
@@ -38,6 +40,7 @@ from mdpd_deploy.serve.estimate import paired_ratio, percentiles_ms
 from mdpd_deploy.serve.latency import Plan, measure
 
 SPIN = {"session.force_spinning_stop": "1"}  # else idle sessions take the others' processor
+CLOCKS = {"wall": time.perf_counter_ns, "cpu": time.process_time_ns}
 TOKENS = 32
 ROTATE = 4  # prepared batches
 NOISE = 0.01
@@ -145,57 +148,73 @@ def by_task(arrays: dict[str, np.ndarray]) -> list[tuple[int, dict[str, np.ndarr
     return [(int(t), {n: a[ids == t] for n, a in rest.items()}) for t in np.unique(ids)]
 
 
-def time_ways(bundle, deltas: dict[str, Delta], folder: Path, args, batch: int) -> dict:
-    """Measure every way on one cell; the sessions are as many as --sessions allows."""
-    threads, names = args.threads, list(deltas)
-    batches = [inputs_of(bundle, batch, len(names), seed) for seed in range(ROTATE)]
-    plain = [{n: a for n, a in arrays.items() if n != "task_id"} for arrays in batches]
-    parts = [by_task(arrays) for arrays in batches]
-    opened = {
-        name: open_session(folder / f"{name}.onnx", "cpu", threads, entries=SPIN)
-        for name in ("mixed", "explicit", "each")
+def time_ways(bundle, deltas: dict[str, Delta], folder: Path, args) -> list[dict]:
+    """Measure every way at every batch size; the sessions are as many as --sessions allows."""
+    names = list(deltas)
+    ready = {
+        name: open_graph(folder / f"{name}.onnx", args) for name in ("mixed", "explicit", "each")
     }
-    first = bake(folder, "first", deltas[names[0]])
-    alone = [open_session(first, "cpu", threads, entries=SPIN) for _ in range(2)]
-    swap = Swap(folder / "base.onnx", deltas, threads=threads)
-    held = names[: args.sessions]
     sessions = [
-        open_session(bake(folder, str(place), deltas[name]), "cpu", threads, entries=SPIN)
-        for place, name in enumerate(held)
+        open_graph(bake(folder, str(place), deltas[name]), args)
+        for place, name in enumerate(names[: args.sessions])
     ]
+    again = open_graph(folder / "alone-0.onnx", args)
+    swap = Swap(folder / "base.onnx", deltas, threads=args.threads)
 
-    def swapped(index: int) -> None:
-        for task, arrays in parts[index]:
-            swap[names[task]](arrays)
+    def calls_on(batches: list[dict]) -> dict:
+        plain = [{n: a for n, a in arrays.items() if n != "task_id"} for arrays in batches]
+        parts = [by_task(arrays) for arrays in batches]
 
-    def separate(index: int) -> None:
-        for task, arrays in parts[index]:
-            sessions[task % len(sessions)].run(None, arrays)
+        def swapped(index: int) -> None:
+            for task, arrays in parts[index]:
+                swap[names[task]](arrays)
 
-    calls = {
-        "bare": lambda index: alone[0].run(None, plain[index]),
-        "bare again": lambda index: alone[1].run(None, plain[index]),
-        **{
+        def separate(index: int) -> None:
+            for task, arrays in parts[index]:
+                sessions[task % len(sessions)].run(None, arrays)
+
+        mixed = {
             name: lambda index, session=session: session.run(None, batches[index])
-            for name, session in opened.items()
-        },
-        "swap": swapped,
-        "sessions": separate,
-    }
-    measured = measure(calls, inputs=ROTATE, plan=Plan(seconds=args.seconds), seed=0)
-    rows = {}
-    for name, times in measured.times.items():
-        ratio = paired_ratio(times, measured.times["bare"], seed=0)
-        p50 = percentiles_ms(times)["p50_ms"]
-        rows[name] = {
-            **percentiles_ms(times),
-            "items_per_s": batch / p50 * 1e3,
-            "over_bare": asdict(ratio),
+            for name, session in ready.items()
         }
-    rows["sessions"]["held"] = len(sessions)
-    rows["sessions"]["shared_by_several_tasks"] = len(sessions) < len(names)
-    distinct = float(np.mean([len(found) for found in parts]))
-    return {"batch": batch, "distinct_tasks": distinct, "rounds": measured.rounds, "ways": rows}
+        return {
+            "bare": lambda index: sessions[0].run(None, plain[index]),
+            "bare again": lambda index: again.run(None, plain[index]),
+            **mixed,
+            "swap": swapped,
+            "sessions": separate,
+        }
+
+    plan = Plan(seconds=args.seconds, warmup_calls=5, warmup_seconds=0.3)
+    cells = []
+    for batch in map(int, args.batch.split(",")):
+        batches = [inputs_of(bundle, batch, len(names), seed) for seed in range(ROTATE)]
+        measured = measure(
+            calls_on(batches), inputs=ROTATE, plan=plan, seed=0, clock=CLOCKS[args.clock]
+        )
+        distinct = float(np.mean([len(np.unique(arrays["task_id"])) for arrays in batches]))
+        rows = {
+            way: row_of(times, measured.times["bare"], batch)
+            for way, times in measured.times.items()
+        }
+        rows["sessions"]["held"] = len(sessions)
+        cells.append(
+            {"batch": batch, "distinct_tasks": distinct, "rounds": measured.rounds, "ways": rows}
+        )
+    return cells
+
+
+def open_graph(path: Path, args):
+    """Open a session that leaves the processor to the others between its runs."""
+    return open_session(path, "cpu", args.threads, entries=SPIN)
+
+
+def row_of(times, bare, batch: int) -> dict:
+    """Return latency, throughput and the ratio over bare of one way."""
+    percentiles = percentiles_ms(times)
+    items_per_s = batch / percentiles["p50_ms"] * 1e3
+    ratio = paired_ratio(times, bare, seed=0)
+    return {**percentiles, "items_per_s": items_per_s, "over_bare": asdict(ratio)}
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -258,29 +277,31 @@ def _child(folder: Path, way: str, tasks: int, args) -> int:
 # --- the floor -----------------------------------------------------------------------------------
 
 
-def floor_of(deltas: dict[str, Delta], batch: int, base: onnx.ModelProto, tokens: int) -> dict:
-    """Return the extra bytes and FLOPs of a mixed batch over a batch of one task.
+def floor_of(deltas: dict[str, Delta], path: Path) -> dict:
+    """Return the extra bytes and FLOPs per sample of a mixed batch over a batch of one task.
 
-    The Gather reads and writes a row per sample, the Split once more. The norms' multiply-adds and
-    the head's products are those of one task, but for the columns that only widen a head. FLOPs of
-    the backbone: two per weight of a matrix and token.
+    The Gather reads and writes a row, the Split once more. The norms' multiply-adds and the head's
+    product are those of one task, but for the columns that only widen a head. FLOPs of the
+    backbone: two per weight of a matrix and token.
     """
+    base = onnx.load(path, load_external_data=False).graph
+    positions = [t.dims[1] for t in base.initializer if t.name.endswith("pos_embed")]
+    tokens = positions[0] if positions else TOKENS
     first = next(iter(deltas.values())).tensors
-    width = max(delta.width for delta in deltas.values())
-    features = first[HEAD_WEIGHT].shape[1]
-    numbers = sum(v.size for n, v in first.items() if n not in (HEAD_WEIGHT, HEAD_BIAS))
-    row = 4 * (numbers + width * (features + 1))
-    matrices = [t for t in base.graph.initializer if len(t.dims) == 2 and t.name.startswith("val_")]
-    backbone = 2 * sum(int(np.prod(t.dims)) for t in matrices) * tokens * batch
-    weights = 4 * sum(int(np.prod(t.dims)) for t in matrices)
-    narrow = min(delta.width for delta in deltas.values())
+    width, features = next(tuple(t.dims) for t in base.initializer if t.name == HEAD_WEIGHT)
+    narrowest = min(delta.width for delta in deltas.values())
+    norms = sum(value.size for name, value in first.items() if not name.startswith("head."))
+    row = 4 * (norms + width * (features + 1))
+    matrices = sum(int(np.prod(t.dims)) for t in base.initializer
+                   if len(t.dims) == 2 and t.name.startswith("val_"))  # fmt: skip
     return {
         "row_bytes": row,
         "table_bytes": row * len(deltas),
-        "extra_bytes": 4 * row * batch,
-        "extra_flops": 2 * batch * features * (width - narrow),
-        "backbone_flops": backbone,
-        "backbone_weight_bytes": weights,
+        "extra_bytes": 4 * row,
+        "extra_flops": 2 * features * (width - narrowest),
+        "tokens": tokens,
+        "backbone_flops": 2 * matrices * tokens,
+        "backbone_matrix_bytes": 4 * matrices,
     }
 
 
@@ -309,8 +330,7 @@ def chart(cells: list[dict], path: Path, title: str) -> None:
             _name(axis, tasks, middle, way, colour)
         axis.axhline(1, color="#8a8a8a", lw=1)
         axis.set(title=f"time of a batch of {batch}, bare = 1", yscale="log")
-        axis.yaxis.set_major_formatter("{x:g}×")
-        axis.yaxis.set_minor_formatter("{x:g}×")
+        _ticks(axis, (1.0, 1.5, 2.0, 3.0, 5.0), "{x:g}×")
     for way, colour in colours.items():
         values = [cell["memory"][way]["bytes"] / 1e6 for cell in cells]
         real = [c["memory"][way].get("extrapolated_from") is None for c in cells]
@@ -319,7 +339,7 @@ def chart(cells: list[dict], path: Path, title: str) -> None:
             axes[-1].plot(x, y, "o", ms=5, color=colour, mfc=colour if sure else "white")
         _name(axes[-1], tasks, values, way, colour)
     axes[-1].set(title="resident memory, MB (hollow: extrapolated)", yscale="log")
-    axes[-1].yaxis.set_major_formatter("{x:,.0f}")
+    _ticks(axes[-1], (1.0, 2.0, 5.0), "{x:,.0f}")
     for axis in axes:
         axis.set(xscale="log", xlabel="tasks")
         axis.set_xticks(tasks, [str(t) for t in tasks])
@@ -334,8 +354,16 @@ def chart(cells: list[dict], path: Path, title: str) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=130)
 
 
+def _ticks(axis, steps: tuple[float, ...], form: str) -> None:
+    from matplotlib.ticker import LogLocator
+
+    axis.yaxis.set_major_locator(LogLocator(subs=steps))
+    axis.yaxis.set_major_formatter(form)
+
+
 def _name(axis, x, y, text: str, colour: str) -> None:
-    axis.annotate(text, (x[-1], y[-1]), xytext=(6, 0), textcoords="offset points", va="center",
+    rise = {"mixed": -6, "swap": 6}.get(text, 0)
+    axis.annotate(text, (x[-1], y[-1]), xytext=(8, rise), textcoords="offset points", va="center",
                   color=colour, fontsize=9)  # fmt: skip
 
 
@@ -345,11 +373,11 @@ def table(cells: list[dict]) -> str:
     lines = ["| tasks | batch | asked | bare, ms | " + " | ".join(ways) + " |",
              "|---" * (4 + len(ways)) + "|"]  # fmt: skip
     for cell in cells:
-        for time in cell["time"]:
-            ratios = [time["ways"][way]["over_bare"] for way in ways]
+        for timed in cell["time"]:
+            ratios = [timed["ways"][way]["over_bare"] for way in ways]
             words = [f"{r['median']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" for r in ratios]
-            bare = time["ways"]["bare"]["p50_ms"]
-            line = [cell["tasks"], time["batch"], f"{time['distinct_tasks']:.1f}", f"{bare:.1f}"]
+            bare = timed["ways"]["bare"]["p50_ms"]
+            line = [cell["tasks"], timed["batch"], f"{timed['distinct_tasks']:.1f}", f"{bare:.1f}"]
             lines.append(f"| {' | '.join(map(str, [*line, *words]))} |")
     lines += ["", "| tasks | mixed, MB | swap, MB | sessions, MB |", "|---|---|---|---|"]
     for cell in cells:
@@ -371,33 +399,33 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=16, help="most sessions held at once")
     parser.add_argument("--seconds", type=float, default=8.0, help="measured per cell")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall",
+                        help="cpu: this process's own time, for a machine that others use too")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("many-tasks"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for path in args.bundles:
         bundle = load_bundle(path)
-        name = bundle.manifest["source"]["backbone"]["name"].rpartition(":")[2]
+        name = path.name
         cells = []
         for count in map(int, args.tasks.split(",")):
             deltas = some_deltas(bundle, count)
             with tempfile.TemporaryDirectory(prefix="mdpd-many-") as scratch:
                 folder = Path(scratch)
                 nodes = write_graphs(bundle, deltas, folder)
-                sizes = list(map(int, args.batch.split(",")))
                 cells.append({
                     "tasks": count,
                     "trained": min(count, len(bundle.tasks)),
                     "perturbed": max(0, count - len(bundle.tasks)),
                     "nodes": nodes,
-                    "time": [time_ways(bundle, deltas, folder, args, size) for size in sizes],
+                    "time": time_ways(bundle, deltas, folder, args),
                     "memory": memory_of(bundle, deltas, folder, args),
-                    "floor": floor_of(deltas, max(sizes),
-                                      onnx.load(folder / "base.onnx", load_external_data=False),
-                                      TOKENS if bundle.manifest["modality"] == "text" else 65),
+                    "floor": floor_of(deltas, folder / "base.onnx"),
                 })  # fmt: skip
             print(f"{name}: {count} tasks measured", file=sys.stderr)
-        report = {"backbone": name, "tokens": TOKENS, "threads": args.threads,
-                  "seconds": args.seconds, "machine": describe(), "cells": cells}  # fmt: skip
+        report = {"backbone": name, "threads": args.threads,
+                  "seconds": args.seconds, "clock": args.clock,
+                  "batch": args.batch, "sessions": args.sessions, "machine": describe(), "cells": cells}  # fmt: skip
         stem = args.out / f"many-tasks-{name}"
         stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
         chart(cells, stem.with_suffix(".svg"), f"Many tasks on one backbone: {name}")
