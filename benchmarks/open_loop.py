@@ -15,6 +15,7 @@ import aiohttp
 import numpy as np
 
 KNEE_FACTOR = 5.0  # a rate is carried while its p95 is at most this many times that of the lowest
+KEPT_UP = 0.85  # … and this share of what was offered per second was answered per second
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,10 @@ def summarise(samples: Sequence[Sample], *, rate: float, seconds: float) -> dict
 
 
 def carried(level: dict, lowest: dict, factor: float = KNEE_FACTOR) -> bool:
-    """Whether a rate is carried: no error, and p95 near that of the lowest rate."""
+    """Whether a rate is carried: no error, answered as fast as offered, p95 near the lowest's."""
     if level["errors"] or level["p95_ms"] is None or lowest["p95_ms"] is None:
+        return False
+    if level["answered_per_s"] < KEPT_UP * level["offered_per_s"]:
         return False
     return level["p95_ms"] <= factor * lowest["p95_ms"]
 

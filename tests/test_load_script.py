@@ -102,7 +102,13 @@ def test_outcomes_are_told_apart(open_loop):
 
 def test_the_knee_is_where_two_rates_in_a_row_are_not_carried(open_loop):
     def level(rate, p95, **errors):
-        return {"rate": rate, "p95_ms": p95, "errors": errors}
+        return {
+            "rate": rate,
+            "p95_ms": p95,
+            "errors": errors,
+            "offered_per_s": rate,
+            "answered_per_s": rate,
+        }
 
     levels = [level(10, 4), level(20, 30), level(40, 6), level(80, 90), level(160, 900)]
     assert open_loop.find_knee(levels) == 40
@@ -111,6 +117,8 @@ def test_the_knee_is_where_two_rates_in_a_row_are_not_carried(open_loop):
     )
     assert open_loop.find_knee([level(10, 4, refused=1), level(20, None)]) is None
     assert open_loop.find_knee(levels[:1]) == 10
+    behind = {**level(10, 900), "answered_per_s": 6}  # saturated from the start
+    assert open_loop.find_knee([behind, {**behind, "rate": 20}]) is None
 
 
 def test_the_whole_script_measures_a_served_bundle(open_loop, tiny_run, tmp_path, monkeypatch):
