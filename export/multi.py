@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from mdpd_deploy import verification
 from mdpd_deploy.bundle import Bundle, is_bundle, load_bundle
 from mdpd_deploy.bundle_tasks import Task, open_task
 from mdpd_deploy.data.preprocess import TOKENIZER_FILE
@@ -79,7 +80,9 @@ def pack_multi(
         tempfile.TemporaryDirectory(prefix="mdpd-multi-") as scratch,
     ):
         _write(members, folder, Path(scratch), options)
-        install_if_possible(load_bundle(folder), options.engine)
+        sealed = load_bundle(folder)
+        verification.require_sound(verification.verify(verification.Subject(sealed)))
+        install_if_possible(sealed, options.engine)
     return load_bundle(out)
 
 

@@ -24,6 +24,7 @@ from mdpd_deploy.export.base_graph import BaseGraph, comparable
 from mdpd_deploy.export.fade import Faded
 from mdpd_deploy.export.gates import Gate, check_parity, check_side_free
 from mdpd_deploy.golden import load_golden, replay
+from mdpd_deploy.graph_signature import graph_signature, values_sha256
 from mdpd_deploy.mixed import mixed_batch
 from mdpd_deploy.mixed_graph import added_nodes
 from mdpd_deploy.onnx_graph import export_onnx, same_structure
@@ -40,7 +41,13 @@ def check_structure(faded: Faded, base: BaseGraph, scratch: Path) -> list[Gate]:
     if differences:
         raise VerificationError(f"identity: the graph is not the base graph: {differences[0]}.")
     note = f"{graph.nodes} nodes equal the bare backbone's; {len(faded.changed)} norms differ"
-    details = {"nodes": graph.nodes, "changed_weights": list(faded.changed)}
+    bare = graph_signature(base.path)
+    details = {
+        "nodes": graph.nodes,
+        "changed_weights": list(faded.changed),
+        "structure_sha256": bare.structure_sha256,
+        "bare_values_sha256": values_sha256(weight.digest for weight in bare.weights),
+    }
     return [check_side_free(twin, graph), Gate("identity", "passed", note, details)]
 
 

@@ -89,14 +89,20 @@ class Certificate(_Record):
     metric: Annotated[Metric | None, BeforeValidator(_none_if_empty)] = None
 
 
-def read_certificate(bundle: Path) -> Certificate:
+def read_certificate(bundle: Path, task: str | None = None) -> Certificate:
     """Read the numbers of a bundle's gates.
+
+    Args:
+        bundle: The folder.
+        task: Which task's, where the bundle answers several.
 
     Raises:
         UserError: If the file is missing or no JSON.
         VerificationError: If it does not hold what a certificate holds.
     """
     plain = read_json(bundle / PARITY_FILE, "bundle")
+    if task is not None:
+        plain = plain.get(task) if isinstance(plain, dict) else None
     try:
         return Certificate.model_validate_json(json.dumps(plain))  # JSON's rules, strictly
     except ValidationError as err:

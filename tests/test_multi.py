@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-from mdpd_deploy import fit, load_bundle
+from mdpd_deploy import fit, load_bundle, verify_bundle
 from mdpd_deploy.bundle_tasks import open_task
 from mdpd_deploy.cli import main
 from mdpd_deploy.commands.export import export_runs
@@ -617,3 +617,30 @@ def test_a_weight_that_something_else_reads_is_refused():
     task = {n: numpy_helper.to_array(t) for t in base.graph.initializer if (n := t.name) != "one"}
     with pytest.raises(ExportError, match="shift is read by Relu"):
         mixed_graph(base, [task])
+
+
+def test_a_bundle_of_several_tasks_is_verified_from_what_it_holds(text_bundle, image_bundle):
+    for bundle, names in ((text_bundle, ("mood", "stars", "score")), (image_bundle, ())):
+        report = verify_bundle(bundle.path)
+        assert report.unsound == []
+        verdicts = {check.name: check.verdict for check in report.checks}
+        assert verdicts["identity"] == verdicts["side_free"] == verdicts["parameters"] == "passed"
+        assert all(verdicts[f"golden of {name}"] == "passed" for name in names)
+
+
+def test_a_delta_that_the_graph_does_not_hold_is_found(damaged):
+    path = damaged / "tasks" / "mood" / "delta.safetensors"
+    delta = load_delta(
+        path, json.loads((damaged / "manifest.json").read_text())["mixed"]["base_sha256"]
+    )
+    delta.tensors[HEAD_BIAS][0] += 1
+    delta.save(path)
+    relist(damaged, "tasks/mood/delta.safetensors")
+    report = verify_bundle(damaged)
+    assert report.unsound[0] == "identity"
+    assert "deltas" in {check.name: check.note for check in report.checks}["identity"]
+
+
+def test_verify_of_several_tasks_takes_no_data_of_one(text_bundle):
+    with pytest.raises(UserError, match="mdpd eval"):
+        verify_bundle(text_bundle.path, eval_data="x.csv")

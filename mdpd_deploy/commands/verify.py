@@ -120,6 +120,13 @@ def verify_bundle(
         check_signature(Path(bundle), Path(key), None if signature is None else Path(signature))
     opened = load_bundle(bundle)
     validation = None
+    if opened.mixed and eval_data is not None:
+        from mdpd_deploy.errors import UserError
+
+        raise UserError(
+            f"--eval-data is one task's, and {bundle} has several: measure each with "
+            f"`mdpd eval {bundle} --task NAME --data {eval_data}`."
+        )
     if eval_data is not None or opened.manifest["task"] in SELF_CONTAINED:
         validation = bundle_splits(opened, opened.task(None), eval_data)["validation"]
     signer = None if key is None else str(key)

@@ -1,7 +1,7 @@
 """Checks a bundle again from what it holds, without the run, the backbone or torch (D27).
 
 Each check is one function from a `Subject` to what was `Seen`; it raises when it fails. A bundle of
-a kind with more to it gets one more function and one more line in `CHECKS`.
+a kind with more to it gets one more function and one more line in a table below.
 
 files       every file is the one that the manifest lists
 schema      the manifest can be read, and the graph's own notes agree with it
@@ -15,7 +15,7 @@ metric      the task metric is the recorded one, where the data is at hand
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mdpd_deploy.errors import MdpdError, VerificationError, printable
 from mdpd_deploy.verification.behaviour import check_golden, check_metric, check_parity
@@ -23,19 +23,29 @@ from mdpd_deploy.verification.graph import check_identity, check_parameters, che
 from mdpd_deploy.verification.integrity import check_files, check_schema, check_signature
 from mdpd_deploy.verification.subject import SOUND, Seen, Subject, Verdict
 
-__all__ = ["CHECKS", "SOUND", "Check", "Seen", "Subject", "Verdict", "require_sound", "verify"]
+__all__ = [
+    "OF_A_TASK",
+    "OF_THE_BUNDLE",
+    "SOUND",
+    "Check",
+    "Seen",
+    "Subject",
+    "Verdict",
+    "require_sound",
+    "verify",
+]
 
-CHECKS: dict[str, Callable[[Subject], Seen]] = {  # in the order in which they are done
+Checks = dict[str, Callable[[Subject], Seen]]  # in the order in which they are done
+
+OF_THE_BUNDLE: Checks = {
     "files": check_files,
     "schema": check_schema,
     "signature": check_signature,
     "side_free": check_side_free,
     "identity": check_identity,
     "parameters": check_parameters,
-    "parity": check_parity,
-    "golden": check_golden,
-    "metric": check_metric,
 }
+OF_A_TASK: Checks = {"parity": check_parity, "golden": check_golden, "metric": check_metric}
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,13 @@ class Check:
 
 
 def verify(subject: Subject) -> list[Check]:
-    """Do every check; none of them ends the others."""
-    return [_do(name, subject) for name in CHECKS]
+    """Do every check, those of a task for each; none of them ends the others."""
+    checks = [_do(name, check, subject) for name, check in OF_THE_BUNDLE.items()]
+    for task in subject.bundle.tasks:
+        one = replace(subject, asked=task)
+        of = f" of {task.name}" if subject.bundle.mixed else ""
+        checks += [_do(name + of, check, one) for name, check in OF_A_TASK.items()]
+    return checks
 
 
 def require_sound(checks: list[Check]) -> None:
@@ -66,9 +81,9 @@ def require_sound(checks: list[Check]) -> None:
         raise VerificationError("; ".join(f"{check.name}: {check.note}" for check in unsound))
 
 
-def _do(name: str, subject: Subject) -> Check:
+def _do(name: str, check: Callable[[Subject], Seen], subject: Subject) -> Check:
     try:
-        seen = CHECKS[name](subject)
+        seen = check(subject)
     except MdpdError as err:
         seen = Seen("failed", str(err))
     if seen.verdict == "failed":

@@ -8,6 +8,7 @@ import onnx
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.graph_signature import tensors_in, value_digest, values_sha256
 from mdpd_deploy.manifest import BARE_FILE
+from mdpd_deploy.verification.mixed import check_mixed_identity, check_mixed_parameters
 from mdpd_deploy.verification.subject import NOT_FADED, TOO_OLD, Seen, Subject
 
 _SIDE = "side"  # what names of a side network's tensors start with
@@ -39,6 +40,8 @@ def check_identity(subject: Subject) -> Seen:
     """The digests that the export took of the bare backbone's own graph fit this one."""
     if not subject.faded:
         return NOT_FADED
+    if subject.bundle.mixed:
+        return check_mixed_identity(subject)
     record = subject.certificate.identity
     if record is None or record.structure_sha256 is None:
         return TOO_OLD
@@ -63,6 +66,8 @@ def check_parameters(subject: Subject) -> Seen:
     """Count the numbers that the graph holds, wherever in it they are."""
     if not subject.faded:
         return NOT_FADED
+    if subject.bundle.mixed:
+        return check_mixed_parameters(subject)
     record = subject.certificate.side_free
     if record is None:
         return TOO_OLD

@@ -7,13 +7,13 @@ from typing import Literal, NamedTuple
 
 import onnx
 
-from mdpd_deploy.bundle import Bundle
+from mdpd_deploy.bundle import Bundle, Task
 from mdpd_deploy.certificate import Certificate, read_certificate
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.graph_signature import Signature, graph_signature
 from mdpd_deploy.manifest import MODEL_FILE
-from mdpd_deploy.runner import Runner
+from mdpd_deploy.runner import Forward, Runner
 
 Verdict = Literal["passed", "recorded", "not applicable", "not recorded", "not run", "failed"]
 SOUND = ("passed", "recorded", "not applicable")
@@ -40,6 +40,8 @@ class Subject:
         validation: The examples that the export measured, if they are at hand.
         signer: The public key that the signature was checked with, if it was.
         failed: Names of the checks that failed so far.
+        asked: The task that is checked; None: the bundle as a whole, or its only task.
+        opened: The graph by device, once it is open.
     """
 
     bundle: Bundle
@@ -47,6 +49,8 @@ class Subject:
     validation: Split | None = None
     signer: str | None = None
     failed: set[str] = field(default_factory=set)
+    asked: Task | None = None
+    opened: dict[str, Runner] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -63,10 +67,15 @@ class Subject:
         """What the graph's weights were converted to."""
         return str(self.bundle.manifest["precision"])
 
+    @property
+    def task(self) -> Task:
+        """The task that is checked."""
+        return self.asked or self.bundle.task()
+
     @cached_property
     def certificate(self) -> Certificate:
         """The numbers of the export's gates."""
-        return read_certificate(self.path)
+        return read_certificate(self.path, self.task.name if self.bundle.mixed else None)
 
     @cached_property
     def graph(self) -> onnx.ModelProto:
@@ -81,7 +90,14 @@ class Subject:
         except Exception as err:  # what protobuf, onnx and numpy stumble on in a broken graph
             raise VerificationError(f"{MODEL_FILE} is no sound graph ({err!r:.200})") from err
 
-    @cached_property
+    @property
     def runner(self) -> Runner:
         """The graph on the device."""
-        return self.bundle.runner(self.device)
+        if self.device not in self.opened:
+            self.opened[self.device] = self.bundle.runner(self.device)
+        return self.opened[self.device]
+
+    @property
+    def forward(self) -> Forward:
+        """The task's own outputs from the graph."""
+        return self.bundle.runner_of(self.task, self.runner)

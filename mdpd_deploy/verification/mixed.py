@@ -1,0 +1,83 @@
+"""Is the graph of several tasks the bare backbone's, with each task's numbers and nothing more?"""
+
+import onnx
+from onnx import numpy_helper
+
+from mdpd_deploy.certificate import read_certificate
+from mdpd_deploy.deltas import Delta, load_delta
+from mdpd_deploy.errors import VerificationError
+from mdpd_deploy.graph_signature import graph_signature, values_sha256
+from mdpd_deploy.manifest import BASE_FILE, DELTA_FILE, TASKS
+from mdpd_deploy.mixed_graph import TABLE, mixed_graph
+from mdpd_deploy.verification.subject import TOO_OLD, Seen, Subject
+
+
+def check_mixed_identity(subject: Subject) -> Seen:
+    """The base graph is the bare backbone's, and it and the deltas make the mixed graph again."""
+    base = graph_signature(subject.path / BASE_FILE)
+    for task in subject.bundle.tasks:
+        record = read_certificate(subject.path, task.name).identity
+        if record is None or record.structure_sha256 is None:
+            return TOO_OLD
+        if record.structure_sha256 != base.structure_sha256:
+            raise VerificationError(f"{BASE_FILE} is not, node for node, the bare backbone's graph")
+        if record.bare_values_sha256 != values_sha256(weight.digest for weight in base.weights):
+            raise VerificationError(f"a weight of {BASE_FILE} is not the bare backbone's")
+    if not any(_same(subject.graph, made) for made in _made_again(subject)):
+        raise VerificationError("the graph is not what the base graph and the deltas make")
+    count = len(subject.bundle.tasks)
+    return Seen(
+        "passed",
+        f"{len(base.nodes)} nodes of the base graph and their weights equal the bare backbone's; "
+        f"the mixed graph is that and {count} deltas",
+    )
+
+
+def check_mixed_parameters(subject: Subject) -> Seen:
+    """Count the numbers of the base graph and of each task."""
+    for task in subject.bundle.tasks:
+        record = read_certificate(subject.path, task.name).side_free
+        if record is None:
+            return TOO_OLD
+        if record.graph_numbers > record.model_numbers + subject.bundle.manifest["nodes"]:
+            raise VerificationError(f"the graph of {task.name} holds more than backbone and head")
+    sizes = [sum(array.size for array in delta.tensors.values()) for delta in _deltas(subject)]
+    tables = [t for t in subject.graph.graph.initializer if t.name == TABLE]
+    rows, row = tables[0].dims[0], tables[0].dims[-1]
+    if len(tables) != 1 or rows != len(sizes) or max(sizes) > row:
+        raise VerificationError("the table of the tasks holds other rows than their deltas")
+    return Seen("passed", f"{min(sizes):,} to {max(sizes):,} numbers a task beside the backbone's")
+
+
+def _made_again(subject: Subject) -> list[onnx.ModelProto]:
+    base = onnx.load(subject.path / BASE_FILE, load_external_data=False)
+    known = {t.name: tuple(t.dims) for t in base.graph.initializer}
+    shapes = {v.name: known[v.name] for v in base.graph.input if v.name in known}
+    fitted = [delta.fit(shapes) for delta in _deltas(subject)]
+    return [mixed_graph(base, fitted, form="fused"), mixed_graph(base, fitted, form="explicit")]
+
+
+def _deltas(subject: Subject) -> list[Delta]:
+    base = subject.bundle.manifest["files"][BASE_FILE]["sha256"]
+    where = subject.path / TASKS
+    return [load_delta(where / task.name / DELTA_FILE, base) for task in subject.bundle.tasks]
+
+
+def _same(found: onnx.ModelProto, made: onnx.ModelProto) -> bool:
+    """Whether two graphs are equal but for their notes and the order of their weights."""
+    same_nodes = [n.SerializeToString(deterministic=True) for n in found.graph.node] == [
+        n.SerializeToString(deterministic=True) for n in made.graph.node
+    ]
+    return same_nodes and _weights(found) == _weights(made)
+
+
+def _weights(proto: onnx.ModelProto) -> dict[str, object]:
+    """Return what each weight is: its bytes, or where in the bundle they are."""
+    found: dict[str, object] = {}
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            places = sorted((entry.key, entry.value) for entry in tensor.external_data)
+            found[tensor.name] = (tuple(tensor.dims), tensor.data_type, tuple(places))
+        else:
+            found[tensor.name] = (tensor.data_type, numpy_helper.to_array(tensor).tobytes())
+    return found
