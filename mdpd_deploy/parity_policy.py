@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, compute
 
 ParityMode = Literal["fail", "warn"]
-RESAMPLES = 1000
+RESAMPLES = 500
 
 
 @dataclass(frozen=True)

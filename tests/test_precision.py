@@ -5,7 +5,6 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -34,6 +33,7 @@ from mdpd_deploy.export.reduced_gates import (
 from mdpd_deploy.export.trials import choose, try_all
 from mdpd_deploy.golden import load_golden
 from mdpd_deploy.parity_policy import POLICIES, agreement, paired_drop
+from mdpd_deploy.run import Run
 from mdpd_deploy.runner import OnnxRunner
 from mdpd_deploy.serve.graph_race import GraphTiming
 
@@ -57,11 +57,6 @@ def int8_cpu(tiny_text_run, tmp_path_factory):
 def int8_trt(tiny_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("p") / "int8-trt"
     return export_run(tiny_run.path, precision="int8-trt", fmt="trt", parity="warn", out=out)
-
-
-@pytest.fixture(scope="session")
-def fp16(tiny_run, tmp_path_factory):
-    return export_run(tiny_run.path, precision="fp16", out=tmp_path_factory.mktemp("p") / "fp16")
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +90,15 @@ def reference(tiny_run, fp32):
     return Reference(fade(tiny_run).model, tiny_run.preprocess, golden, measured)
 
 
+@pytest.fixture(scope="session")
+def fp16(fp32, reference, tmp_path_factory):
+    """The FP32 graph converted for the CPU, through its gates."""
+    path = tmp_path_factory.mktemp("p") / "fp16.onnx"
+    form, source = form_of("fp16", "cpu"), fp32.path / "model.onnx"
+    words = dict(material=material(fp32), reference=reference, mode="fail")
+    return reduced.convert(form, fp32.path, source, path, **words)
+
+
 def graph_of(bundle):
     return onnx.load(bundle.path / "model.onnx")
 
@@ -106,21 +110,22 @@ def operators(proto):
 # --- what is in the files ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "size"), [("int8_cpu", "int8", 1), ("int8_trt", "int8", 1), ("fp16", "float16", 2)]
-)  # fmt: skip
-def test_the_receipt_is_what_the_file_holds(name, kind, size, request):
+@pytest.mark.parametrize("name", ["int8_cpu", "int8_trt"])
+def test_the_receipt_is_what_the_file_holds(name, request):
     bundle = request.getfixturevalue(name)
     receipt = bundle.manifest["receipt"]
+    assert receipt["weight_bytes"] == weight_bytes(graph_of(bundle))
+    assert receipt["asked"] == "int8" and receipt["met"] and receipt["weights_share"] >= 0.9
+    assert receipt == json.loads((bundle.path / "parity.json").read_text())["receipt"]
+    assert bundle.manifest["nodes"] == len(graph_of(bundle).graph.node)
+
+
+def weight_bytes(proto):
     held = Counter()
-    for tensor in graph_of(bundle).graph.initializer:
+    for tensor in proto.graph.initializer:
         array = numpy_helper.to_array(tensor)
         held[str(array.dtype)] += array.nbytes
-    assert receipt["weight_bytes"] == dict(held)
-    assert receipt["asked"] == kind and receipt["met"] and receipt["weights_share"] >= 0.9
-    assert receipt == json.loads((bundle.path / "parity.json").read_text())["receipt"]
-    assert held[kind] / size > held["float32"] / 4, "most numbers have the type asked for"
-    assert bundle.manifest["nodes"] == len(graph_of(bundle).graph.node)
+    return dict(held)
 
 
 def test_int8_for_the_cpu_is_dynamic_and_standard(int8_cpu):
@@ -164,10 +169,11 @@ def test_what_was_proved_before_conversion_says_so(int8_trt, fp32):
 
 
 def test_fp16_on_the_cpu_is_half_the_file_and_within_its_policy(fp16, fp32):
-    sizes = [(bundle.path / "model.onnx").stat().st_size for bundle in (fp16, fp32)]
-    assert sizes[0] < 0.6 * sizes[1]
-    assert fp16.manifest["inputs"] == fp32.manifest["inputs"]
-    parity = json.loads((fp16.path / "parity.json").read_text())["parity"]
+    assert fp16.graph.stat().st_size < 0.6 * (fp32.path / "model.onnx").stat().st_size
+    assert fp16.receipt.weight_bytes == weight_bytes(onnx.load(fp16.graph))
+    assert set(fp16.receipt.compute_nodes) == {"float16"} and not fp16.receipt.fp32_islands
+    assert [gate.verdict for gate in fp16.gates] == ["passed"] * 3
+    parity = fp16.gate("parity").details
     assert 1e-6 < parity["scaled_diff"] < parity["tolerance"] == 3e-2
 
 
@@ -186,29 +192,48 @@ def test_a_reduced_bundle_predicts_evaluates_and_is_timed(int8_cpu, sentence_fol
     assert {row["variant"] for row in report["rows"]} >= {"deployed", "bare"}
 
 
-def test_fp16_gives_the_bare_backbone_in_its_own_precision(fp16, tmp_path):
-    bare = onnx.load(fp16.write_bare_graph(tmp_path / "bare.onnx"))
+def test_fp16_gives_the_bare_backbone_in_its_own_precision(fp16, fp32, tmp_path):
+    folder = shutil.copytree(fp32.path, tmp_path / "b")
+    shutil.copyfile(fp16.graph, folder / "model.onnx")
+    bare = onnx.load(replace(fp32, path=folder).write_bare_graph(tmp_path / "bare.onnx"))
     onnx.checker.check_model(bare, full_check=True)
     kinds = {t.data_type for t in bare.graph.initializer}
     assert TensorProto.FLOAT not in kinds and TensorProto.FLOAT16 in kinds
 
 
-def test_bf16_from_a_converted_file_is_held_to_its_gates_and_not_run(
-    tiny_run, bf16_file, tmp_path, capsys
+def interpreter(path, *lines):
+    """A program that stands in the interpreter's place."""
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return path
+
+
+def test_bf16_through_autocasts_protocol_is_held_to_its_gates_and_not_run(
+    tiny_run, bf16_file, digit_folder, tmp_path, monkeypatch, capsys
 ):
+    said = tmp_path / "words"
+    python = interpreter(
+        tmp_path / "python",
+        f'for word; do echo "$word" >> {said}; done',
+        f'cp {bf16_file} "$6"',  # -m MODULE --onnx_path IN --output_path OUT …
+    )
+    monkeypatch.setenv("MDPD_AUTOCAST_PYTHON", str(python))
     out = tmp_path / "bf16"
     words = ["export", tiny_run.path, "--precision", "bf16", "--target", "gpu", "--out", out]
-    assert main([*map(str, words), "--converted", str(bf16_file)]) == 0
-    assert "(converted elsewhere)" in capsys.readouterr().out
+    assert main([*map(str, words)]) == 0
+    assert "(ModelOpt AutoCast, ranges from golden inputs" in capsys.readouterr().out
+    given = said.read_text().splitlines()
+    assert given[:3] == ["-m", "modelopt.onnx.autocast", "--onnx_path"]
+    assert {"--keep_io_types", "--calibration_data"} < set(given)
+    assert given[given.index("--low_precision_type") + 1] == "bf16"
+    assert given[given.index("--providers") + 1] == "cpu"
     bundle = load_bundle(out)
     assert bundle.manifest["precision"] == "bf16" and bundle.manifest["opset"] == 22
     assert set(bundle.manifest["receipt"]["compute_nodes"]) == {"bfloat16"}
     assert "float32 twin" in bundle.manifest["verification"]["parity"]["note"]
     drift = json.loads((out / "parity.json").read_text())["parity"]["scaled_diff"]
     assert 1e-4 < drift < 3e-2
-    assert (
-        main(["predict", str(out), str(next(Path(tiny_run.config.data.path).rglob("*.png")))]) == 2
-    )
+    assert main(["predict", str(out), str(next(digit_folder.rglob("*.png")))]) == 2
     assert "no bfloat16 kernels" in capsys.readouterr().err
 
 
@@ -275,29 +300,27 @@ def test_format_and_target_follow_from_each_other():
     assert [f.precision for f in forms_for("gpu")] == ["fp32", "fp16", "bf16", "int8-trt"]
 
 
-def test_calibration_needs_the_tasks_own_data(tiny_run, tmp_path):
+def test_calibration_needs_the_tasks_own_data(tiny_run, fp32, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run.path, run, ignore=shutil.ignore_patterns("bundles", "checkpoints"))
     config = (run / "config.yaml").read_text()
     home = tiny_run.config.data.path
     (run / "config.yaml").write_text(config.replace(home, str(tmp_path / "gone")))
-    options = dict(fmt="trt", golden="synthetic", metric_gate=False)
+    golden = load_golden(fp32.path / "golden.safetensors")
+    words = dict(autocast_python=None, converted=None)
+    told = reduced.material_of(Run.open(run), golden, "synthetic", **words)
     with pytest.raises(UserError, match=r"calibrated on the run's training inputs.*gone"):
-        export_run(run, precision="int8-trt", out=tmp_path / "b", **options)
-    assert not (tmp_path / "b").exists()
+        told.calibration()
 
 
 # --- gates and checks on damaged graphs ----------------------------------------------------------
 
 
-def damaged(
-    source, target, change, kinds=(TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8)
-):
-    """Write a graph whose first large weight matrix is changed."""
+def damaged(source, target, change):
+    """Write a graph whose head has other weights, and open it."""
     proto = onnx.load(source)
-    tensor = next(
-        t for t in proto.graph.initializer if len(t.dims) == 2 and min(t.dims) > 8 and t.data_type in kinds
-    )  # fmt: skip
+    (head,) = (n for n in proto.graph.node if n.op_type == "Gemm")
+    tensor = next(t for t in proto.graph.initializer if t.name == head.input[1])
     values = numpy_helper.to_array(tensor)
     tensor.CopyFrom(numpy_helper.from_array(change(values).astype(values.dtype), tensor.name))
     onnx.save(proto, target)
@@ -306,11 +329,7 @@ def damaged(
 
 def test_fp16_parity_fails_on_a_damaged_graph_and_warns_only_when_asked(fp16, reference, tmp_path):
     policy = POLICIES["fp16"]
-    gate, _ = check_reduced_parity(
-        reference, OnnxRunner(fp16.path / "model.onnx"), policy, mode="fail"
-    )
-    assert gate.verdict == "passed"
-    runner = damaged(fp16.path / "model.onnx", tmp_path / "m.onnx", lambda w: w * 1.5)
+    runner = damaged(fp16.graph, tmp_path / "m.onnx", lambda w: w * 1.5)
     with pytest.raises(VerificationError, match=r"parity: largest difference .* allowed 3e-02"):
         check_reduced_parity(reference, runner, policy, mode="fail")
     gate, parity = check_reduced_parity(reference, runner, policy, mode="warn")
@@ -345,7 +364,7 @@ def test_int8_is_held_to_its_predictions(int8_trt, reference, tmp_path):
 
 
 def test_outputs_that_are_not_finite_fail_even_with_a_warning(fp16, reference, tmp_path):
-    runner = damaged(fp16.path / "model.onnx", tmp_path / "m.onnx", lambda w: w * np.nan)
+    runner = damaged(fp16.graph, tmp_path / "m.onnx", lambda w: w * np.nan)
     with pytest.raises(VerificationError, match="not finite"):
         check_reduced_parity(reference, runner, POLICIES["fp16"], mode="warn")
 
@@ -416,14 +435,14 @@ def test_only_symmetric_pairs_pass_for_tensorrt(damage, words, int8_trt, int8_cp
     ("damage", "words"),
     [
         ("weight", "is none of the exported model's"),
-        ("input", "has other inputs than"),
+        ("input", "has other inputs than|not a sound"),
         ("output type", "has other outputs than|not a sound"),
         ("domain", "outside the ONNX standard|not a sound"),
         ("bytes", "not a sound ONNX graph"),
     ],
 )
 def test_a_file_that_is_not_ours_converted_is_refused(damage, words, fp16, fp32, tmp_path):
-    proto = graph_of(fp16)
+    proto = onnx.load(fp16.graph)
     if damage == "weight":
         tensor = next(t for t in proto.graph.initializer if len(t.dims) == 2)
         values = numpy_helper.to_array(tensor)
@@ -439,7 +458,7 @@ def test_a_file_that_is_not_ours_converted_is_refused(damage, words, fp16, fp32,
     path.write_bytes(b"\x08not a graph" if damage == "bytes" else proto.SerializeToString())
     with pytest.raises(ExportError, match=words):
         check_converted(fp32.path / "model.onnx", path, "fp16")
-    check_converted(fp32.path / "model.onnx", fp16.path / "model.onnx", "fp16")
+    check_converted(fp32.path / "model.onnx", fp16.graph, "fp16")
 
 
 # --- the policy's arithmetic ---------------------------------------------------------------------
@@ -478,13 +497,6 @@ def test_the_drop_is_paired_and_has_the_sign_of_a_loss():
 # --- AutoCast: the protocol with another interpreter ---------------------------------------------
 
 
-def interpreter(path, *lines):
-    """A program that stands in the interpreter's place."""
-    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
-    path.chmod(0o755)
-    return path
-
-
 def material(fp32, python=None, converted=None):
     golden = load_golden(fp32.path / "golden.safetensors")
 
@@ -517,27 +529,12 @@ def test_autocast_says_what_went_wrong(lines, error, words, fp32, tmp_path):
         autocast("fp16", source, target, material(fp32, converted=tmp_path / "none.onnx"))
 
 
-def test_autocast_is_called_by_its_protocol_and_its_file_verified(
-    tiny_run, fp16, tmp_path, monkeypatch
-):
-    words = tmp_path / "words"
-    reply = fp16.path / "model.onnx"
-    python = interpreter(
-        tmp_path / "python",
-        f'for word; do echo "$word" >> {words}; done',
-        f'cp {reply} "$6"',  # -m MODULE --onnx_path IN --output_path OUT …
+def test_a_converted_file_is_taken_as_it_is(fp32, fp16, tmp_path):
+    source, target = fp32.path / "model.onnx", tmp_path / "m.onnx"
+    assert autocast("fp16", source, target, material(fp32, converted=fp16.graph)) == (
+        "converted elsewhere"
     )
-    monkeypatch.setenv("MDPD_AUTOCAST_PYTHON", str(python))
-    out = tmp_path / "b"
-    assert main(["export", str(tiny_run.path), "--precision", "fp16", "--fmt", "trt", "--out", str(out)]) == 0  # fmt: skip
-    given = words.read_text().splitlines()
-    assert given[:3] == ["-m", "modelopt.onnx.autocast", "--onnx_path"]
-    assert {"--keep_io_types", "--calibration_data"} < set(given)
-    assert given[given.index("--low_precision_type") + 1] == "fp16"
-    assert given[given.index("--providers") + 1] == "cpu"
-    manifest = load_bundle(out).manifest
-    assert manifest["conversion"] == "ModelOpt AutoCast, ranges from golden inputs from validation"
-    assert manifest["verification"]["parity"]["verdict"] == "passed"
+    assert target.read_bytes() == fp16.graph.read_bytes()
 
 
 @pytest.mark.skipif(

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,8 @@ def autocast(precision: str, source: Path, target: Path, material: Material) -> 
         )
     with tempfile.TemporaryDirectory(prefix="mdpd-autocast-") as scratch:
         data = Path(scratch, "calibration.npz")
-        np.savez(data, allow_pickle=False, **material.golden.batches[0])
+        batch: dict[str, Any] = dict(material.golden.batches[0])
+        np.savez(data, **batch)
         _run(precision, source, target, data, material.autocast_python)
     return f"ModelOpt AutoCast, ranges from {material.golden.source}"
 

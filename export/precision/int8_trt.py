@@ -46,14 +46,12 @@ def quantise_static(
     products = [n for n in proto.graph.node if n.op_type == "MatMul"]
     batches: Iterator[Arrays] = iter(calibration.batches)
 
-    class Reader(tools.CalibrationDataReader):  # type: ignore[misc, name-defined]  # no types
-        def get_next(self) -> Arrays | None:
-            return next(batches, None)
-
+    reads = {"get_next": lambda self: next(batches, None)}
+    reader = type("Reader", (tools.CalibrationDataReader,), reads)()
     tools.quantize_static(
         proto,
         target,
-        Reader(),
+        reader,
         quant_format=tools.QuantFormat.QDQ,
         op_types_to_quantize=OPERATORS,
         per_channel=True,
