@@ -63,6 +63,13 @@ class Subject:
         """What the graph's weights were converted to."""
         return str(self.bundle.manifest["precision"])
 
+    def said_at_export(self, gate: str) -> tuple[str, str]:
+        """Return verdict and note of a gate of the export; empty when there is none."""
+        entry = self.bundle.manifest["verification"].get(gate)
+        if not isinstance(entry, dict):
+            return "", ""
+        return str(entry.get("verdict", "")), str(entry.get("note", ""))
+
     @cached_property
     def certificate(self) -> Certificate:
         """The numbers of the export's gates."""
