@@ -60,17 +60,17 @@ def stage_of(folder: Path) -> str:
     return "before model.onnx"
 
 
-def kill_one(run: Path, target: Path, after_s: float, *, overwrite: bool) -> dict:
-    """Kill an export, look at what is left, and export again."""
+def kill_one(run: Path, target: Path, after_s: float, *, overwrite: bool) -> dict | None:
+    """Kill an export, look at what is left, and export again; None if it ended before."""
     words = [run, "--out", target, *(["--overwrite"] if overwrite else [])]
     child = start("export", *words)
     try:
         child.wait(timeout=after_s)
-        stage = "after the end"
+        return None
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-        stage = stage_of(target.parent)
+    stage = stage_of(target.parent)
     left = state_of(target)
     again = start("export", run, "--out", target, *(["--overwrite"] if left == "sound" else []))
     exported = again.wait() == 0
@@ -104,13 +104,15 @@ def main() -> int:
         if start("export", options.run, "--out", target).wait():
             parser.error(f"{options.run} cannot be exported")
         whole = time.monotonic() - begin
-        for index in range(options.kills):
-            if index % 2 == 0:
+        while len(kills) < options.kills:
+            overwrite = len(kills) % 2 == 1
+            if not overwrite:
                 shutil.rmtree(target)
-            kills.append(
-                kill_one(options.run, target, chance.uniform(0, whole), overwrite=index % 2 == 1)
-            )
-            print(json.dumps(kills[-1]), flush=True)
+            moment = chance.uniform(0, whole)
+            kill = kill_one(options.run, target, moment, overwrite=overwrite)
+            if kill is not None:
+                kills.append(kill)
+                print(json.dumps(kill), flush=True)
     bad = [
         k
         for k in kills

@@ -337,7 +337,7 @@ def refusals(image_runs, text_runs, bitfit, side):
         "too few names": ([one, two, "--multi", "--names", "a"], "1 names for 2 runs"),
         "a path": ([one, two, "--multi", "--names", "a,../b"], "'../b' cannot name a task"),
         "equal names": ([one, two, "--multi", "--names", "a,a"], "'a' is given twice"),
-        "eval data": ([one, two, "--multi", "--eval-data", "x"], "names the data of one task"),
+        "eval data": ([one, two, "--multi", "--eval-data", "x"], "belongs to one run"),
         "side kept": ([one, side, "--multi"], f"{side} (method side) keeps a side network"),
         "biases": ([one, bitfit, "--multi"], f"{bitfit} (method bitfit) changed backbone."),
         "other backbone": ([one, text_runs[1], "--multi"], f"{text_runs[1]} has another backbone"),

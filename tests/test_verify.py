@@ -144,6 +144,9 @@ TAMPERED = {
     "a comparison that failed": (
         with_json("parity.json", lambda p: p["parity"].update(scaled_diff=0.5)),
         "parity", "comparison with PyTorch"),
+    "a verdict that is no verdict": (
+        with_json("manifest.json", lambda m: m["verification"].update(parity=None)),
+        "parity", "says ''"),
     "a damaged certificate": (
         with_json("parity.json", lambda p: p["parity"].update(spread=-1)),
         "parity", "damaged at 'parity.spread'"),

@@ -21,7 +21,7 @@ def check_parity(subject: Subject) -> Seen:
     finite = all(case.finite for case in record.cases)
     within = record.tolerance is None or record.scaled_diff <= record.tolerance
     consistent = math.isclose(worst, record.scaled_diff, rel_tol=1e-6, abs_tol=1e-12)
-    verdict = subject.task.facts["verification"].get("parity", {}).get("verdict")
+    verdict, _ = subject.said_at_export("parity")
     warned = verdict == "warned" and subject.bundle.manifest.get("parity") == "warn"
     if not (
         finite and consistent and (warned or (within and record.passed and verdict == "passed"))
@@ -68,7 +68,7 @@ def check_metric(subject: Subject) -> Seen:
     """Measure the task metric again, on the very examples of the export."""
     record = subject.certificate.metric
     if record is None:
-        note = subject.task.facts["verification"].get("metric", {}).get("note", "no record")
+        _, note = subject.said_at_export("metric")
         if subject.validation is not None:
             return Seen("not recorded", f"the export measured nothing to compare with ({note})")
         return Seen("recorded", f"not measured at export ({note})")

@@ -72,6 +72,13 @@ class Subject:
         """The task that is checked."""
         return self.asked or self.bundle.task()
 
+    def said_at_export(self, gate: str) -> tuple[str, str]:
+        """Return verdict and note of a gate of the export; empty when there is none."""
+        entry = self.task.facts["verification"].get(gate)
+        if not isinstance(entry, dict):
+            return "", ""
+        return str(entry.get("verdict", "")), str(entry.get("note", ""))
+
     @cached_property
     def certificate(self) -> Certificate:
         """The numbers of the export's gates."""
