@@ -520,6 +520,8 @@ def test_what_cannot_be_served_is_said_in_one_sentence(bundles, tmp_path, capsys
     assert code == 2 and "--device tpu: choose one of cpu, cuda" in words
     code, words = run_cli(capsys, digits, "--max-batch", 64)
     assert code == 2 and "--max-batch 64" in words and "batches of up to 32" in words
+    code, words = run_cli(capsys, digits, "--queue", 8, "--port", 0)
+    assert code == 2 and "--queue 8 has no place for a request of 32 rows" in words
     code, words = run_cli(capsys, digits, f"{digits}")
     assert code == 2 and "two bundles would be served as 'digits'" in words
     code, words = run_cli(capsys, digits, "--host", "no.such.host.invalid")

@@ -73,6 +73,9 @@ class RequestCore:
         models: Opened models; all share one inference thread and take turns.
         options: Batching, deadlines and limits.
         on_batch: Told of every batch that was run, for metrics.
+
+    Raises:
+        UserError: If the queue has no place for one full request.
     """
 
     def __init__(
@@ -82,6 +85,12 @@ class RequestCore:
         *,
         on_batch: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
+        largest = max(model.max_batch for model in models)
+        if options.queue < largest:
+            raise UserError(
+                f"--queue {options.queue} has no place for a request of {largest} rows: raise it, or "
+                "lower --max-batch."
+            )
         self.options = options
         self.models: dict[str, ServedModel] = {model.name: model for model in models}
         self._device = ThreadPoolExecutor(1, thread_name_prefix="inference")
@@ -94,7 +103,7 @@ class RequestCore:
                 key=model.batch_key,
                 max_batch=model.max_batch,
                 max_delay_ms=options.max_delay_ms,
-                queue=max(options.queue, model.max_batch),
+                queue=options.queue,
                 on_batch=on_batch,
             )
             for model in models
