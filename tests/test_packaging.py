@@ -34,6 +34,9 @@ TORCH_FREE = (
     "mdpd_deploy.tasks.metrics",
     "mdpd_deploy.commands.evaluate",
     "mdpd_deploy.commands.predict",
+    "mdpd_deploy.commands.serve",
+    "mdpd_deploy.serve.core",
+    "mdpd_deploy.serve.web.run",
 )
 # Import names that differ from the name in the index.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}

@@ -1,28 +1,39 @@
 """JSON that strangers sent: read with limits, and taken apart with a sentence for every mistake."""
 
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from mdpd_deploy.serve.core.refusal import invalid, shown
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 def read_json_body(body: bytes | memoryview) -> dict[str, Any]:
     """Return the JSON object in a body.
 
-    pydantic's parser refuses nesting beyond 200 levels, NaN and Infinity, invalid UTF-8 and lone
-    surrogates.
+    pydantic's parser refuses nesting beyond 200 levels, invalid UTF-8 and lone surrogates; NaN and
+    Infinity come through as such.
 
     Raises:
         Refusal: 400 if it is anything but one JSON object.
     """
-    from pydantic_core import from_json
+    from pydantic import ValidationError
 
     try:
-        value = from_json(bytes(body), allow_inf_nan=False)
-    except ValueError as err:
-        raise invalid(f"the body is not valid JSON: {shown(str(err), 100)}.") from None
-    if not isinstance(value, dict):
-        raise invalid("the body must be a JSON object.")
-    return value
+        return _object().validate_json(bytes(body))
+    except ValidationError as err:
+        problem = err.errors(include_url=False, include_input=False)[0]
+        if problem["type"] == "json_invalid":
+            raise invalid(f"the body is not valid JSON: {problem['ctx']['error']}.") from None
+        raise invalid("the body must be a JSON object.") from None
+
+
+@cache
+def _object() -> "TypeAdapter[dict[str, Any]]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(dict[str, Any])
 
 
 def take_list(plain: dict[str, Any], key: str, where: str, most: int) -> list[Any]:

@@ -1,24 +1,27 @@
 """The application: routes over a request core, errors in one form, headers, counting."""
 
 import json
-import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from mdpd_deploy.errors import missing_extra
 from mdpd_deploy.serve.core import Refusal, RequestCore
-from mdpd_deploy.serve.core.refusal import internal
+from mdpd_deploy.serve.core.refusal import internal, not_found
 from mdpd_deploy.serve.web.body import Bodies
 from mdpd_deploy.serve.web.metrics import Metrics
 from mdpd_deploy.serve.web.routes import add_pages, add_plain_routes, add_protocol_routes
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-logger = logging.getLogger(__name__)
+# The words of ASGI, the interface between uvicorn and the application.
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -39,7 +42,6 @@ def build_app(core: RequestCore, metrics: Metrics) -> "FastAPI":
     """
     try:
         from fastapi import FastAPI
-        from starlette.exceptions import HTTPException
     except ImportError as err:
         raise missing_extra("fastapi", "serve", "serving") from err
 
@@ -62,16 +64,17 @@ def build_app(core: RequestCore, metrics: Metrics) -> "FastAPI":
         return _error(err, metrics)
 
     async def no_route(_: Any, err: Exception) -> Any:
-        assert isinstance(err, HTTPException)
-        message = {404: "there is nothing at this path.", 405: "this path takes another method."}
-        words = message.get(err.status_code, "the request cannot be read.")
-        return _error(Refusal(err.status_code, "no_route", words), metrics)
+        return _error(not_found("there is nothing at this path."), metrics)
+
+    async def no_method(_: Any, err: Exception) -> Any:
+        return _error(Refusal(405, "no_method", "this path takes another method."), metrics)
 
     async def failed(_: Any, err: Exception) -> Any:
         return _error(internal(), metrics)
 
     app.add_exception_handler(Refusal, refused)
-    app.add_exception_handler(HTTPException, no_route)
+    app.add_exception_handler(404, no_route)
+    app.add_exception_handler(405, no_method)
     app.add_exception_handler(Exception, failed)
     app.add_middleware(_Frame, metrics=metrics, header_bytes=core.options.limits.header_bytes)
     return app
@@ -93,19 +96,19 @@ def _error(refusal: Refusal, metrics: Metrics) -> Any:
 class _Frame:
     """Around every request: the size of its headers, our own headers, time and status."""
 
-    def __init__(self, app: "ASGIApp", metrics: Metrics, header_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, header_bytes: int) -> None:
         self._app = app
         self._metrics = metrics
         self._header_bytes = header_bytes
 
-    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
         status = 500
 
-        async def framed(message: "Message") -> None:
+        async def framed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
