@@ -24,7 +24,7 @@ import psutil
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from serve_process import Client, start
+from served import Client, start
 
 ALLOWED = {*range(200, 500), 503, 504}
 SLOW_S = 30.0  # no answer in this time counts as a hang

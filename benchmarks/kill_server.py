@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from serve_process import Client, start
+from served import Client, start
 
 from mdpd_deploy import load_bundle
 

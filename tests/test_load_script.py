@@ -20,7 +20,7 @@ def open_loop(monkeypatch):
     import open_loop
 
     yield open_loop
-    for name in ("open_loop", "served", "load_chart", "serve_load"):
+    for name in ("open_loop", "load_target", "load_chart", "serve_load"):
         sys.modules.pop(name, None)
 
 

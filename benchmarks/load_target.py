@@ -1,0 +1,172 @@
+"""Servers to be put under load, and requests whose right answers are known."""
+
+import contextlib
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+from open_loop import Request
+
+from mdpd_deploy.bundle import Bundle, Task, to_prediction
+from mdpd_deploy.data.examples import Raw
+from mdpd_deploy.golden import load_golden
+from mdpd_deploy.runner import TASK_ID
+
+TOLERANCE = 1e-3  # of the outputs' spread: padding and batching move float32 by far less
+_TYPES = {"float32": "FP32", "int64": "INT64"}
+
+
+@contextlib.contextmanager
+def started(
+    bundles: Mapping[str, Path], engine: str, *options: str, log: Path
+) -> Iterator[tuple[str, psutil.Process]]:
+    """Run `mdpd serve` in a process of its own; yield its URL, once ready, and the process.
+
+    Args:
+        bundles: Folders by name.
+        engine: local or ray.
+        options: Further words.
+        log: Where its output goes.
+    """
+    words = [f"{name}={path}" for name, path in bundles.items()]
+    command = [sys.executable, "-m", "mdpd_deploy", "serve", *words, "--engine", engine, *options]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+    try:
+        yield _wait_for(process, log), psutil.Process(process.pid)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(process: subprocess.Popen, log: Path, seconds: float = 300) -> str:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = re.search(r"^serving .* at (http\S+)$", log.read_text(), re.MULTILINE)
+        if found:
+            with urllib.request.urlopen(f"{found[1]}/v2/health/ready", timeout=30):
+                return found[1]
+        if process.poll() is not None:
+            break
+        time.sleep(0.2)
+    raise SystemExit(f"the server did not start; the end of {log}:\n{log.read_text()[-2000:]}")
+
+
+def memory_bytes(process: psutil.Process) -> int:
+    """Return the resident memory of a process and its children."""
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += each.memory_info().rss
+    return total
+
+
+def protocol_requests(name: str, bundle: Bundle, rows: int = 1) -> list[Request]:
+    """Return golden inputs as requests of the protocol with binary tensors, all tasks in turn.
+
+    Args:
+        name: The model's name.
+        bundle: The bundle served.
+        rows: Inputs per request.
+    """
+    found = []
+    for task in bundle.tasks:
+        raws, outputs = _golden(task)
+        allowed = TOLERANCE * float(outputs.std())
+        for start in range(0, len(raws) - rows + 1, rows):
+            part = raws[start : start + rows]
+            expected = outputs[start : start + rows]
+            arrays = graph_arrays(bundle, task, part)
+            found.append(_protocol_request(name, arrays, expected, allowed))
+    return found
+
+
+def graph_arrays(bundle: Bundle, task: Task, raws: Sequence[Raw]) -> dict[str, np.ndarray]:
+    """Return raw inputs of one task as the graph takes them."""
+    arrays = dict(task.preprocess(raws))
+    if bundle.mixed:
+        arrays[TASK_ID] = np.full(len(raws), task.index, dtype=np.int64)
+    return arrays
+
+
+def _protocol_request(
+    name: str, arrays: dict[str, np.ndarray], expected: np.ndarray, allowed: float
+) -> Request:
+    inputs = [
+        {
+            "name": key,
+            "datatype": _TYPES[str(array.dtype)],
+            "shape": list(array.shape),
+            "parameters": {"binary_data_size": array.nbytes},
+        }
+        for key, array in arrays.items()
+    ]
+    plain = {"inputs": inputs, "parameters": {"binary_data_output": True}}
+    header = json.dumps(plain).encode()
+
+    def problem(body: bytes, headers: Mapping[str, str]) -> str | None:
+        length = int(headers["Inference-Header-Content-Length"])
+        shape = json.loads(body[:length])["outputs"][0]["shape"]
+        given = np.frombuffer(body[length:], "<f4").reshape(shape)[:, : expected.shape[1]]
+        right = given.shape == expected.shape and np.abs(given - expected).max() <= allowed
+        return None if right else "wrong answer"
+
+    return Request(
+        f"/v2/models/{name}/infer",
+        b"".join([header, *(array.tobytes() for array in arrays.values())]),
+        {
+            "Inference-Header-Content-Length": str(len(header)),
+            "Content-Type": "application/octet-stream",
+        },
+        problem,
+    )
+
+
+def plain_requests(name: str, bundle: Bundle) -> list[Request]:
+    """Return golden inputs as raw pictures and texts, all tasks in turn."""
+    found = []
+    for task in bundle.tasks:
+        for raw, output in zip(*_golden(task), strict=True):
+            wanted = to_prediction(output, task.label_names).to_json()
+            key = "score" if task.kind == "regress" else "label"
+
+            def problem(
+                body: bytes, headers: Mapping[str, str], wanted: dict = wanted, key: str = key
+            ) -> str | None:
+                given = json.loads(body)["predictions"][0][key]
+                same = given == wanted[key] or (
+                    key == "score" and abs(given - wanted[key]) <= 1e-3 * max(1, abs(wanted[key]))
+                )
+                return None if same else "wrong answer"
+
+            where = f"/v1/models/{name}"
+            if isinstance(raw, str | tuple):
+                body = json.dumps({"inputs": [raw], "task": task.name}).encode()
+                headers = {"Content-Type": "application/json"}
+                found.append(Request(f"{where}/predict", body, headers, problem))
+            else:
+                stream = io.BytesIO()
+                raw.save(stream, format="PNG")
+                headers = {"Content-Type": "image/png"}
+                path = f"{where}/classify?task={task.name}"
+                found.append(Request(path, stream.getvalue(), headers, problem))
+    return found
+
+
+def _golden(task: Task) -> tuple[Sequence[Raw], np.ndarray]:
+    assert task.golden is not None
+    golden = load_golden(task.golden)
+    return golden.raws, golden.outputs
