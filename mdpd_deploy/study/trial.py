@@ -110,7 +110,8 @@ def run_trial(study: Path, trial: Trial, threads: int) -> Outcome:
         try:
             if _stopped.is_set():
                 child.terminate()
-            code = child.wait()
+            while (code := child.poll()) is None:
+                time.sleep(POLL)  # a wait in the system would not hear that Ray cancels the task
         finally:
             child.terminate()  # where this thread or process is ended itself
             _children.discard(child)
