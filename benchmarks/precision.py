@@ -24,6 +24,7 @@ from mdpd_deploy.export.gates import Measured
 from mdpd_deploy.export.precision.forms import forms_for
 from mdpd_deploy.export.precision.int8_trt import quantise_static
 from mdpd_deploy.export.precision.receipt import take_receipt
+from mdpd_deploy.export.precision.runtime_tools import quiet
 from mdpd_deploy.export.reduced import convert, material_of
 from mdpd_deploy.export.reduced_gates import Reference
 from mdpd_deploy.golden import load_golden
@@ -54,7 +55,8 @@ def measure(run: Run, batches: list[int], seconds: float) -> list[dict]:
             words = dict(material=material, reference=reference, mode="warn")
             graphs[form.precision] = convert(form, bundle.path, source, path, **words).graph
         graphs[STATIC] = scratch / "static.onnx"
-        quantise_static(source, graphs[STATIC], material.calibration(), symmetric=False)
+        with quiet():
+            quantise_static(source, graphs[STATIC], material.calibration(), symmetric=False)
         quality = {name: judge(reference, path, names[0]) for name, path in graphs.items()}
         rows = []
         for batch in batches:
@@ -127,7 +129,7 @@ def main() -> None:
                 f"| {row['ratio']:.2f} [{low:.2f}, {high:.2f}] | {row['p50_ms']:.2f} "
                 f"| {100 * row['drop']:+.2f} [{worst:+.2f}, {best:+.2f}] | {row['scaled_diff']:.1e} |"
             )
-    args.out.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=2) + "\n")
+        args.out.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """int8 for ONNX Runtime on the CPU: weights int8 per channel, activations quantised as they come.
 
-Dynamic rather than static: on the models we measured it is faster and closer to FP32 (see
-docs/results.md, benchmarks/precision.py), and needs no calibration data. The graph stays in the
-default domain (DynamicQuantizeLinear, MatMulInteger, DequantizeLinear).
+Dynamic rather than static: it needs no calibration data, and its ranges fit inputs that calibration
+never saw; benchmarks/precision.py times a static form beside it. The graph stays in the default
+domain (DynamicQuantizeLinear, MatMulInteger, DequantizeLinear).
 """
 
 from pathlib import Path
