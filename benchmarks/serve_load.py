@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from load_chart import write_charts
-from open_loop import KNEE_FACTOR, Request, apply_load, carried, find_knee, summarise
 from load_target import graph_arrays, memory_bytes, plain_requests, protocol_requests, started
+from open_loop import KNEE_FACTOR, Request, apply_load, carried, find_knee, summarise
 
 from mdpd_deploy.bundle import Bundle, load_bundle
 from mdpd_deploy.golden import load_golden
