@@ -198,7 +198,7 @@ def test_the_callers_warnings_and_logging_are_left_as_they_were(verb):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["exprot"], "No such command 'exprot'. Did you mean 'export'?"),
         (["--nope"], "No such option: --nope"),
         (["train", "--stepz", "3"], "--steps"),
         (["train", "--steps", "many"], "'--steps'"),

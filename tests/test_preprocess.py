@@ -13,7 +13,7 @@ from timm.data.transforms_factory import create_transform
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import RobertaProcessing
+from tokenizers.processors import RobertaProcessing, TemplateProcessing
 
 from mdpd_deploy.data.preprocess import ImagePreprocess, TextPreprocess, load_preprocess
 from mdpd_deploy.errors import UserError
@@ -279,3 +279,16 @@ def test_text_limits_are_checked(changes, tmp_path):
     (tmp_path / "preprocess.json").write_text(json.dumps(plain | changes))
     with pytest.raises(UserError, match="text preprocessing: max_length"):
         load_preprocess(tmp_path)
+
+
+def test_a_tokenizer_that_panics_is_one_sentence(tmp_path):
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "[CLS]": 1}, unk_token="[UNK]"))
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A", pair="$A $B", special_tokens=[("[CLS]", 1)]
+    )
+    TextPreprocess(tokenizer, ("input_ids",), 8, 0).save(tmp_path)
+    plain = json.loads((tmp_path / "tokenizer.json").read_text())
+    plain["post_processor"]["special_tokens"] = {}  # a template that names a token it does not have
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    with pytest.raises(UserError, match="tokenizer"):
+        load_preprocess(tmp_path)(["a text"])

@@ -9,8 +9,9 @@ step by step with PIL and numpy, and give the same numbers; text follows what tr
 tokenizers do with `truncation="longest_first"`.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -186,18 +187,21 @@ class TextPreprocess:
                 f"text preprocessing: max_length {self.max_length} must be 1 to {MAX_TOKENS:,} and "
                 f"pad_id {self.pad_id} a token's number."
             )
-        own = Tokenizer.from_str(self.tokenizer.to_str())
-        own.no_padding()
-        own.enable_truncation(self.max_length, strategy="longest_first")
+        with _panics_in_words():
+            own = Tokenizer.from_str(self.tokenizer.to_str())
+            own.no_padding()
+            own.enable_truncation(self.max_length, strategy="longest_first")
         object.__setattr__(self, "tokenizer", own)
 
     def __call__(self, raws: Sequence[Raw]) -> dict[str, NDArray[Any]]:
         """Tokenise, truncate and pad texts.
 
         Raises:
-            UserError: For a picture.
+            UserError: For a picture, or if the tokenizer is broken.
         """
-        encodings = self.tokenizer.encode_batch([_text(raw) for raw in raws])
+        texts = [_text(raw) for raw in raws]
+        with _panics_in_words():
+            encodings = self.tokenizer.encode_batch(texts)
         length = self.max_length
         if self.pad == "longest":
             length = max(len(encoding.ids) for encoding in encodings)
@@ -272,7 +276,8 @@ def _load_image(plain: dict[str, Any]) -> ImagePreprocess:
 
 def _load_text(plain: dict[str, Any], tokenizer_file: Path) -> TextPreprocess:
     try:
-        tokenizer = Tokenizer.from_str(tokenizer_file.read_text(encoding="utf-8"))
+        with _panics_in_words():
+            tokenizer = Tokenizer.from_str(tokenizer_file.read_text(encoding="utf-8"))
     except Exception as err:  # the Rust side raises bare Exception
         raise UserError(
             f"the tokenizer {tokenizer_file} cannot be read ({err}): take it from a sound copy."
@@ -286,6 +291,19 @@ def _load_text(plain: dict[str, Any], tokenizer_file: Path) -> TextPreprocess:
         pad_id=int(plain["pad_id"]),
         pad=plain["pad"],
     )
+
+
+@contextlib.contextmanager
+def _panics_in_words() -> Iterator[None]:
+    """Turn a panic of the tokenizer's Rust side, which is no `Exception`, into a `UserError`."""
+    try:
+        yield
+    except BaseException as err:
+        if type(err).__name__ != "PanicException":  # it cannot be imported
+            raise
+        raise UserError(
+            f"the tokenizer does not work ({err!s:.100}): take tokenizer.json from a sound copy."
+        ) from err
 
 
 def _values(encoding: Encoding, name: str) -> list[int]:

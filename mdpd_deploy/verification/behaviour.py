@@ -45,6 +45,8 @@ def check_golden(subject: Subject) -> Seen:
     record = subject.certificate.parity
     if record is None:
         return TOO_OLD
+    if subject.needs_gpu:
+        return Seen("recorded", f"{subject.precision} cannot be run on a CPU; held at export")
     assert subject.task.golden is not None
     golden = load_golden(subject.task.golden)
     found = replay(golden, subject.task.preprocess, subject.forward, record.spread)
@@ -80,6 +82,8 @@ def check_metric(subject: Subject) -> Seen:
         return TOO_OLD
     if refused := _refused(subject):
         return refused
+    if subject.needs_gpu:
+        return Seen("not run", f"{subject.precision} cannot be run on a CPU")
     if split_sha256(subject.validation) != record.examples_sha256:
         raise VerificationError(
             f"--eval-data holds {len(subject.validation)} examples that are not the "

@@ -72,6 +72,11 @@ class Subject:
         """The task that is checked."""
         return self.asked or self.bundle.task()
 
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether ONNX Runtime has no kernels for this precision on the device."""
+        return self.precision == "bf16" and self.device == "cpu"
+
     def said_at_export(self, gate: str) -> tuple[str, str]:
         """Return verdict and note of a gate of the export; empty when there is none."""
         entry = self.task.facts["verification"].get(gate)
