@@ -23,6 +23,8 @@ from mdpd_deploy.export.gates import Gate, Measured, check_metric
 from mdpd_deploy.export.golden import make_golden
 from mdpd_deploy.export.members import Member, fade_all, refuse_strangers, task_names
 from mdpd_deploy.export.packing import ExportOptions, read_validation, write_engine_recipe
+from mdpd_deploy.export.precision.forms import form_of
+from mdpd_deploy.export.precision.receipt import require_met, take_receipt
 from mdpd_deploy.files import atomic_folder, refuse_nonempty, write_json
 from mdpd_deploy.manifest import (
     DELTA_FILE,
@@ -107,6 +109,9 @@ def _write(members: Sequence[Member], folder: Path, scratch: Path, options: Expo
     onnx.helper.set_model_props(mixed, graph_notes(facts))
     path.write_bytes(mixed.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path), full_check=True)
+    receipt = take_receipt(path, form_of("fp32", "cpu").weights)
+    require_met(receipt, "fp32")
+    facts |= {"receipt": receipt.to_json(), "conversion": "as traced"}
     facts["mixed"]["added_nodes"] = multi_gates.check_mixed_structure(base.path, path)
     if options.fmt == "trt":
         write_engine_recipe(folder, facts, options.engine)

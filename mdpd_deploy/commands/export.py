@@ -383,8 +383,6 @@ def export_runs(
     """
     from mdpd_deploy.run import Run
 
-    if precision != "fp32":
-        raise UserError(f"--precision {precision}: a bundle of several tasks is fp32 so far.")
     _check(fmt, precision, golden, require_engine)
     if not runs:
         raise UserError("--multi: name the runs whose tasks go into the bundle.")
