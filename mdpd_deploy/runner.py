@@ -101,8 +101,9 @@ def check_task_ids(arrays: Mapping[str, NDArray[Any]], names: Sequence[str]) -> 
     if ids is None:
         raise UserError(f"this graph answers several tasks and {TASK_ID} is missing: {wanted}.")
     if ids.dtype != np.int64 or ids.ndim != 1 or {ids.shape} != rows:
+        counts = ", ".join(str(count) for shape in sorted(rows) for count in shape)
         raise UserError(
-            f"{TASK_ID} is {ids.dtype} {list(ids.shape)}, other inputs have {max(rows)} rows: {wanted}."
+            f"{TASK_ID} is {ids.dtype} {list(ids.shape)}, other inputs have {counts} rows: {wanted}."
         )
     outside = ids[(ids < 0) | (ids >= len(names))]
     if len(outside):
