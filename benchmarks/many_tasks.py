@@ -8,10 +8,12 @@ whose rows ask random tasks; ratios are medians over `bare` (one task's graph on
 with a bootstrap 95 % interval. `--clock cpu` counts the processor time of this process (one thread),
 which other programs on the machine inflate far less than the wall clock. Memory is what a fresh process holds after one run of every task.
 
-bare      the base graph as it lies in the bundle, one task for all rows; `bare again` is the A/A
-mixed     one run, rows of any task: one Gather, norms fused (`mdpd export --multi`)
-explicit  the same for TensorRT: Mul and Add behind every norm
-each      mixed, but with a Gather per norm instead of one for all
+bare      one task's graph, its weights constants; `bare again` is the A/A control
+unfused   bare, without ONNX Runtime's fusion of a norm with the Add before it
+mixed     one run, rows of any task: one Gather, explicit norms (`mdpd export --multi`)
+fused     the same with LayerNormalization taking each sample's scale and shift
+tensorrt  the same in the form of `--fmt trt`
+each      mixed, but with a Gather per weight instead of one for all
 swap      the base graph, one run per distinct task of the batch, weights fed with the run
 sessions  a session per task, one run per distinct task of the batch
 """
@@ -42,6 +44,7 @@ from mdpd_deploy.serve.latency import Plan, measure
 SPIN = {"session.force_spinning_stop": "1"}  # else idle sessions take the others' processor
 CLOCKS = {"wall": time.perf_counter_ns, "cpu": time.process_time_ns}
 TOKENS = 32
+MIXED = ("mixed", "fused", "tensorrt", "each")
 ROTATE = 4  # prepared batches
 NOISE = 0.01
 
@@ -65,7 +68,7 @@ def some_deltas(bundle, count: int) -> dict[str, Delta]:
 
 
 def write_graphs(bundle, deltas: dict[str, Delta], folder: Path) -> dict[str, int]:
-    """Write mixed, explicit and each beside base and weights; return their numbers of nodes."""
+    """Write the mixed graphs beside base and weights; return their numbers of nodes."""
     for name in ("base.onnx", "model.onnx.data"):
         if not (folder / name).exists():
             shutil.copy(bundle.path / name, folder)
@@ -75,7 +78,8 @@ def write_graphs(bundle, deltas: dict[str, Delta], folder: Path) -> dict[str, in
     rows = [delta.fit(shapes) for delta in deltas.values()]
     graphs = {
         "mixed": mixed_graph(base, rows),
-        "explicit": mixed_graph(base, rows, form="explicit"),
+        "fused": mixed_graph(base, rows, form="fused"),
+        "tensorrt": mixed_graph(base, rows, form="tensorrt"),
     }
     graphs["each"] = gather_each(graphs["mixed"])
     for name, proto in graphs.items():
@@ -151,14 +155,13 @@ def by_task(arrays: dict[str, np.ndarray]) -> list[tuple[int, dict[str, np.ndarr
 def time_ways(bundle, deltas: dict[str, Delta], folder: Path, args) -> list[dict]:
     """Measure every way at every batch size; the sessions are as many as --sessions allows."""
     names = list(deltas)
-    ready = {
-        name: open_graph(folder / f"{name}.onnx", args) for name in ("mixed", "explicit", "each")
-    }
+    ready = {name: open_graph(folder / f"{name}.onnx", args) for name in MIXED}
     sessions = [
         open_graph(bake(folder, str(place), deltas[name]), args)
         for place, name in enumerate(names[: args.sessions])
     ]
     again = open_graph(folder / "alone-0.onnx", args)
+    unfused = open_unfused(folder / "alone-0.onnx", args)
     swap = Swap(folder / "base.onnx", deltas, threads=args.threads)
 
     def calls_on(batches: list[dict]) -> dict:
@@ -180,6 +183,7 @@ def time_ways(bundle, deltas: dict[str, Delta], folder: Path, args) -> list[dict
         return {
             "bare": lambda index: sessions[0].run(None, plain[index]),
             "bare again": lambda index: again.run(None, plain[index]),
+            "unfused": lambda index: unfused.run(None, plain[index]),
             **mixed,
             "swap": swapped,
             "sessions": separate,
@@ -207,6 +211,17 @@ def time_ways(bundle, deltas: dict[str, Delta], folder: Path, args) -> list[dict
 def open_graph(path: Path, args):
     """Open a session that leaves the processor to the others between its runs."""
     return open_session(path, "cpu", args.threads, entries=SPIN)
+
+
+def open_unfused(path: Path, args):
+    """Open a session without the fusion of Add and LayerNormalization."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = args.threads
+    return onnxruntime.InferenceSession(
+        path, options, ["CPUExecutionProvider"], disabled_optimizers=["SkipLayerNormFusion"]
+    )
 
 
 def row_of(times, bare, batch: int) -> dict:

@@ -57,7 +57,7 @@ def pack_multi(
     Args:
         runs: Completed runs on one backbone that changed its norms only.
         out: The bundle's folder; it appears only when every gate has passed for every task.
-        options: See `ExportOptions`; with format trt the mixed graph has the form `explicit`.
+        options: See `ExportOptions`; format trt gives the mixed graph the form `tensorrt`.
         names: A name for each task; None = the runs' own tasks, made unique.
 
     Raises:
@@ -101,7 +101,7 @@ def _write(members: Sequence[Member], folder: Path, scratch: Path, options: Expo
     mixed = mixed_graph(
         onnx.load(base.path, load_external_data=False),
         [delta.fit(base.shapes) for delta in deltas],
-        form="explicit" if options.fmt == "trt" else "fused",
+        form="tensorrt" if options.fmt == "trt" else "explicit",
     )
     path = folder / MODEL_FILE
     graph = OnnxGraph(path, base.traced.input_names, OUTPUT, len(mixed.graph.node))

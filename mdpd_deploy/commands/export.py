@@ -364,8 +364,7 @@ def export_runs(
     Args:
         runs: Completed runs that differ in norms and head only: methods mdpd, norms, probe.
         names: A name for each task; None = the runs' own (`sst2`), numbered where equal.
-        fmt: As `export_run`; with `trt` norms take each sample's values in the form that TensorRT
-            can parse.
+        fmt: As `export_run`; with `trt` the norms have the form that TensorRT can parse.
         out: The bundle's folder; None = `bundles/multi-FMT-PRECISION` in the first run.
         precision: `fp32`; a mixed graph is not converted.
         metric_gate: As `export_run`, and so the others.
