@@ -343,7 +343,10 @@ def refusals(image_runs, text_runs, bitfit, side):
         "side kept": ([one, side, "--multi"], f"{side} (method side) keeps a side network"),
         "biases": ([one, bitfit, "--multi"], f"{bitfit} (method bitfit) changed backbone."),
         "other backbone": ([one, text_runs[1], "--multi"], f"{text_runs[1]} has another backbone"),
-        "precision": ([one, two, "--multi", "--precision", "fp16"], "belongs to a bundle of one task"),
+        "precision": (
+            [one, two, "--multi", "--precision", "fp16"],
+            "belongs to a bundle of one task",
+        ),
         "no run": ([one, "nowhere", "--multi"], "nowhere is not a run"),
     }
 
