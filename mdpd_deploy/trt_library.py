@@ -24,7 +24,7 @@ def import_trt(purpose: str = "a TensorRT engine") -> Any:
     from packaging.version import InvalidVersion, Version
 
     try:
-        import tensorrt as trt
+        import tensorrt as trt  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as err:
         if getattr(err, "name", None) == "tensorrt":
             raise missing_extra("tensorrt", "trt", purpose) from err

@@ -317,7 +317,8 @@ def test_parts_of_a_step_share_adaloras_penalty(tiny_bert, sentence_folder):
     (whole,) = dataset[0]
 
     def gradients(*cuts):
-        method.modules.zero_grad(), method.backbone.zero_grad()
+        method.modules.zero_grad()
+        method.backbone.zero_grad()
         losses = [
             method.step(
                 replace(

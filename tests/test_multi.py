@@ -163,6 +163,7 @@ def test_the_backbone_is_on_disk_once_and_a_task_is_small(text_bundle):
 def test_mixed_and_swapped_outputs_are_each_single_models(text_bundle, text_runs):
     runner, swap = text_bundle.runner(), text_bundle.swap()
     assert set(swap) == {"mood", "stars", "score"}
+    reference, arrays = np.zeros(0), {}
     for task, path in zip(text_bundle.tasks, text_runs, strict=True):
         arrays = task.preprocess(RAWS[task.name])
         reference = torch_outputs(Run.open(path).load_deployed(), arrays)

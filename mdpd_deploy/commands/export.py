@@ -116,7 +116,7 @@ def command(
     A gate that fails ends the command with exit code 1, and no bundle is left behind.
     """
     given = runs or []
-    format_ = None if fmt is None else _one_of("--fmt", fmt, FORMATS)
+    format_: Format | None = None if fmt is None else _one_of("--fmt", fmt, FORMATS)
     if multi:
         alone = {
             "--eval-data": eval_data,

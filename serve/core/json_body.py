@@ -25,7 +25,9 @@ def read_json_body(body: bytes | memoryview) -> dict[str, Any]:
     except ValidationError as err:
         problem = err.errors(include_url=False, include_input=False)[0]
         if problem["type"] == "json_invalid":
-            raise invalid(f"the body is not valid JSON: {problem['ctx']['error']}.") from None
+            raise invalid(
+                f"the body is not valid JSON: {problem.get('ctx', {}).get('error')}."
+            ) from None
         raise invalid("the body must be a JSON object.") from None
 
 

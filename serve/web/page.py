@@ -12,7 +12,7 @@ def read_page() -> tuple[str, str]:
     The policy lets the page's own script and style run, by their hashes, and lets it talk to this
     server only.
     """
-    text = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    text = files("mdpd_deploy.serve.web").joinpath("page.html").read_text(encoding="utf-8")
     policy = (
         "default-src 'none'; connect-src 'self'; img-src blob: data:; "
         f"script-src {_hashes(text, 'script')}; style-src {_hashes(text, 'style')}; "
