@@ -116,7 +116,9 @@ def command(
     A gate that fails ends the command with exit code 1, and no bundle is left behind.
     """
     given = runs or []
-    format_: Format | None = None if fmt is None else _one_of("--fmt", fmt, FORMATS)
+    asked: Format | None = None
+    if fmt is not None:
+        asked = _one_of("--fmt", fmt, FORMATS)
     if multi:
         alone = {
             "--eval-data": eval_data,
@@ -137,7 +139,7 @@ def command(
         bundle = export_runs(
             given,
             names=None if names is None else names.split(","),
-            fmt=format_ or "onnx",
+            fmt=asked or "onnx",
             out=out,
             precision=precision,
             metric_gate=metric_gate,
@@ -155,7 +157,7 @@ def command(
             raise UserError("--names belongs to --multi: add that, or leave it out.")
         bundle = export_run(
             given[0] if given else None,
-            fmt=format_,
+            fmt=asked,
             out=out,
             precision=precision,
             target=target,
