@@ -5,8 +5,9 @@
 BUNDLE comes from `mdpd export --multi`. Tasks beyond its own are perturbed copies of them: speed
 and memory do not depend on the values. Each round runs every way once, in random order, on a batch
 whose rows ask random tasks; ratios are medians over `bare` (one task's graph on the whole batch)
-with a bootstrap 95 % interval. `--clock cpu` counts the processor time of this process (one thread),
-which other programs on the machine inflate far less than the wall clock. Memory is what a fresh process holds after one run of every task.
+with a bootstrap 95 % interval. `--clock cpu` counts the processor time of this process, which other
+programs on the machine inflate far less than the wall clock. Memory is what a fresh process holds
+after one run of every task.
 
 bare      one task's graph, its weights constants; `bare again` is the A/A control
 unfused   bare, without ONNX Runtime's fusion of a norm with the Add before it
@@ -326,6 +327,7 @@ def floor_of(deltas: dict[str, Delta], path: Path) -> dict:
 def chart(cells: list[dict], path: Path, title: str) -> None:
     """Draw time over bare, and memory, against the number of tasks."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     colours = {"mixed": "#0b6e4f", "swap": "#3066be", "sessions": "#d1495b"}
     batches = sorted({time["batch"] for cell in cells for time in cell["time"]})
@@ -344,8 +346,8 @@ def chart(cells: list[dict], path: Path, title: str) -> None:
             axis.errorbar(tasks, middle, yerr=error, color=colour, marker="o", ms=4, capsize=2)
             _name(axis, tasks, middle, way, colour)
         axis.axhline(1, color="#8a8a8a", lw=1)
-        axis.set(title=f"time of a batch of {batch}, bare = 1", yscale="log")
-        _ticks(axis, (1.0, 1.5, 2.0, 3.0, 5.0), "{x:g}×")
+        axis.set(title=f"time of a batch of {batch}, bare = 1")
+        axis.yaxis.set_major_formatter("{x:.2f}×")
     for way, colour in colours.items():
         values = [cell["memory"][way]["bytes"] / 1e6 for cell in cells]
         real = [c["memory"][way].get("extrapolated_from") is None for c in cells]
@@ -354,7 +356,8 @@ def chart(cells: list[dict], path: Path, title: str) -> None:
             axes[-1].plot(x, y, "o", ms=5, color=colour, mfc=colour if sure else "white")
         _name(axes[-1], tasks, values, way, colour)
     axes[-1].set(title="resident memory, MB (hollow: extrapolated)", yscale="log")
-    _ticks(axes[-1], (1.0, 2.0, 5.0), "{x:,.0f}")
+    axes[-1].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[-1].yaxis.set_major_formatter("{x:,.0f}")
     for axis in axes:
         axis.set(xscale="log", xlabel="tasks")
         axis.set_xticks(tasks, [str(t) for t in tasks])
@@ -366,14 +369,6 @@ def chart(cells: list[dict], path: Path, title: str) -> None:
             axis.spines[side].set_visible(False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     figure.savefig(path, metadata={"Date": None})
-    figure.savefig(path.with_suffix(".png"), dpi=130)
-
-
-def _ticks(axis, steps: tuple[float, ...], form: str) -> None:
-    from matplotlib.ticker import LogLocator
-
-    axis.yaxis.set_major_locator(LogLocator(subs=steps))
-    axis.yaxis.set_major_formatter(form)
 
 
 def _name(axis, x, y, text: str, colour: str) -> None:
