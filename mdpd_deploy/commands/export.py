@@ -116,9 +116,6 @@ def command(
     A gate that fails ends the command with exit code 1, and no bundle is left behind.
     """
     given = runs or []
-    asked: Format | None = None
-    if fmt is not None:
-        asked = _one_of("--fmt", fmt, FORMATS)
     if multi:
         alone = {
             "--eval-data": eval_data,
@@ -139,7 +136,7 @@ def command(
         bundle = export_runs(
             given,
             names=None if names is None else names.split(","),
-            fmt=asked or "onnx",
+            fmt="onnx" if fmt is None else _one_of("--fmt", fmt, FORMATS),
             out=out,
             precision=precision,
             metric_gate=metric_gate,
@@ -157,7 +154,7 @@ def command(
             raise UserError("--names belongs to --multi: add that, or leave it out.")
         bundle = export_run(
             given[0] if given else None,
-            fmt=asked,
+            fmt=None if fmt is None else _one_of("--fmt", fmt, FORMATS),
             out=out,
             precision=precision,
             target=target,
