@@ -136,7 +136,7 @@ def command(
         bundle = export_runs(
             given,
             names=None if names is None else names.split(","),
-            fmt="onnx" if fmt is None else _one_of("--fmt", fmt, FORMATS),
+            fmt=_format(fmt) or "onnx",
             out=out,
             precision=precision,
             metric_gate=metric_gate,
@@ -154,7 +154,7 @@ def command(
             raise UserError("--names belongs to --multi: add that, or leave it out.")
         bundle = export_run(
             given[0] if given else None,
-            fmt=None if fmt is None else _one_of("--fmt", fmt, FORMATS),
+            fmt=_format(fmt),
             out=out,
             precision=precision,
             target=target,
@@ -411,6 +411,15 @@ def _check(fmt: str, precision: str, golden: str, require_engine: bool) -> None:
         )
     if require_engine and fmt != "trt":
         raise UserError("--require-engine belongs to --fmt trt: add that, or leave it out.")
+
+
+def _format(given: str | None) -> Format | None:
+    for choice in FORMATS:
+        if given == choice:
+            return choice
+    if given is not None:
+        raise unknown("--fmt", given, FORMATS)
+    return None
 
 
 def _one_of(option: str, given: str, choices: tuple[Choice, ...]) -> Choice:

@@ -1,5 +1,8 @@
 """Is the graph of several tasks the bare backbone's, with each task's numbers and nothing more?"""
 
+from collections.abc import Iterator
+from typing import get_args
+
 import onnx
 from onnx import numpy_helper
 
@@ -8,7 +11,7 @@ from mdpd_deploy.deltas import Delta, load_delta
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.graph_signature import graph_signature, values_sha256
 from mdpd_deploy.manifest import BASE_FILE, DELTA_FILE, TASKS
-from mdpd_deploy.mixed_graph import TABLE, mixed_graph
+from mdpd_deploy.mixed_graph import TABLE, Form, mixed_graph
 from mdpd_deploy.verification.subject import TOO_OLD, Seen, Subject
 
 
@@ -49,12 +52,13 @@ def check_mixed_parameters(subject: Subject) -> Seen:
     return Seen("passed", f"{min(sizes):,} to {max(sizes):,} numbers a task beside the backbone's")
 
 
-def _made_again(subject: Subject) -> list[onnx.ModelProto]:
+def _made_again(subject: Subject) -> Iterator[onnx.ModelProto]:
+    """Yield the mixed graph in every form that an export may choose."""
     base = onnx.load(subject.path / BASE_FILE, load_external_data=False)
     known = {t.name: tuple(t.dims) for t in base.graph.initializer}
     shapes = {v.name: known[v.name] for v in base.graph.input if v.name in known}
     fitted = [delta.fit(shapes) for delta in _deltas(subject)]
-    return [mixed_graph(base, fitted, form="fused"), mixed_graph(base, fitted, form="explicit")]
+    return (mixed_graph(base, fitted, form=form) for form in get_args(Form))
 
 
 def _deltas(subject: Subject) -> list[Delta]:
