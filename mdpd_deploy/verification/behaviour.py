@@ -76,7 +76,8 @@ def check_metric(subject: Subject) -> Seen:
         return Seen("recorded", f"not measured at export ({note})")
     said = ", ".join(f"{name} {value:.4f}" for name, value in record.onnx.items())
     if subject.validation is None:
-        note = f"{said} on {record.examples} examples at export; --eval-data measures it again"
+        again = "`mdpd eval --task`" if subject.bundle.mixed else "--eval-data"
+        note = f"{said} on {record.examples} examples at export; {again} measures it again"
         return Seen("recorded", note)
     if record.examples_sha256 is None or record.allowed is None:
         return TOO_OLD
