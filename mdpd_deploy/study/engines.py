@@ -4,6 +4,7 @@ local  child processes of this machine
 ray    tasks of a Ray cluster whose machines share the study's folder (extra `ray`)
 """
 
+import signal
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -79,6 +80,16 @@ def _refuse_small_machines(machines: list[dict[str, float]], threads: int, gpus:
     )
 
 
+def _interruptible(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Run a function so that Ray can cancel it, which it does by the interrupt signal.
+
+    A comparison that a shell started in the background has that signal ignored, and so have the
+    workers of a cluster that it starts.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return fn(*args, **kwargs)
+
+
 class RayExecutor(Executor):
     """Runs functions as Ray tasks.
 
@@ -96,7 +107,7 @@ class RayExecutor(Executor):
         import ray
 
         reserve: Any = ray.remote(num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_retries=0)
-        task = reserve(fn).remote(*args, **kwargs)
+        task = reserve(_interruptible).remote(fn, *args, **kwargs)
         self.tasks.append(task)
         future: Future[T] = task.future()
         return future
