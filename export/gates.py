@@ -197,7 +197,23 @@ def check_golden(folder: Path, golden_file: Path, runner: Forward, parity: Parit
     allowed = parity.tolerance
     if not parity.passed or np.isinf(allowed):
         allowed = 1.01 * seen / parity.spread + 1e-6
-    result = replay(load_golden(golden_file), load_preprocess(folder), runner, parity.spread)
+    golden = load_golden(golden_file)
+    return replayed(golden, load_preprocess(folder), runner, parity.spread, allowed)
+
+
+def replayed(
+    golden: Golden, preprocess: Preprocess, runner: Forward, spread: float, allowed: float
+) -> Gate:
+    """Replay golden inputs through a bundle's own preprocessing; arrays must be equal.
+
+    Args:
+        golden: Inputs and outputs.
+        preprocess: As written into the bundle.
+        runner: The graph.
+        spread: Standard deviation of the outputs.
+        allowed: How far outputs may be off, in that unit.
+    """
+    result = replay(golden, preprocess, runner, spread)
     if result.preprocessing_diff > 0 or result.output_diff > allowed:
         raise VerificationError(
             f"golden: a replay from raw input is off by {result.preprocessing_diff:.1e} after "

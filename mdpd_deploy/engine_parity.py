@@ -13,14 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdpd_deploy.golden import Golden
+from mdpd_deploy.parity_policy import POLICIES, spread_of
 from mdpd_deploy.runner import Runner
 
 Arrays = dict[str, NDArray[Any]]
-
-TOLERANCES = {"fp32": 1e-4, "tf32": 3e-2, "fp16": 3e-2, "bf16": 3e-2}  # others: reported only
-AGREEMENT = {"fp32": 1.0, "tf32": 0.999, "fp16": 0.999, "bf16": 0.999}
-QUANTISED_AGREEMENT = 0.99
-SPREAD_FLOOR = 1e-2  # of the largest output: outputs can be nearly constant
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +74,8 @@ def policy(precision: str, *, tf32: bool) -> tuple[float | None, float]:
         precision: `manifest.precision`.
         tf32: Whether FP32 products may use TF32.
     """
-    name = "tf32" if precision == "fp32" and tf32 else precision
-    return TOLERANCES.get(name), AGREEMENT.get(name, QUANTISED_AGREEMENT)
+    held = POLICIES["fp16" if precision == "fp32" and tf32 else precision]
+    return held.scaled_diff, held.agreement
 
 
 def compare_engine(
@@ -95,7 +91,7 @@ def compare_engine(
     """
     expected = [case.expected for case in cases if case.expected is not None]
     values = np.concatenate([array.ravel() for array in expected]).astype(np.float64)
-    spread = max(float(values.std()), SPREAD_FLOOR * float(np.abs(values).max()), 1e-30)
+    spread = spread_of(values)
     found: dict[str, float] = {}
     same = rows = 0
     for case in cases:

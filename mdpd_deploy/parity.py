@@ -13,15 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from mdpd_deploy.model import TaskModel
-from mdpd_deploy.parity_policy import POLICIES
+from mdpd_deploy.parity_policy import POLICIES, spread_of
 from mdpd_deploy.runner import Forward
 
 Arrays = dict[str, NDArray[Any]]
 
 FP32_TOLERANCE = POLICIES["fp32"].drift  # of the outputs' standard deviation; 3e-6 is usual
-# Outputs can be nearly constant (a head that has not learnt); below this share of their size the
-# difference would be float32's own rounding.
-SPREAD_FLOOR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def compare_with_torch(
         cases.append(Case(name, difference, finite and same_shape))
         references.append(reference.ravel())
     values = np.concatenate(references).astype(np.float64)
-    spread = max(float(values.std()), SPREAD_FLOOR * float(np.abs(values).max()), 1e-30)
+    spread = spread_of(values)
     worst = max(case.max_abs_diff for case in cases)
     return Parity(tuple(cases), spread, worst / spread, tolerance)
 

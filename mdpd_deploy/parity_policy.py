@@ -22,6 +22,9 @@ from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, compute
 
 ParityMode = Literal["fail", "warn"]
 RESAMPLES = 500
+# Outputs can be nearly constant (a head that has not learnt); below this share of their size the
+# difference would be float32's own rounding.
+SPREAD_FLOOR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,12 @@ POLICIES: dict[str, Policy] = {
     "int8-cpu": _INT8,
     "int8-trt": _INT8,
 }
+
+
+def spread_of(outputs: NDArray[np.floating[Any]]) -> float:
+    """Return what differences of outputs are scaled by: their standard deviation, never 0."""
+    floor = SPREAD_FLOOR * float(np.abs(outputs).max())
+    return max(float(outputs.std()), floor, 1e-30)
 
 
 @dataclass(frozen=True)

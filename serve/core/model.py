@@ -23,8 +23,7 @@ MASK = "attention_mask"
 VERSION = "1"  # a bundle is one version; another one is another bundle
 
 # Threads of ONNX Runtime that spin while they wait take the processors from tokenising, decoding,
-# HTTP and the other models. Two models of 6 layers, 2 threads, a busy machine of 2 cores: 8 requests
-# at once cost 132 ms of processor time with spinning, 89 ms with `force_spinning_stop`, 49 without.
+# HTTP and the other models.
 ENTRIES = {"session.intra_op.allow_spinning": "0"}
 
 
