@@ -136,6 +136,8 @@ class LossConfig(Section):
     temperature: float = Field(default=2.0, gt=0)  # used by logits_form=kl
     # which examples the logits loss counts: all, or those that the side network answers better
     logits_where: Literal["all", "better"] = "all"
+    # share of the steps before the logits loss counts: the side network learns first
+    logits_after: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # of the classification loss
 
 

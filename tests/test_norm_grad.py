@@ -1,6 +1,7 @@
 """The norm-gradient engine: `recompute` is exact, each mode trains what it says, nothing leaks."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -167,6 +168,19 @@ def test_local_gradients_come_from_the_layers_own_feature_loss(backbone):
     name = f"backbone.{next(iter(backbone.block_norms(0)))}"
     torch.testing.assert_close(two[name], 2 * one[name])
     torch.testing.assert_close(two["head.linear.weight"], one["head.linear.weight"])
+
+
+def test_the_side_network_may_learn_before_it_teaches(backbone):
+    """Before `logits_after` the gradients are those without a logits loss, then those with it."""
+    never, _ = gradients(make(backbone, "mdpd", "unipt", "loss.logits=0"), batch_for(backbone))
+    always, _ = gradients(make(backbone, "mdpd", "unipt", "loss.logits=1"), batch_for(backbone))
+    sets = ("loss.logits=1", "loss.logits_after=0.5")
+    for progress, expected in ((0.0, never), (0.49, never), (0.5, always)):
+        batch = replace(batch_for(backbone), progress=progress)
+        found, losses = gradients(make(backbone, "mdpd", "unipt", *sets), batch)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert float(losses["loss_logits"]) > 0  # shown all the same
+    assert any(not torch.equal(never[name], always[name]) for name in never)
 
 
 def test_padding_changes_no_gradient(tiny_bert):

@@ -151,6 +151,19 @@ def test_a_step_returns_the_losses_it_names(method, tiny_vit, digit_folder):
     assert set(setup.method.step(dataset[0][0])) == set(setup.method.loss_names)
 
 
+def test_a_batch_knows_how_far_the_run_is(tiny_vit, digit_folder, monkeypatch):
+    flags = {"task": "classify", "data.path": str(digit_folder), "backbone.name": str(tiny_vit)}
+    setup = prepare(load_config(None, {**flags, "train.steps": 4}))
+    dataset = StepDataset(
+        setup.data.train, setup.backbone.preprocess, setup.task, setup.config, setup.schedule
+    )
+    optimizer, learn, seen = build_optimizer(setup.method), setup.method.step, []
+    monkeypatch.setattr(setup.method, "step", lambda b: seen.append(b.progress) or learn(b))
+    for step in (0, 3):
+        one_step(setup, optimizer, dataset[step], step)
+    assert set(seen) == {0.0, 0.75}
+
+
 def test_training_time_counts_the_wait_for_data(tmp_path, text_options, monkeypatch, fit_in):
     from mdpd_deploy.train import batches
 

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +129,11 @@ def one_step(
     # A process without a share of a short last step adds zeros to the others' losses.
     losses = {name: torch.zeros((), device=setup.device) for name in setup.method.loss_names}
     for batch in parts:
-        on_device = Batch(
-            {k: t.to(setup.state.device) for k, t in batch.inputs.items()},
-            batch.labels.to(setup.state.device),
-            batch.keys,
-            batch.step,
-            batch.count,
-            batch.weight,
+        on_device = replace(
+            batch,
+            inputs={k: t.to(setup.state.device) for k, t in batch.inputs.items()},
+            labels=batch.labels.to(setup.state.device),
+            progress=step / setup.steps,
         )
         for name, value in setup.method.step(on_device).items():
             losses[name] = losses[name] + value

@@ -50,6 +50,7 @@ class Batch:
         step: The optimiser step.
         count: Examples in the whole optimiser step, over all parts and processes.
         weight: Sum of their class weights (= count without class weights).
+        progress: Share of the run's steps that lie behind it.
     """
 
     inputs: Mapping[str, Tensor]
@@ -58,6 +59,7 @@ class Batch:
     step: int
     count: float
     weight: float
+    progress: float = 1.0
 
 
 Parameters = dict[str, nn.Parameter]
@@ -244,7 +246,8 @@ def ignored_options(method: type[Method]) -> list[str]:
     if not method.distils:
         ignored += [f"distill.{name}" for name in DistillConfig.model_fields]
         ignored += ["loss.task", "loss.logits", "loss.deep", "loss.shallow"]
-        ignored += ["loss.logits_form", "loss.logits_where", "loss.temperature"]
+        ignored += ["loss.logits_form", "loss.logits_where", "loss.logits_after"]
+        ignored += ["loss.temperature"]
         ignored += ["train.student_task_weight", "train.late_norm_grad"]
     if not method.tunes_norms:
         ignored += ["train.norm_grad", "optim.norm_lr"]

@@ -152,6 +152,7 @@ class MDPD(Method):
         features: dict[int, Tensor],
     ) -> Parts:
         weights = self.config.loss
+        logits_weight = weights.logits if batch.progress >= weights.logits_after else 0.0
         task_weight = self.config.train.student_task_weight
         losses: Parts = {}
         mask = trace.mask
@@ -160,7 +161,7 @@ class MDPD(Method):
             raw = self.head("head").raw(self.backbone.finish(top, mask).float())
             distance = logits_loss(raw, teacher, weights, batch.labels) / batch.count
             losses["loss_logits"] = distance.detach()
-            loss = weights.logits * distance
+            loss = logits_weight * distance
             if task_weight:
                 student = self.task_loss(raw, batch.labels) / batch.weight
                 losses["loss_student"] = student.detach()
