@@ -200,9 +200,8 @@ def page(tables: Sequence[Setting], words: Sequence[str]) -> str:
         "steps of small models."
     )
     words_of_tables = (
-        "bf16 is `train.precision=bf16`: frozen weights held in bf16; the methods that "
-        "back-propagate through the whole backbone (`full`, `bitfit` and those of peft) keep "
-        "float32 weights under autocast. `side:NAME` keeps its side "
+        "bf16 is `train.precision=bf16`: frozen weights held in bf16, trained ones in float32 "
+        "under autocast. `side:NAME` keeps its side "
         "network at inference. r divides a side network's width; DTL and methods without a side "
         "network have none. `mdpd train --dry-run` prints this table for your backbone and data."
     )

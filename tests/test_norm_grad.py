@@ -11,7 +11,7 @@ from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import BackboneConfig, load_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides import SIDES, other_side
-from mdpd_deploy.train.methods import Batch, TaskSpec, build_method
+from mdpd_deploy.train.methods import METHODS, Batch, TaskSpec, build_method
 from mdpd_deploy.train.norm_grad import build_norm_gradient
 
 TEACHERS = [name for name in sorted(SIDES) if not name.startswith("dtlv2")]  # give s_1..s_L
@@ -30,7 +30,7 @@ def backbone(request, tiny_vit, tiny_bert):
 
 def make(backbone, method="mdpd", side="unipt", *sets, task=None):
     config = load_config(None, {"method": method}, list(sets))
-    if method == "mdpd":
+    if method in ("mdpd", "side"):
         beside = other_side(config.side.model_copy(update={"reduction": 2}), side)
         config = config.model_copy(update={"side": beside})
     torch.manual_seed(0)
@@ -227,16 +227,19 @@ def test_more_late_blocks_than_the_backbone_has_are_refused(backbone):
         build_norm_gradient("late:4", backbone)
 
 
-def test_bf16_holds_frozen_weights_in_half_and_norms_in_float32(backbone):
-    method = make(backbone, "mdpd", "sherl", "train.precision=bf16")
-    norms = {id(p) for p in method.backbone_weights.values()}
-    for name, parameter in method.backbone.named_parameters():
-        assert parameter.dtype == (torch.float32 if id(parameter) in norms else torch.bfloat16), (
-            name
-        )
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"full"}))
+def test_bf16_holds_frozen_weights_in_half_and_what_is_trained_in_float32(name, backbone):
+    if name == "prefix" and not backbone.takes_prefix:
+        pytest.skip("prefix tuning does not fit this backbone")
+    method = make(backbone, name, "sherl", "train.precision=bf16")
+    wide = {id(p) for p in (method.backbone.norms() | method.backbone_weights).values()}
+    for path, parameter in method.backbone.named_parameters():
+        expected = torch.float32 if id(parameter) in wide else torch.bfloat16
+        assert parameter.dtype == expected, path
     found, losses = gradients(method, batch_for(backbone))
     assert all(gradient.dtype == torch.float32 for gradient in found.values())
-    exact, plain = gradients(make(backbone, "mdpd", "sherl"), batch_for(backbone))
+    exact, plain = gradients(make(backbone, name, "sherl"), batch_for(backbone))
     assert float(losses["loss"]) == pytest.approx(float(plain["loss"]), rel=0.05)
-    a, b = found["head.linear.weight"].flatten(), exact["head.linear.weight"].flatten()
+    head = "side_head.linear.weight" if name == "side" else "head.linear.weight"
+    a, b = found[head].flatten(), exact[head].flatten()
     assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > 0.98

@@ -1,10 +1,11 @@
-"""Frozen weights held in bfloat16, tuned norms kept and applied in float32.
+"""Frozen weights held in bfloat16; norms, and what is trained, kept in float32.
 
 Autocast over a frozen backbone would make an uncached bfloat16 copy of every weight at every use;
 holding the weights in bfloat16 halves weights and taps instead. A norm's scale is near 1, where
 bfloat16 steps are 0.4 %, so the tuned norms stay float32 and compute in float32.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -25,10 +26,15 @@ class Float32Norm(nn.LayerNorm):
         return normed.to(input.dtype)
 
 
-def hold_in_bfloat16(backbone: Backbone) -> None:
-    """Convert the frozen weights in place; the tuned norms keep their values in float32."""
+def hold_in_bfloat16(backbone: Backbone, trained: Iterable[nn.Parameter] = ()) -> None:
+    """Convert the frozen weights in place; norms keep their values in float32.
+
+    Args:
+        backbone: Its norms and frozen weights become new tensors.
+        trained: Further parameters of it that stay as they are.
+    """
     kept = {name: p.detach().clone() for name, p in backbone.norms().items()}
-    _convert(backbone, torch.bfloat16)
+    _convert(backbone, torch.bfloat16, {id(parameter) for parameter in trained})
     for path in sorted({name.rpartition(".")[0] for name in kept}):
         norm = backbone.get_submodule(path)
         if not isinstance(norm, nn.LayerNorm):
@@ -43,12 +49,12 @@ def hold_in_bfloat16(backbone: Backbone) -> None:
         backbone.set_submodule(path, wide)
 
 
-def _convert(backbone: nn.Module, dtype: torch.dtype) -> None:
+def _convert(backbone: nn.Module, dtype: torch.dtype, kept: set[int]) -> None:
     """Give floating parameters and buffers new tensors: `Module.to` cannot convert fake ones."""
     fresh: dict[int, nn.Parameter] = {}  # a shared parameter stays shared
     for module in backbone.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and id(parameter) not in kept:
                 if id(parameter) not in fresh:
                     value = parameter.detach().to(dtype)
                     fresh[id(parameter)] = nn.Parameter(value, requires_grad=False)

@@ -45,9 +45,12 @@ class Setup:
         return self.config.checkpoint.every or self.eval_every
 
     def frozen_weights(self) -> dict[str, Tensor]:
-        """Return the backbone as it was before training, where it must be kept with the run."""
-        assert self.original is not None
-        return self.original
+        """Return the backbone's weights as they were before training, float32, by name."""
+        if self.original is not None:
+            return self.original
+        data = self.config.data
+        plain = load_backbone(self.config.backbone, max_length=data.max_length, pad=data.pad)
+        return plain.state_dict()
 
 
 def prepare(config: Config) -> Setup:

@@ -6,7 +6,7 @@ whatever runs it runs it adapted. Merging gives the weights back under their pla
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
@@ -85,15 +85,24 @@ def adapted_weights(backbone: Backbone) -> dict[str, nn.Parameter]:
     return found
 
 
-def merged_weights(backbone: Backbone) -> dict[str, Tensor]:
+def merged_weights(
+    backbone: Backbone, original: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Return `adapted_weights` after merging, in float32.
 
     peft merges a copy of each layer; the backbone stays as it is.
+
+    Args:
+        backbone: With the adapter in it.
+        original: The bare backbone's weights by name, where the backbone holds them rounded.
     """
     changed = adapted_weights(backbone)
     found = {}
     for path, layer in _wrapped(backbone):
         merged = copy.deepcopy(layer).float()
+        if original is not None:
+            for name, parameter in merged.get_base_layer().named_parameters():
+                parameter.data.copy_(original[f"{path}.{name}"])
         merged.merge()
         for name, value in merged.get_base_layer().named_parameters():
             if f"{path}.{name}" in changed:

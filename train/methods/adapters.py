@@ -8,7 +8,7 @@ from torch import nn
 
 from mdpd_deploy.adapters import adapted_weights, inject, merged_weights
 from mdpd_deploy.run import ADAPTER, DELTA
-from mdpd_deploy.train.methods.base import METHODS, Files, Parameters
+from mdpd_deploy.train.methods.base import METHODS, Files, Parameters, Weights
 from mdpd_deploy.train.methods.direct import Direct
 
 
@@ -30,9 +30,11 @@ class Adapted(Direct):
             if name.endswith(".lora_dropout"):
                 module.train()  # a trained part's, whatever `backbone.dropout_active` says
 
-    def model_files(self) -> Files:
+    def model_files(self, original: Weights) -> Files:
         """Return the merged weights with the head, and the adapter as it was trained."""
-        merged = {f"backbone.{name}": t for name, t in merged_weights(self.backbone).items()}
+        plain = original() if self.held else None
+        merged = merged_weights(self.backbone, plain)
+        merged = {f"backbone.{name}": tensor for name, tensor in merged.items()}
         head = {f"head.{name}": t for name, t in self.modules["head"].state_dict().items()}
         adapter = {f"adapter.{name}": p.detach() for name, p in self.backbone_weights.items()}
         return {DELTA: merged | head, ADAPTER: adapter}

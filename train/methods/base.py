@@ -1,7 +1,7 @@
 """The interface of a training method, and what all of them share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -65,6 +65,7 @@ class Batch:
 Parameters = dict[str, nn.Parameter]
 Parts = dict[str, Tensor]
 Files = dict[str, dict[str, Tensor]]
+Weights = Callable[[], Mapping[str, Tensor]]
 
 
 class Method(ABC):
@@ -92,10 +93,10 @@ class Method(ABC):
         self.config = config
         self.backbone_numbers = sum(weight.numel() for weight in backbone.parameters())
         backbone.requires_grad_(False)
-        if config.train.precision == "bf16" and self.holds_frozen:
-            hold_in_bfloat16(backbone)
         self.task_loss = TaskLoss(task.kind, task.class_weights, config.loss.label_smoothing)
         self.modules = self.build_modules()
+        if self.held:
+            hold_in_bfloat16(backbone, self.tuned().values())
         self.backbone_weights = self.tuned()
         for parameter in self.backbone_weights.values():
             parameter.requires_grad_(True)
@@ -137,6 +138,11 @@ class Method(ABC):
         """Put `extra_state` of an equal method back."""
 
     # --- what follows from it -----------------------------------------------------------------
+
+    @property
+    def held(self) -> bool:
+        """Whether the frozen weights are held in bfloat16."""
+        return self.config.train.precision == "bf16" and self.holds_frozen
 
     @property
     def lr(self) -> float:
@@ -183,8 +189,12 @@ class Method(ABC):
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
-    def model_files(self) -> Files:
-        """Return what RUN/model holds of the trained tensors, by file and full name."""
+    def model_files(self, original: Weights) -> Files:
+        """Return what RUN/model holds of the trained tensors, by file and full name.
+
+        Args:
+            original: Gives the backbone's own weights by name, in float32.
+        """
         state = self.trained_state()
         delta = {k: t for k, t in state.items() if k.startswith(("backbone.", "head."))}
         added = {k: t for k, t in state.items() if k not in delta}
@@ -217,8 +227,7 @@ class Method(ABC):
 
     def cast(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give floating inputs the dtype in which the frozen weights are held."""
-        held = self.config.train.precision == "bf16" and self.holds_frozen
-        dtype = torch.bfloat16 if held else torch.float32
+        dtype = torch.bfloat16 if self.held else torch.float32
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:

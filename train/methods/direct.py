@@ -15,7 +15,6 @@ class Direct(Method):
     """Trains some of the backbone's weights, and the head."""
 
     backbone_group = "backbone"
-    holds_frozen = False  # in bf16 the trained weights stay float32 and the step runs in autocast
 
     def build_modules(self) -> nn.ModuleDict:
         return nn.ModuleDict({"head": self.new_head()})
@@ -27,9 +26,9 @@ class Direct(Method):
         return {"deployed": self.modules["head"](self.pooled(inputs))}
 
     def pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the pooled features [B, D], float32."""
+        """Return the pooled features [B, D], float32; in bf16 runs all of it is in autocast."""
         with self.autocast(next(iter(inputs.values()))):
-            return self.encode(inputs).float()
+            return self.encode(self.cast(inputs)).float()
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Run the network that is trained: [B, D]."""
@@ -41,6 +40,7 @@ class Full(Direct):
     """Trains every weight of the backbone: the ceiling of memory, and often of accuracy."""
 
     default_lr = 5e-5
+    holds_frozen = False  # nothing is frozen
 
     def tuned(self) -> Parameters:
         return dict(self.backbone.named_parameters())
