@@ -104,9 +104,14 @@ def pack(
         facts = _write_beside(run, faded, graph, folder, options)
         passed = _pass_gates(run, faded, graph, validation, folder, options)
         measured = _measured(run, validation, options) if options.metric_gate else None
-        subject = Subject(run, faded.model, graph, folder, measured)
+        profiles = profile_shapes(
+            facts["inputs"], facts["shapes"], static_batch=options.engine.static_batch
+        )
+        subject = Subject(run, faded.model, graph, folder, measured, profiles)
         settled = settle_precision(subject, passed, options, time_graphs)
         facts |= settled.facts
+        if options.fmt == "trt":  # again, for the precision that auto has chosen
+            write_engine_recipe(folder, facts, options.engine)
         _write_notes(graph.path, graph_notes(facts))  # a converted graph has lost them
         facts["verification"] = {
             gate.name: {"verdict": gate.verdict, "note": gate.note} for gate in settled.gates

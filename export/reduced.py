@@ -43,6 +43,7 @@ class Candidate:
         how: Who converted it, in a phrase.
         receipt: What it holds.
         gates: parity, metric and golden; empty for fp32, whose own gates stand.
+        engine: The TensorRT engine that was built of the graph, where that is what runs.
     """
 
     form: Form
@@ -50,6 +51,7 @@ class Candidate:
     how: str
     receipt: Receipt
     gates: tuple[Gate, ...] = ()
+    engine: Path | None = None
 
     def gate(self, name: str) -> Gate | None:
         """Return a gate by name."""

@@ -9,12 +9,15 @@ from typing import Any, Protocol
 
 import onnx
 
+from mdpd_deploy.export.engine_options import EngineOptions
 from mdpd_deploy.export.gates import Gate, Measured
 from mdpd_deploy.export.golden import GoldenSource
 from mdpd_deploy.export.precision.forms import AUTO, Form, Target, form_of, forms_for
 from mdpd_deploy.export.reduced import Candidate, convert, material_of, unconverted
 from mdpd_deploy.export.reduced_gates import Reference
+from mdpd_deploy.export.trial_engines import EngineTrials
 from mdpd_deploy.export.trials import TimeGraphs, try_all
+from mdpd_deploy.export.trt_profiles import Profiles
 from mdpd_deploy.golden import load_golden
 from mdpd_deploy.manifest import GOLDEN_FILE
 from mdpd_deploy.model import TaskModel
@@ -40,6 +43,8 @@ class Asked(Protocol):
     def autocast_python(self) -> Path | None: ...
     @property
     def converted(self) -> Path | None: ...
+    @property
+    def engine(self) -> EngineOptions: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +57,7 @@ class Subject:
         graph: Its verified FP32 graph, in the bundle.
         folder: The bundle, with preprocessing and golden inputs.
         measured: Validation examples; None when the metric is not measured.
+        profiles: Ranges of shapes that a TensorRT engine of it takes.
     """
 
     run: Run
@@ -59,6 +65,7 @@ class Subject:
     graph: OnnxGraph
     folder: Path
     measured: Measured | None
+    profiles: Profiles
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def settle_precision(
         maker = _Maker(subject, asked, Path(scratch))
         if asked.precision == AUTO:
             assert time_graphs is not None
-            tried = try_all(forms_for(asked.target), maker.make, time_graphs)
+            tried = try_all(forms_for(asked.target), maker.make_to_time, time_graphs)
             chosen, facts["precision_trials"] = tried.chosen, tried.table
         else:
             chosen = maker.make(form_of(asked.precision, asked.target))
@@ -128,6 +135,7 @@ class _Maker:
         golden = load_golden(subject.folder / GOLDEN_FILE)
         run = subject.run
         self._subject, self._asked, self._scratch = subject, asked, scratch
+        self._golden = golden
         self._reference = Reference(subject.model, run.preprocess, golden, subject.measured)
         self._material = material_of(
             run,
@@ -149,6 +157,16 @@ class _Maker:
             reference=self._reference,
             mode=self._asked.parity,
         )
+
+    def make_to_time(self, form: Form) -> Candidate:
+        """Make a form as the target runs it: on a GPU with its engine."""
+        made = self.make(form)
+        if self._asked.target == "cpu":
+            return made
+        trials = EngineTrials(
+            self._scratch, self._golden, self._subject.profiles, self._asked.engine
+        )
+        return trials.of(made)
 
 
 def _verdicts(passed: Sequence[Gate], chosen: Candidate) -> list[Gate]:

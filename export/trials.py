@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mdpd_deploy.errors import ExportError, VerificationError
+from mdpd_deploy.errors import ExportError, UserError, VerificationError
 from mdpd_deploy.export.precision.forms import Form
 from mdpd_deploy.export.reduced import Candidate
 
@@ -54,7 +54,7 @@ class Race:
     settings: dict[str, Any]
 
 
-TimeGraphs = Callable[[Mapping[str, Path]], Race]
+TimeGraphs = Callable[[Mapping[str, Path]], Race]  # graphs, or for a GPU engines, by precision
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ def try_all(
 
     Args:
         forms: What to try; the first is fp32, which is kept unless another is faster.
-        make: Converts and verifies one form.
-        time_graphs: Times graphs by precision against fp32.
+        make: Converts and verifies one form. One that fails, or that lacks what it needs, is a row
+            of the table.
+        time_graphs: Times graphs or engines by precision against fp32.
 
     Raises:
-        UserError: If something that a conversion needs is missing.
-        ExportError: If fp32 itself cannot be made.
+        UserError, ExportError, VerificationError: If fp32 itself cannot be made.
     """
     base, *others = forms
     candidates = {base.precision: make(base)}
@@ -85,13 +85,13 @@ def try_all(
     for form in others:
         try:
             candidates[form.precision] = make(form)
-        except (ExportError, VerificationError) as err:
+        except (UserError, ExportError, VerificationError) as err:
             failed[form.precision] = str(err)
             logger.info("%s is out: %s", form.precision, err)
-    race = time_graphs({name: candidate.graph for name, candidate in candidates.items()})
+    race = time_graphs({name: made.engine or made.graph for name, made in candidates.items()})
     chosen = choose(base.precision, race.timings)
     rows = [_row(f, candidates.get(f.precision), failed.get(f.precision), race) for f in forms]
-    told = _recommendation(base.precision, chosen, race, [f.precision for f in others])
+    told = _recommendation(base.precision, chosen, race, list(failed))
     table = {
         "chosen": chosen,
         "recommendation": told,
@@ -129,12 +129,17 @@ def _row(
     }
 
 
-def _recommendation(base: str, chosen: str, race: Race, others: Sequence[str]) -> str:
-    if chosen == base:
-        return f"{' and '.join(others)} did not pay here: {base} is kept"
+def _recommendation(base: str, chosen: str, race: Race, failed: Sequence[str]) -> str:
     timing = race.timings[chosen]
     low, high = timing.ci95
-    return (
-        f"{chosen} is kept: the fastest that passes its gates, {timing.median:.2f} "
-        f"[{low:.2f}, {high:.2f}] of {base}'s time"
-    )
+    others = " and ".join(name for name in race.timings if name != base)
+    if chosen != base:
+        told = (
+            f"{chosen} is kept: the fastest that passes its gates, {timing.median:.2f} "
+            f"[{low:.2f}, {high:.2f}] of {base}'s time"
+        )
+    elif others:
+        told = f"{others} did not pay here: {base} is kept"
+    else:
+        told = f"{base} is kept"
+    return f"{told}; {' and '.join(failed)} failed" if failed else told

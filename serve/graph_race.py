@@ -1,4 +1,4 @@
-"""Several graphs of one model against each other, in ONNX Runtime on the CPU.
+"""Several graphs of one model against each other, in ONNX Runtime on the CPU or as engines.
 
 The rounds and the estimator are the latency benchmark's; the first graph is the one that the others
 are compared with, and it runs a second time as its own A/A control.
@@ -19,7 +19,9 @@ from mdpd_deploy.serve.estimate import (
 )
 from mdpd_deploy.serve.latency import Plan, measure
 from mdpd_deploy.serve.latency_inputs import InputSource, size_of
-from mdpd_deploy.serve.runtimes import OnnxSession
+from mdpd_deploy.serve.runtimes import OnnxSession, Session, TrtSession
+from mdpd_deploy.trt_cuda import current_gpu
+from mdpd_deploy.trt_runner import TrtRunner
 
 
 @dataclass(frozen=True)
@@ -57,48 +59,61 @@ def race_graphs(
     plan: Plan,
     threads: int | None = None,
     seed: int = 0,
+    engines: bool = False,
+    host_code: bool = False,
 ) -> GraphRace:
     """Time graphs in interleaved rounds.
 
     Args:
-        graphs: Name → `.onnx` file; all take the same inputs.
+        graphs: Name → `.onnx` file, or `.plan` file with `engines`; all take the same inputs.
         inputs: What they are fed.
         batch: Examples per call.
         plan: Warm-up and length.
         threads: Threads inside one operator; None = the CPU quota.
         seed: Of inputs, order and bootstrap.
+        engines: The files are TensorRT engines that were built here.
+        host_code: Those engines may carry code for the processor.
+
+    Raises:
+        UserError: If `engines` is asked for without TensorRT or a GPU.
     """
     used = threads or cpu_count()
+    device = "cuda" if engines else "cpu"
     base = next(iter(graphs))
     control = f"{base} again"
     batches = inputs.batches(batch, seed=seed)
     paths = {**graphs, control: graphs[base]}
-    calls = {
-        name: OnnxSession(path, device="cpu", threads=used).prepare(batches)
-        for name, path in paths.items()
-    }
+
+    def opened(path: Path) -> Session:
+        if engines:
+            return TrtSession(TrtRunner(path, host_code=host_code))
+        return OnnxSession(path, device=device, threads=used)
+
+    calls = {name: opened(path).prepare(batches) for name, path in paths.items()}
     cell = measure(calls, inputs=len(batches), plan=plan, seed=seed)
     ratios = {name: paired_ratio(cell.times[name], cell.times[base], seed=seed) for name in paths}
     itself = ratios[control]
     timings = {}
     for name in graphs:
         ratio = itself if name == base else ratios[name]
-        said = verdict(ratio, itself, MARGIN["cpu"])
+        said = verdict(ratio, itself, MARGIN[device])
         first = name == base
         timings[name] = GraphTiming(
             ratio.median,
             (ratio.low, ratio.high),
             percentiles_ms(cell.times[name])["p50_ms"],
             "control" if first else said.code,
-            control_words(itself, MARGIN["cpu"]) if first else said.words.replace("deployed", base),
+            control_words(itself, MARGIN[device])
+            if first
+            else said.words.replace("deployed", base),
         )
     settings = {
         "batch": batch,
         "size": size_of(batches),
         "rounds": cell.rounds,
         "seconds": round(cell.elapsed, 1),
-        "threads": used,
         "inputs": inputs.what,
+        **({"gpu": current_gpu().name} if engines else {"threads": used}),
         "cpu": describe()["cpu"],
         "statistic": "median over rounds of per-round time ratios, bootstrap 95 % interval",
         "control_spread": itself.spread,

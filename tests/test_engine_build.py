@@ -161,6 +161,32 @@ def test_export_builds_the_engine_where_it_can(tiny_run, tmp_path, stand_in, cap
     assert {path.name for path in tmp_path.iterdir()} == {"b"}
 
 
+def test_auto_times_an_engine_of_every_precision(tiny_run, tmp_path, stand_in, monkeypatch):
+    """Without ModelOpt the two that need it are rows that say so."""
+    monkeypatch.delenv("MDPD_AUTOCAST_PYTHON", raising=False)
+    stand_in()
+    words = ["export", tiny_run.path, "--precision", "auto", "--target", "gpu", "--seconds", "0.05"]
+    out = tmp_path / "b"
+    words += ["--out", out, "--parity", "warn", "--static-batch", "4", "--version-compatible"]
+    assert main([*map(str, words)]) == 0
+    manifest = load_bundle(out).manifest
+    tried = manifest["precision_trials"]
+    rows = {row["precision"]: row for row in tried["trials"]}
+    assert list(rows) == ["fp32", "fp16", "bf16", "int8-trt"]
+    assert all("--autocast-python" in rows[name]["reason"] for name in ("fp16", "bf16"))
+    assert rows["int8-trt"]["ratio"] > 0 and rows["fp32"]["timing"] == "control"
+    assert tried["settings"]["gpu"] == "Stand-in GPU" and tried["settings"]["batch"] == 4
+    assert tried["recommendation"].endswith("; fp16 and bf16 failed")
+    record = json.loads((out / "model.plan.json").read_text())
+    assert record["key"]["precision"] == manifest["precision"] == tried["chosen"]
+    assert json.loads((out / "build_engine.json").read_text())["precision"] == tried["chosen"]
+    trt, _ = stand_in()
+    trt._faults["drift"] = 0.5  # in every engine, so in that of fp32
+    with pytest.raises(VerificationError, match="engine parity: outputs are off"):
+        export_run(tiny_run.path, precision="auto", target="gpu", seconds=0.05, out=tmp_path / "c")
+    assert {path.name for path in tmp_path.iterdir()} == {"b"}
+
+
 FAULTS = {
     "parse": (
         [["Foo", "/a", "no importer"], ["Foo", "/b", "no importer"], ["Bar", "", "bad", "INVALID_NODE", ["f", "g"]]],

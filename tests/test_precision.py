@@ -275,7 +275,7 @@ def test_the_twin_rounds_every_value(tmp_path):
         ({"target": "tpu"}, "--target: unknown 'tpu'"),
         ({"fmt": "trt", "target": "cpu"}, "--fmt trt runs on a GPU"),
         ({"fmt": "onnx", "target": "gpu"}, "--target gpu is served by TensorRT"),
-        ({"precision": "auto", "target": "gpu"}, "nothing can be measured here"),
+        ({"precision": "auto", "target": "gpu"}, "none can be built here: .*fp16 is the usual choice"),
         ({"precision": "auto", "seconds": 0}, "--seconds 0"),
         ({"seconds": 1}, "--seconds belongs to --precision auto"),
         ({"precision": "int8-cpu", "converted": "a.onnx"}, "--converted belongs to fp16 and bf16"),
@@ -600,4 +600,4 @@ def test_a_candidate_that_fails_is_a_row_of_the_table(fp32):
     tried = try_all(forms_for("cpu"), make, time_graphs)
     assert timed == ["fp32", "int8-cpu"] and tried.chosen.form.precision == "fp32"
     assert tried.table["trials"][1]["reason"] == "parity: too far."
-    assert tried.table["recommendation"] == "fp16 and int8-cpu did not pay here: fp32 is kept"
+    assert tried.table["recommendation"] == "int8-cpu did not pay here: fp32 is kept; fp16 failed"

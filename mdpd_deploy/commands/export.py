@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from mdpd_deploy.bundle import Bundle
-    from mdpd_deploy.export import Form, Race
+    from mdpd_deploy.export import ExportOptions, Form, Race
     from mdpd_deploy.run import Run
 
 log = logging.getLogger(__name__)
@@ -299,7 +299,7 @@ def export_run(
         converted=None if converted is None else Path(converted),
         engine=EngineOptions().override(chosen),
     )
-    timer = _timer(opened, seconds) if precision == AUTO else None
+    timer = _timer(opened, options, seconds) if precision == AUTO else None
     return pack(opened, folder, options, time_graphs=timer)
 
 
@@ -307,14 +307,15 @@ def _checked_form(
     precision: str, target: str, *, converted: object, seconds: float | None
 ) -> "Form | None":
     """Return what to make, None for auto; refuse what cannot be made or measured."""
-    from mdpd_deploy.export import AUTO, form_of
+    from mdpd_deploy.export import AUTO, form_of, unavailable_reason
 
     if precision == AUTO:
-        if target == "gpu":
+        unavailable = unavailable_reason() if target == "gpu" else None
+        if unavailable is not None:
             raise UserError(
-                "--precision auto --target gpu: nothing can be measured here without a TensorRT "
-                "engine of each precision; name one (fp16 is the usual choice), build its engine "
-                "on the GPU machine and time that."
+                "--precision auto --target gpu times a TensorRT engine of each precision, and none "
+                f"can be built here: {unavailable}. Name a precision (fp16 is the usual choice), or "
+                "run this on the GPU machine."
             )
         if converted is not None:
             raise UserError("--converted belongs to one precision: name it instead of auto.")
@@ -331,16 +332,24 @@ def _checked_form(
     return form
 
 
-def _timer(run: "Run", seconds: float | None) -> "Callable[[Mapping[str, Path]], Race]":
-    """Return what times graphs against fp32: batch 1, validation examples."""
+def _timer(
+    run: "Run", options: "ExportOptions", seconds: float | None
+) -> "Callable[[Mapping[str, Path]], Race]":
+    """Return what times graphs or engines against fp32: batch 1 if it can, validation examples."""
     from mdpd_deploy.commands.bench_latency import input_source
     from mdpd_deploy.export import Race
     from mdpd_deploy.serve import Plan, race_graphs
 
     def time_graphs(graphs: "Mapping[str, Path]") -> "Race":
         log.info("timing %s in turn", ", ".join(graphs))
-        plan = Plan(seconds=seconds)
-        found = race_graphs(graphs, input_source(run), batch=1, plan=plan)
+        found = race_graphs(
+            graphs,
+            input_source(run),
+            batch=options.engine.static_batch or 1,
+            plan=Plan(seconds=seconds),
+            engines=options.target == "gpu",
+            host_code=options.engine.version_compatible,
+        )
         return Race(found.timings, found.settings)
 
     return time_graphs

@@ -334,10 +334,11 @@ class EngineInspector(_Faithful):
         engine = self._engine
         nodes = engine._proto.graph.node
         names = [port.name for port in engine._ports]
-        kind = _faults.get("layers", "FP32")
+        quantised = {n.output[0] for n in nodes if n.op_type == "QuantizeLinear"}
         eleven = __version__.startswith("11")
 
         def tensor(name):
+            kind = _faults.get("layers", "INT8" if name in quantised else "FP32")
             if eleven:
                 return {"Name": name, "Format": "Row major linear", "DataType": kind}
             return {"Name": name, "Format/Datatype": f"Row major linear {kind} format"}
