@@ -275,7 +275,10 @@ def test_the_twin_rounds_every_value(tmp_path):
         ({"target": "tpu"}, "--target: unknown 'tpu'"),
         ({"fmt": "trt", "target": "cpu"}, "--fmt trt runs on a GPU"),
         ({"fmt": "onnx", "target": "gpu"}, "--target gpu is served by TensorRT"),
-        ({"precision": "auto", "target": "gpu"}, "none can be built here: .*fp16 is the usual choice"),
+        (
+            {"precision": "auto", "target": "gpu"},
+            "none can be built here: .*fp16 is the usual choice",
+        ),
         ({"precision": "auto", "seconds": 0}, "--seconds 0"),
         ({"seconds": 1}, "--seconds belongs to --precision auto"),
         ({"precision": "int8-cpu", "converted": "a.onnx"}, "--converted belongs to fp16 and bf16"),
