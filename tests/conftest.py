@@ -221,6 +221,22 @@ def tiny_side_run(tmp_path_factory, image_options):
 
 
 @pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory, tiny_run):
+    """The bundle of `tiny_run`, every gate passed; treat it as read-only."""
+    from mdpd_deploy import export_run
+
+    return export_run(tiny_run.path, out=tmp_path_factory.mktemp("bundles") / "digits")
+
+
+@pytest.fixture(scope="session")
+def tiny_text_bundle(tmp_path_factory, tiny_text_run):
+    """The bundle of `tiny_text_run`, every gate passed; treat it as read-only."""
+    from mdpd_deploy import export_run
+
+    return export_run(tiny_text_run.path, out=tmp_path_factory.mktemp("bundles") / "films")
+
+
+@pytest.fixture(scope="session")
 def tiny_trt_bundle(tmp_path_factory, tiny_text_run) -> Path:
     """A bundle of `--fmt trt` made where TensorRT is not; treat it as read-only."""
     from mdpd_deploy import export_run

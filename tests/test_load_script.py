@@ -121,15 +121,12 @@ def test_the_knee_is_where_two_rates_in_a_row_are_not_carried(open_loop):
     assert open_loop.find_knee([behind, {**behind, "rate": 20}]) is None
 
 
-def test_the_whole_script_measures_a_served_bundle(open_loop, tiny_run, tmp_path, monkeypatch):
+def test_the_whole_script_measures_a_served_bundle(open_loop, tiny_bundle, tmp_path, monkeypatch):
     """A real server, a short ramp and a short soak: figures, pictures, no wrong answer."""
-    from mdpd_deploy import export_run
-
-    bundle = export_run(tiny_run.path, out=tmp_path / "digits", metric_gate=False)
     import serve_load
 
     words = [
-        "serve_load.py", str(bundle.path), "--rounds", "20", "--seconds", "0.5", "--threads", "1",
+        "serve_load.py", str(tiny_bundle.path), "--rounds", "20", "--seconds", "0.5", "--threads", "1",
         "--first-rate", "20", "--step", "8", "--max-rate", "160", "--soak-minutes", "0.02",
         "--out", str(tmp_path / "load"),
     ]  # fmt: skip

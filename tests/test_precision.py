@@ -43,8 +43,8 @@ BFLOAT16 = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
 
 
 @pytest.fixture(scope="session")
-def fp32(tiny_run, tmp_path_factory):
-    return export_run(tiny_run.path, out=tmp_path_factory.mktemp("p") / "fp32")
+def fp32(tiny_bundle):
+    return tiny_bundle
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import json
 
 import pytest
 
-from mdpd_deploy import export_run
 from mdpd_deploy.cli import main
 
 pytest.importorskip("onnxruntime", reason="serves exported graphs")
@@ -101,9 +100,8 @@ assert code == 0, log.read_text()
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("ray") / "digits"
-    return export_run(tiny_run.path, out=out, metric_gate=False)
+def bundle(tiny_bundle):
+    return tiny_bundle
 
 
 @pytest.mark.slow

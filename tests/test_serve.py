@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save
 
 from mdpd_deploy import fit, load_bundle
 from mdpd_deploy.cli import main
-from mdpd_deploy.commands.export import export_run, export_runs
+from mdpd_deploy.commands.export import export_runs
 from mdpd_deploy.commands.serve import name_bundles
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.serve.core import CoreOptions, Refusal, RequestCore
@@ -37,7 +37,7 @@ WORDS = ["the", "a", "film", "was", "good", "bad", "great", "dull", "not", "very
 
 
 @pytest.fixture(scope="module")
-def bundles(tiny_run, tiny_text_run, tiny_bert, many, tmp_path_factory):
+def bundles(tiny_bundle, tiny_text_run, tiny_bert, many, tmp_path_factory):
     """`digits`: pictures; `texts`: a bundle of two tasks, of classes and of scores."""
     root = tmp_path_factory.mktemp("served")
     scores = fit(
@@ -46,7 +46,7 @@ def bundles(tiny_run, tiny_text_run, tiny_bert, many, tmp_path_factory):
     )  # fmt: skip
     runs = [tiny_text_run.path, scores.path]
     return {
-        "digits": export_run(tiny_run.path, out=root / "digits").path,
+        "digits": tiny_bundle.path,
         "texts": export_runs(runs, names=["mood", "warmth"], out=root / "texts").path,
     }
 

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from mdpd_deploy import export_run, load_bundle, triton_repository
+from mdpd_deploy import load_bundle, triton_repository
 from mdpd_deploy.bundle import Bundle
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError
@@ -41,13 +41,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def image_bundle(tiny_run, folder) -> Bundle:
-    return export_run(tiny_run.path, out=folder / "digits", metric_gate=False)
+def image_bundle(tiny_bundle) -> Bundle:
+    return tiny_bundle
 
 
 @pytest.fixture(scope="module")
-def text_bundle(tiny_text_run, folder) -> Bundle:
-    return export_run(tiny_text_run.path, out=folder / "films", metric_gate=False)
+def text_bundle(tiny_text_bundle) -> Bundle:
+    return tiny_text_bundle
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from mdpd_deploy import export_run, triton_repository
+from mdpd_deploy import triton_repository
 from mdpd_deploy.export.triton_config import Signature, TritonOptions, graph_config, to_pbtxt
 from mdpd_deploy.golden import load_golden
 from mdpd_deploy.manifest import Port
@@ -99,12 +99,8 @@ def write_task_model(folder):
 
 
 @pytest.fixture(scope="module")
-def bundles(tiny_run, tiny_text_run, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bundles")
-    return {
-        "digits": export_run(tiny_run.path, out=folder / "digits", metric_gate=False),
-        "films": export_run(tiny_text_run.path, out=folder / "films", metric_gate=False),
-    }
+def bundles(tiny_bundle, tiny_text_bundle):
+    return {"digits": tiny_bundle, "films": tiny_text_bundle}
 
 
 @pytest.fixture(scope="module")

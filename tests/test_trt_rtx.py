@@ -82,18 +82,11 @@ def rtx():
     return str(bindings), {"LD_LIBRARY_PATH": os.pathsep.join(searched)}
 
 
-@pytest.fixture(scope="module")
-def image_bundle(tiny_run, tmp_path_factory):
-    from mdpd_deploy import export_run
-
-    out = tmp_path_factory.mktemp("rtx") / "image"
-    return export_run(tiny_run.path, out=out, golden="synthetic", metric_gate=False).path
-
-
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_nvidias_builder_takes_the_exported_graphs(kind, rtx, request, run_python):
-    fixture = {"text": "tiny_trt_bundle", "image": "image_bundle"}[kind]
+    fixture = {"text": "tiny_trt_bundle", "image": "tiny_bundle"}[kind]
     bundle = request.getfixturevalue(fixture)
+    bundle = getattr(bundle, "path", bundle)
     bindings, environment = rtx
     done = run_python("-W", "ignore", "-c", _BUILD, bindings, str(bundle), **environment)
     assert done.returncode == 0, done.stderr

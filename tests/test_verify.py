@@ -28,9 +28,9 @@ FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz_bundle.py"
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_run, tmp_path_factory):
+def exported(tiny_bundle):
     """A real bundle; treat it as read-only."""
-    return export_run(tiny_run.path, out=tmp_path_factory.mktemp("exported") / "b").path
+    return tiny_bundle.path
 
 
 @pytest.fixture
