@@ -1,16 +1,21 @@
 """What `mdpd export` prints of a bundle: its gates, its receipt, and what `auto` tried."""
 
+from __future__ import annotations
+
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
 
-from mdpd_deploy.bundle import Bundle
+    from mdpd_deploy.bundle import Bundle
 
 
 def print_bundle(bundle: Bundle) -> None:
     """Print the verdicts of a fresh bundle's gates, its receipt and its size."""
+    from rich.console import Console
+    from rich.table import Table
+
     manifest = bundle.manifest
     table = Table(title=f"verified bundle: {manifest['task']}, {manifest['method']}")
     headings = ("gate", "verdict", "what was seen")
@@ -45,6 +50,8 @@ def print_bundle(bundle: Bundle) -> None:
 
 def _print_precision(console: Console, manifest: dict[str, Any]) -> None:
     """Print the receipt, and what `auto` tried."""
+    from rich.table import Table
+
     receipt = manifest["receipt"]
     weights = ", ".join(f"{n / 1e6:.1f} MB {kind}" for kind, n in receipt["weight_bytes"].items())
     nodes = ", ".join(f"{n} {kind}" for kind, n in receipt["compute_nodes"].items())
