@@ -19,6 +19,9 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # On a GPU ONNX Runtime keeps shape arithmetic on the CPU on purpose; these must not be there.
 COMPUTE_OPS = frozenset({"MatMul", "Gemm", "Conv", "LayerNormalization", "Softmax", "Erf", "Gelu"})
 
+# Their kernels take longer on a CPU than the nodes that they replace (benchmarks/norm_fusion.py).
+SLOW_FUSIONS = {"cpu": ["SkipLayerNormFusion"]}
+
 
 class Forward(Protocol):
     """Anything that maps a batch of named arrays to outputs [B, C]."""
@@ -205,7 +208,9 @@ def open_session(
         options.add_session_config_entry(name, value)
     chosen = list(dict.fromkeys([provider, PROVIDERS["cpu"]]))
     try:
-        session = ort.InferenceSession(str(path), options, providers=chosen)
+        session = ort.InferenceSession(
+            str(path), options, providers=chosen, disabled_optimizers=SLOW_FUSIONS.get(device)
+        )
     except Exception as err:  # ONNX Runtime has no base class of its own for these
         reason = str(err).splitlines()[0]
         raise UserError(f"{path} is not a graph that ONNX Runtime can load: {reason}") from err
