@@ -10,7 +10,6 @@ programs on the machine inflate far less than the wall clock. Memory is what a f
 after one run of every task.
 
 bare      one task's graph, its weights constants; `bare again` is the A/A control
-unfused   bare, without ONNX Runtime's fusion of a norm with the Add before it
 mixed     one run, rows of any task: one Gather, explicit norms (`mdpd export --multi`)
 fused     the same with LayerNormalization taking each sample's scale and shift
 tensorrt  the same in the form of `--fmt trt`
@@ -162,7 +161,6 @@ def time_ways(bundle, deltas: dict[str, Delta], folder: Path, args) -> list[dict
         for place, name in enumerate(names[: args.sessions])
     ]
     again = open_graph(folder / "alone-0.onnx", args)
-    unfused = open_unfused(folder / "alone-0.onnx", args)
     swap = Swap(folder / "base.onnx", deltas, threads=args.threads)
 
     def calls_on(batches: list[dict]) -> dict:
@@ -184,7 +182,6 @@ def time_ways(bundle, deltas: dict[str, Delta], folder: Path, args) -> list[dict
         return {
             "bare": lambda index: sessions[0].run(None, plain[index]),
             "bare again": lambda index: again.run(None, plain[index]),
-            "unfused": lambda index: unfused.run(None, plain[index]),
             **mixed,
             "swap": swapped,
             "sessions": separate,
@@ -212,17 +209,6 @@ def time_ways(bundle, deltas: dict[str, Delta], folder: Path, args) -> list[dict
 def open_graph(path: Path, args):
     """Open a session that leaves the processor to the others between its runs."""
     return open_session(path, "cpu", args.threads, entries=SPIN)
-
-
-def open_unfused(path: Path, args):
-    """Open a session without the fusion of Add and LayerNormalization."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = args.threads
-    return onnxruntime.InferenceSession(
-        path, options, ["CPUExecutionProvider"], disabled_optimizers=["SkipLayerNormFusion"]
-    )
 
 
 def row_of(times, bare, batch: int) -> dict:
