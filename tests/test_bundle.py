@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mdpd_deploy import load_bundle
+from mdpd_deploy import load_bundle, runner
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.bundle import is_bundle, to_prediction
 from mdpd_deploy.config import BackboneConfig
@@ -23,9 +23,10 @@ from mdpd_deploy.manifest import graph_notes, read_checked, seal
 from mdpd_deploy.model import Deployed
 from mdpd_deploy.onnx_graph import export_onnx
 from mdpd_deploy.parity import torch_outputs
+from mdpd_deploy.runner import open_session
 from mdpd_deploy.tasks.head import Head
 
-pytest.importorskip("onnxruntime", reason="runs exported graphs")
+onnxruntime = pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
 LABELS = ["ant", "bee", "cat"]
 PORT = {"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, 16, 16]}
@@ -301,6 +302,25 @@ def test_large_logits_do_not_overflow():
     prediction = to_prediction(np.array([1e4, -1e4, 0], dtype=np.float32), LABELS)
     assert prediction.probability == 1 and prediction.label == "ant"
     assert prediction.to_json(top=2)["top"][1] == {"label": "cat", "probability": 0}
+
+
+def test_norms_run_unfused_on_a_cpu(tiny_text_bundle, tmp_path, monkeypatch):
+    """The fusion's kernel is slower there (benchmarks/norm_fusion.py); without the rule it is made."""
+
+    class Kept(onnxruntime.SessionOptions):
+        def __init__(self):
+            super().__init__()
+            self.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+
+    def operators():
+        open_session(tiny_text_bundle.path / "model.onnx", "cpu", 1)
+        graph = onnx.load(tmp_path / "optimized.onnx").graph
+        return {node.op_type for node in graph.node}
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Kept)
+    assert "LayerNormalization" in operators() and "SkipLayerNormalization" not in operators()
+    monkeypatch.setattr(runner, "SLOW_FUSIONS", {})
+    assert "SkipLayerNormalization" in operators()
 
 
 def test_golden_vectors_come_back_and_catch_another_preprocessing(bundle, model, tmp_path):
