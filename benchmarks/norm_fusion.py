@@ -3,10 +3,9 @@
     python benchmarks/norm_fusion.py BUNDLE … --seconds 2 --openings 4 --out norm-fusion.json
 
 `mdpd_deploy/runner.py` opens graphs on a CPU without that fusion; this measures why. Two openings of
-one and the same graph differ by some per cent for as long as they live (where their weights lie in
-memory), which no number of rounds averages out. So every cell is measured with several fresh
-openings, in random order, and each of them is shown: with the fusion again (the A/A control) and
-without it, as ratios to the first.
+one and the same graph can differ by some per cent throughout a measurement, which no number of rounds
+averages out. So every cell is measured with several fresh openings, in random order, and each of them
+is shown: with the fusion again (the A/A control) and without it, as ratios to the first.
 """
 
 import argparse
@@ -108,7 +107,8 @@ def main() -> None:
                     spans = " | ".join(f"{min(v):.2f} to {max(v):.2f}" for v in found.values())
                     name, length = bundle.manifest["task"], tokens or "–"
                     print(f"| {name} | {threads} | {batch} | {length} | {spans} |", flush=True)
-    report = {"machine": describe(), "settings": {**vars(args), "bundles": None, "out": None}}
+    settings = {name: value for name, value in vars(args).items() if name not in ("bundles", "out")}
+    report = {"machine": describe(), "settings": settings}
     args.out.write_text(json.dumps({**report, "rows": rows}, indent=2) + "\n")
 
 

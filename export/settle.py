@@ -15,7 +15,7 @@ from mdpd_deploy.export.golden import GoldenSource
 from mdpd_deploy.export.precision.forms import AUTO, Form, Target, form_of, forms_for
 from mdpd_deploy.export.reduced import Candidate, convert, material_of, unconverted
 from mdpd_deploy.export.reduced_gates import Reference
-from mdpd_deploy.export.trial_engines import EngineTrials
+from mdpd_deploy.export.trial_engines import with_engine
 from mdpd_deploy.export.trials import TimeGraphs, try_all
 from mdpd_deploy.export.trt_profiles import Profiles
 from mdpd_deploy.golden import load_golden
@@ -163,10 +163,8 @@ class _Maker:
         made = self.make(form)
         if self._asked.target == "cpu":
             return made
-        trials = EngineTrials(
-            self._scratch, self._golden, self._subject.profiles, self._asked.engine
-        )
-        return trials.of(made)
+        profiles, options = self._subject.profiles, self._asked.engine
+        return with_engine(made, self._scratch, self._golden, profiles, options)
 
 
 def _verdicts(passed: Sequence[Gate], chosen: Candidate) -> list[Gate]:

@@ -1,6 +1,6 @@
 """Engines for `--precision auto` on a GPU: what is timed there, and held to its own parity first."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from mdpd_deploy.engine_cache import PLAN_FILE
@@ -15,34 +15,26 @@ from mdpd_deploy.trt_library import import_trt
 from mdpd_deploy.trt_runner import TrtRunner
 
 
-@dataclass(frozen=True)
-class EngineTrials:
-    """Builds the engines of one model's candidates.
+def with_engine(
+    candidate: Candidate, folder: Path, golden: Golden, profiles: Profiles, options: EngineOptions
+) -> Candidate:
+    """Return a candidate with the engine of its graph.
 
-    Attributes:
-        folder: Where they go.
+    Args:
+        candidate: Its graph has passed its own gates.
+        folder: Where the engine goes.
         golden: Inputs with PyTorch's outputs.
         profiles: Ranges of shapes.
-        options: How they are built.
+        options: How the engine is built.
+
+    Raises:
+        ExportError: If TensorRT refuses the graph or the build.
+        VerificationError: If the engine computes something else, or in another precision.
     """
-
-    folder: Path
-    golden: Golden
-    profiles: Profiles
-    options: EngineOptions
-
-    def of(self, candidate: Candidate) -> Candidate:
-        """Return a candidate with its engine.
-
-        Raises:
-            ExportError: If TensorRT refuses the graph or the build.
-            VerificationError: If the engine computes something else, or in another precision.
-        """
-        precision, graph = candidate.form.precision, candidate.graph
-        plan = self.folder / f"{precision}-{PLAN_FILE}"
-        plan.write_bytes(build_plan(graph, self.profiles, self.options).plan)
-        runner = TrtRunner(plan, host_code=self.options.version_compatible)
-        check_precision(inspect_layers(import_trt(), runner.engine, precision), precision)
-        tf32 = self.options.tf32
-        require_parity(runner, graph, self.golden, self.profiles, precision, tf32=tf32)
-        return replace(candidate, engine=plan)
+    precision, graph = candidate.form.precision, candidate.graph
+    plan = folder / f"{precision}-{PLAN_FILE}"
+    plan.write_bytes(build_plan(graph, profiles, options).plan)
+    runner = TrtRunner(plan, host_code=options.version_compatible)
+    check_precision(inspect_layers(import_trt(), runner.engine, precision), precision)
+    require_parity(runner, graph, golden, profiles, precision, tf32=options.tf32)
+    return replace(candidate, engine=plan)
