@@ -148,12 +148,12 @@ def install_engine(bundle: Bundle, options: EngineOptions, *, rebuild: bool = Fa
 
 
 def build_alike(bundle: Bundle, graph: Path, plan: Path) -> TrtRunner:
-    """Build another graph as the bundle's engine was built, for a comparison of the two.
+    """Open another graph's engine, built as the bundle's own was, for a comparison of the two.
 
     Args:
         bundle: A bundle with an engine.
         graph: An ONNX file with the same inputs.
-        plan: Where the engine goes.
+        plan: Where the engine goes; one that lies there already is opened again.
 
     Raises:
         UserError: If the bundle holds no engine.
@@ -164,16 +164,19 @@ def build_alike(bundle: Bundle, graph: Path, plan: Path) -> TrtRunner:
         raise UserError(
             f"{bundle.path} holds no TensorRT engine: build one with `mdpd build-engine`."
         )
-    names = {tensor.name for tensor in onnx.load(graph, load_external_data=False).graph.initializer}
-    timings = bundle.path / TIMING_FILE
-    built = build_plan(
-        graph,
-        key.profiles,
-        EngineOptions.of(key),
-        refit=[name for name in key.refit if name in names],
-        timing_cache=timings.read_bytes() if timings.is_file() else b"",
-    )
-    plan.write_bytes(built.plan)
+    if not plan.is_file():
+        names = {
+            tensor.name for tensor in onnx.load(graph, load_external_data=False).graph.initializer
+        }
+        timings = bundle.path / TIMING_FILE
+        built = build_plan(
+            graph,
+            key.profiles,
+            EngineOptions.of(key),
+            refit=[name for name in key.refit if name in names],
+            timing_cache=timings.read_bytes() if timings.is_file() else b"",
+        )
+        plan.write_bytes(built.plan)
     return TrtRunner(plan, host_code=VERSION_COMPATIBLE in key.flags)
 
 

@@ -1,13 +1,14 @@
 """The whole benchmark: build the variants, time them cell by cell, say what the times allow.
 
-A cell is runtime × batch. Cells follow each other and a runtime's sessions are dropped before the
-next one starts, so that the thread pools of PyTorch and ONNX Runtime never compete; ratios are
-only ever taken inside one cell.
+A cell is runtime × batch. A runtime's sessions are dropped before the next one starts, so that the
+thread pools of PyTorch and ONNX Runtime never compete; ratios are only ever taken between calls of
+one round, inside one opening of one cell.
 """
 
 import gc
 import logging
 import subprocess
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,9 +20,17 @@ import torch
 import mdpd_deploy
 from mdpd_deploy.machine import describe
 from mdpd_deploy.onnx_graph import export_onnx, same_structure
-from mdpd_deploy.serve.estimate import MARGIN, control_words, paired_ratio, percentiles_ms, verdict
+from mdpd_deploy.serve.estimate import (
+    MARGIN,
+    Ratio,
+    control_words,
+    paired_ratio,
+    percentiles_ms,
+    statistic,
+    verdict,
+)
 from mdpd_deploy.serve.gpu_state import gpu_state
-from mdpd_deploy.serve.latency import CellTimes, Plan, measure
+from mdpd_deploy.serve.latency import CellTimes, Plan, join, measure
 from mdpd_deploy.serve.latency_inputs import Arrays, InputSource, size_of
 from mdpd_deploy.serve.latency_report import (
     CONTROL,
@@ -122,11 +131,9 @@ def run_benchmark(
     report.machine = {**describe(), "git_commit": _git_commit(), "gpu_state_before": gpu_state()}
     for runtime in grid.runtimes:
         with torch_threads(grid.threads if runtime == "torch" else 1):
-            sessions = {v.name: _open(v, built, runtime, grid, inputs, engine_of) for v in variants}
-            for batch in grid.batches:
-                _run_cell(report, sessions, inputs, batches[batch], built, grid, runtime=runtime)
-            del sessions
-            gc.collect()
+            cells = _measure_cells(variants, built, runtime, grid, inputs, batches, engine_of)
+        for batch, cell in cells.items():
+            _add_cell(report, cell, inputs, batches[batch], built, grid, runtime=runtime)
     report.machine["gpu_state_after"] = gpu_state()
     report.claims = write_claims(report)
     return report
@@ -144,7 +151,8 @@ def _settings(grid: Grid, inputs: InputSource) -> dict[str, Any]:
         "onnx": "ONNX Runtime, default graph optimisation, session.force_spinning_stop=1",
         "trt": "TensorRT engines, all built with the options of the bundle's own",
         "cuda": "the device is idle before and after every timed call; copies are timed apart",
-        "statistic": "median over rounds of per-round time ratios, bootstrap 95 % interval",
+        "openings": grid.plan.openings,
+        "statistic": statistic(grid.plan.openings),
     }
 
 
@@ -201,6 +209,49 @@ def _identity(built: dict[str, _Built]) -> Identity | None:
     return Identity((DEPLOYED, BARE), built[DEPLOYED].nodes["onnx"], not differences, differences)
 
 
+@dataclass
+class _Cell:
+    """One cell while its openings are measured."""
+
+    shares: list[CellTimes] = field(default_factory=list)
+    device_ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+
+def _measure_cells(
+    variants: Sequence[Variant],
+    built: dict[str, _Built],
+    runtime: str,
+    grid: Grid,
+    inputs: InputSource,
+    batches: dict[int, list[Arrays]],
+    engine_of: EngineOf | None,
+) -> dict[int, _Cell]:
+    """Open every variant several times, in random order, and give each opening its share."""
+    cells = {batch: _Cell() for batch in batches}
+    sizes = ", ".join(map(str, batches))
+    for opening in range(grid.plan.openings):
+        which = f"opening {opening + 1} of {grid.plan.openings}"
+        log.info("timing %s on %s, batch %s: %s", runtime, grid.device, sizes, which)
+        order = np.random.default_rng(grid.seed + opening).permutation(len(variants))
+        opened = {
+            variants[place].name: _open(variants[place], built, runtime, grid, inputs, engine_of)
+            for place in order
+        }
+        for batch, sets in batches.items():
+            calls: dict[str, PreparedCall] = {
+                v.name: opened[v.name].prepare(sets) for v in variants
+            }
+            plan, seed = grid.plan.share(opening), grid.seed + opening
+            share = measure(calls, inputs=len(sets), plan=plan, seed=seed)
+            cells[batch].shares.append(share)
+            for name, call in calls.items():
+                cells[batch].device_ms[name] += call.device_ms[-share.rounds :]
+            del calls
+        del opened
+        gc.collect()
+    return cells
+
+
 def _open(
     variant: Variant,
     built: dict[str, _Built],
@@ -223,9 +274,9 @@ def _open(
     return TorchSession(variant.load()[0], inputs.preprocess.input_names, device=grid.device)
 
 
-def _run_cell(
+def _add_cell(
     report: LatencyReport,
-    sessions: dict[str, Session],
+    measured: _Cell,
     inputs: InputSource,
     batches: list[Arrays],
     built: dict[str, _Built],
@@ -234,14 +285,16 @@ def _run_cell(
     runtime: str,
 ) -> None:
     batch = len(next(iter(batches[0].values())))
-    log.info("timing %s on %s, batch %d", runtime, grid.device, batch)
-    calls: dict[str, PreparedCall] = {name: s.prepare(batches) for name, s in sessions.items()}
-    cell = measure(calls, inputs=len(batches), plan=grid.plan, seed=grid.seed)
+    cell = join(measured.shares)
     on_gpu = grid.device == "cuda" and torch.cuda.is_available()
     copies = copy_times_ms(batches[0], inputs.outputs) if on_gpu else None
-    report.cells.append(CellNote(runtime, batch, cell.rounds, cell.elapsed, cell.reached, copies))
-    for name, call in calls.items():
-        device_ms = call.device_ms[-cell.rounds :]
+    report.cells.append(
+        CellNote(
+            runtime, batch, cell.rounds, cell.elapsed, cell.reached, list(cell.openings), copies
+        )
+    )
+    for name, times in cell.times.items():
+        device_ms = measured.device_ms[name]
         report.rows.append(
             Row(
                 variant=name,
@@ -251,15 +304,15 @@ def _run_cell(
                 batch=batch,
                 size=size_of(batches),
                 n=cell.rounds,
-                **percentiles_ms(cell.times[name]),
-                items_per_s=batch * cell.rounds / (int(cell.times[name].sum()) / 1e9),
+                **percentiles_ms(times),
+                items_per_s=batch * cell.rounds / (int(times.sum()) / 1e9),
                 device_p50_ms=float(np.median(device_ms)) if device_ms else None,
                 nodes=built[name].nodes.get(runtime),
                 flops=built[name].flops.get(batch),
                 warmup=asdict(cell.warmup[name]),
             )
         )
-        report.raw.append(Raw(runtime, batch, name, cell.times[name].tolist()))
+        report.raw.append(Raw(runtime, batch, name, times.tolist()))
     _add_ratios(report, cell, built, grid, runtime=runtime, batch=batch)
 
 
@@ -272,12 +325,15 @@ def _add_ratios(
     runtime: str,
     batch: int,
 ) -> None:
-    over = cell.times[DEPLOYED]
-    control = paired_ratio(cell.times[CONTROL], over, seed=grid.seed)
-    for name, times in cell.times.items():
+    def ratio_of(name: str) -> Ratio:
+        over, openings = cell.times[DEPLOYED], cell.openings
+        return paired_ratio(cell.times[name], over, openings=openings, seed=grid.seed)
+
+    control = ratio_of(CONTROL)
+    for name in cell.times:
         if name == DEPLOYED:
             continue
-        ratio = paired_ratio(times, over, seed=grid.seed)
+        ratio = ratio_of(name)
         said = verdict(ratio, control, report.margin)
         is_control = name == CONTROL
         report.ratios.append(
@@ -291,6 +347,7 @@ def _add_ratios(
                 median=ratio.median,
                 ci95=(ratio.low, ratio.high),
                 rounds=ratio.rounds,
+                openings=list(ratio.openings),
                 control=is_control,
                 verdict=said.code,
                 words=control_words(control, report.margin) if is_control else said.words,

@@ -4,10 +4,13 @@ The rounds and the estimator are the latency benchmark's; the first graph is the
 are compared with, and it runs a second time as its own A/A control.
 """
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mdpd_deploy.machine import cpu_count, describe
 from mdpd_deploy.serve.estimate import (
@@ -15,9 +18,10 @@ from mdpd_deploy.serve.estimate import (
     control_words,
     paired_ratio,
     percentiles_ms,
+    statistic,
     verdict,
 )
-from mdpd_deploy.serve.latency import Plan, measure
+from mdpd_deploy.serve.latency import Plan, join, measure
 from mdpd_deploy.serve.latency_inputs import InputSource, size_of
 from mdpd_deploy.serve.runtimes import OnnxSession, Session, TrtSession
 from mdpd_deploy.trt_cuda import current_gpu
@@ -29,8 +33,8 @@ class GraphTiming:
     """One graph against the first.
 
     Attributes:
-        median: Median over rounds of time / time of the first graph.
-        ci95: Its bootstrap 95 % interval.
+        median: Time / time of the first graph, as `estimate.Ratio`.
+        ci95: Its 95 % interval.
         p50_ms: Median time of a call.
         verdict: As `estimate.verdict`; `control` for the first graph itself.
         words: The same as a sentence.
@@ -89,9 +93,20 @@ def race_graphs(
             return TrtSession(TrtRunner(path, host_code=host_code))
         return OnnxSession(path, device=device, threads=used)
 
-    calls = {name: opened(path).prepare(batches) for name, path in paths.items()}
-    cell = measure(calls, inputs=len(batches), plan=plan, seed=seed)
-    ratios = {name: paired_ratio(cell.times[name], cell.times[base], seed=seed) for name in paths}
+    shares = []
+    for opening in range(plan.openings):
+        order = np.random.default_rng(seed + opening).permutation(list(paths))
+        sessions = {str(name): opened(paths[name]) for name in order}
+        calls = {name: sessions[name].prepare(batches) for name in paths}
+        share = plan.share(opening)
+        shares.append(measure(calls, inputs=len(batches), plan=share, seed=seed + opening))
+        del sessions, calls
+        gc.collect()
+    cell = join(shares)
+    ratios = {
+        name: paired_ratio(times, cell.times[base], openings=cell.openings, seed=seed)
+        for name, times in cell.times.items()
+    }
     itself = ratios[control]
     timings = {}
     for name in graphs:
@@ -115,7 +130,8 @@ def race_graphs(
         "inputs": inputs.what,
         **({"gpu": current_gpu().name} if engines else {"threads": used}),
         "cpu": describe()["cpu"],
-        "statistic": "median over rounds of per-round time ratios, bootstrap 95 % interval",
+        "openings": plan.openings,
+        "statistic": statistic(plan.openings),
         "control_spread": itself.spread,
     }
     return GraphRace(timings, settings)

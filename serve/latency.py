@@ -3,12 +3,16 @@
 Nothing here knows of models or runtimes: a variant is a callable that does one whole call on the
 prepared input number `index` and returns when its result is there. A clock that tests can replace
 is the only other input.
+
+Two openings of one model can differ by some per cent for as long as they live, which no number of
+rounds averages out. So a cell is measured in several openings of every variant, each of which gets
+its share of the time (`Plan.share`), and the shares are put together (`join`).
 """
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +32,7 @@ class Plan:
     """How long a cell is warmed up and measured.
 
     Attributes:
+        openings: How often every variant is opened anew; the times below are those of all together.
         seconds: Measure exactly this long; None = until `min_rounds` and `min_seconds` are
             reached, at most `max_seconds`.
         fewest_rounds: Measured whatever the time, so that an interval exists at all.
@@ -35,9 +40,11 @@ class Plan:
         warmup_seconds: Least time per variant before anything is measured.
         warmup_cap: Longest warm-up of one variant, in seconds; with `seconds` below it, that long
             or 2 s, so that a short benchmark stays short.
-        agreement: Two neighbouring warm-up windows agree when their medians differ by less.
+        agreement: Two neighbouring warm-up windows agree when their medians differ by less; 0 =
+            they need not.
     """
 
+    openings: int = 5
     seconds: float | None = None
     min_rounds: int = 100
     min_seconds: float = 10.0
@@ -67,6 +74,25 @@ class Plan:
         """Whether the rule of 100 rounds and 10 s was met."""
         return rounds >= self.min_rounds and elapsed >= self.min_seconds
 
+    def share(self, opening: int) -> "Plan":
+        """Return the plan of one opening: its part of the time, and from the second on a short
+        warm-up, since the machine itself is warm by then."""
+        parts = self.openings
+        plan = replace(
+            self,
+            openings=1,
+            seconds=None if self.seconds is None else self.seconds / parts,
+            min_rounds=-(-self.min_rounds // parts),
+            min_seconds=self.min_seconds / parts,
+            max_seconds=self.max_seconds / parts,
+            fewest_rounds=-(-self.fewest_rounds // parts),
+        )
+        if opening == 0:
+            return plan
+        return replace(
+            plan, warmup_calls=2, warmup_seconds=min(0.2, self.warmup_seconds), agreement=0
+        )
+
 
 @dataclass(frozen=True)
 class Warmup:
@@ -86,12 +112,14 @@ class CellTimes:
         warmup: Variant → its warm-up.
         elapsed: Seconds of the measured part.
         reached: Whether the plan's least rounds and seconds were met.
+        openings: Rounds of each opening, in order; they sum up to R.
     """
 
     times: dict[str, NDArray[np.int64]]
     warmup: dict[str, Warmup]
     elapsed: float
     reached: bool
+    openings: tuple[int, ...]
 
     @property
     def rounds(self) -> int:
@@ -106,7 +134,7 @@ def measure(
     seed: int,
     clock: Clock = time.perf_counter_ns,
 ) -> CellTimes:
-    """Time the variants of one cell against each other.
+    """Time the variants of one cell, in one opening, against each other.
 
     Args:
         calls: Variant name → its call; all do the same work on the same inputs.
@@ -132,22 +160,46 @@ def measure(
         elapsed = (clock() - start) / 1e9
     table = np.array(rounds, dtype=np.int64)
     times = {name: table[:, column] for column, name in enumerate(names)}
-    return CellTimes(times, warmup, elapsed, plan.reached(len(rounds), elapsed))
+    return CellTimes(times, warmup, elapsed, plan.reached(len(rounds), elapsed), (len(rounds),))
+
+
+def join(shares: Sequence[CellTimes]) -> CellTimes:
+    """Put the openings of one cell together, in order."""
+    first = shares[0]
+
+    def warmed(name: str) -> Warmup:
+        taken = [share.warmup[name] for share in shares]
+        return Warmup(
+            sum(w.calls for w in taken),
+            sum(w.seconds for w in taken),
+            all(w.settled for w in taken),
+        )
+
+    return CellTimes(
+        {name: np.concatenate([share.times[name] for share in shares]) for name in first.times},
+        {name: warmed(name) for name in first.warmup},
+        sum(share.elapsed for share in shares),
+        all(share.reached for share in shares),
+        tuple(rounds for share in shares for rounds in share.openings),
+    )
 
 
 def warm_up(call: TimedCall, *, inputs: int, plan: Plan, clock: Clock) -> Warmup:
     """Call until the least calls and time are done and two windows agree, or the cap is reached.
 
-    A window is a multiple of the rotation, so that both hold the same inputs.
+    A window is a multiple of the rotation, so that both hold the same inputs; one call where
+    windows need not agree.
     """
-    window = inputs * max(1, -(-5 // inputs))
+    window = inputs * max(1, -(-5 // inputs)) if plan.agreement else 1
     taken: list[int] = []
     start = clock()
     while True:
         for _ in range(window):
             taken.append(_time_once(call, len(taken) % inputs, clock))
         elapsed = (clock() - start) / 1e9
-        settled = len(taken) >= 2 * window and _agree(taken, window, plan.agreement)
+        settled = not plan.agreement or (
+            len(taken) >= 2 * window and _agree(taken, window, plan.agreement)
+        )
         enough = len(taken) >= plan.warmup_calls and elapsed >= plan.warmup_seconds
         late = len(taken) >= plan.warmup_calls and elapsed >= plan.longest_warmup
         if late or (enough and settled):

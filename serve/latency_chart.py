@@ -66,12 +66,19 @@ def _limits(report: LatencyReport) -> tuple[float, float]:
 def _caption(report: LatencyReport) -> str:
     setting = f"{report.source['backbone']} · {report.source['task']} · {_machine(report)}"
     words = [
-        f"{setting} · median of paired rounds with its 95 % interval",
+        f"{setting} · {_openings(report)} with its 95 % interval",
         "right of 1×: the deployed model is faster · grey band: counted as the same speed",
     ]
     if any(note.untrained for note in report.variants):
         words[1] += " · *untrained weights, speed only"
     return "\n".join(words)
+
+
+def _openings(report: LatencyReport) -> str:
+    count = report.settings["openings"]
+    if count == 1:
+        return "median of paired rounds"
+    return f"median of paired rounds, mean over {count} openings"
 
 
 def _machine(report: LatencyReport) -> str:

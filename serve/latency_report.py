@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RatioRow:
-    """time(variant) / time(deployed) of one cell: median over rounds, with its 95 % interval."""
+    """time(variant) / time(deployed) of one cell with its 95 % interval, as `estimate.Ratio`."""
 
     variant: str
     over: str
@@ -75,6 +75,7 @@ class RatioRow:
     median: float
     ci95: tuple[float, float]
     rounds: int
+    openings: list[float]
     control: bool
     verdict: str
     words: str
@@ -94,13 +95,14 @@ class Raw:
 
 @dataclass(frozen=True)
 class CellNote:
-    """How one cell was measured."""
+    """How one cell was measured; `openings` are the rounds of each, in order."""
 
     runtime: str
     batch: int
     rounds: int
     seconds: float
     reached: bool
+    openings: list[int]
     copies: dict[str, float] | None
 
 

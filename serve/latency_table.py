@@ -83,7 +83,9 @@ def _ratio_of(report: LatencyReport, row: Row) -> RatioRow | None:
 def _remarks(report: LatencyReport, runtime: str) -> Iterator[Text]:
     cells = [cell for cell in report.cells if cell.runtime == runtime]
     reached = ", ".join(f"{c.rounds} rounds in {c.seconds:.1f} s at batch {c.batch}" for c in cells)
-    yield Text(f"measured: {reached}", style="dim")
+    times = report.settings["openings"]
+    opened = f", each model opened {times} times" if times > 1 else ""
+    yield Text(f"measured: {reached}{opened}", style="dim")
     controls = [r for r in report.ratios if r.control and r.runtime == runtime]
     spreads = ", ".join(f"±{_spread_of(r):.1%} at batch {r.batch}" for r in controls)
     yield Text(f"scatter of this machine (A/A control): {spreads}", style="dim")

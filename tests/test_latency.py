@@ -12,7 +12,7 @@ from mdpd_deploy.serve.estimate import (
     percentiles_ms,
     verdict,
 )
-from mdpd_deploy.serve.latency import Plan, measure
+from mdpd_deploy.serve.latency import Plan, join, measure
 
 QUICK = Plan(seconds=3.0, warmup_seconds=0.1)
 
@@ -89,6 +89,62 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         ratio = paired_ratio(times, over, seed=seed, resamples=400)
         hits += ratio.low <= 1.1 <= ratio.high
     assert 180 <= hits <= 199
+
+
+def openings_of(truth, effect, seed, count=5, rounds=40):
+    """Return times of a model and its rival, of which each opening runs at a speed of its own."""
+    rng = np.random.default_rng(seed)
+    over = rng.integers(900_000, 1_100_000, size=count * rounds)
+    own = np.repeat(rng.normal(0, effect, size=count), rounds)
+    times = over * truth * np.exp(own) * rng.lognormal(0, 0.02, size=len(over))
+    return times.astype(np.int64), over, (rounds,) * count
+
+
+def test_openings_that_differ_widen_the_interval_until_it_covers_the_truth():
+    covered, misled = 0, 0
+    for seed in range(200):
+        times, over, openings = openings_of(1.1, 0.03, seed)
+        ratio = paired_ratio(times, over, openings=openings, seed=seed)
+        covered += ratio.low <= 1.1 <= ratio.high
+        one = paired_ratio(times[:40], over[:40], seed=seed, resamples=200)
+        misled += not one.low <= 1.1 <= one.high
+    assert 180 <= covered <= 199  # 95 %
+    assert misled > 100  # what a single opening would have claimed
+
+
+def test_openings_count_alike_however_many_rounds_each_had():
+    over = np.full(30, 1000)
+    times = np.array([1000] * 20 + [2000] * 10)
+    ratio = paired_ratio(times, over, openings=(20, 10), seed=0)
+    assert ratio.openings == pytest.approx((1.0, 2.0))
+    assert ratio.median == pytest.approx(2**0.5) and ratio.rounds == 30
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(seconds=7.0), Plan(openings=3, fewest_rounds=10)])
+def test_openings_share_the_time_of_a_cell(plan):
+    shares = [plan.share(opening) for opening in range(plan.openings)]
+    for name in ("min_rounds", "min_seconds", "max_seconds", "fewest_rounds"):
+        total = sum(getattr(share, name) for share in shares)
+        assert getattr(plan, name) <= total < getattr(plan, name) + plan.openings
+    if plan.seconds:
+        assert sum(share.seconds for share in shares) == pytest.approx(plan.seconds)
+
+
+def test_later_openings_are_warmed_up_briefly_and_all_are_joined():
+    machine = BusyMachine()
+    plan = Plan(openings=3, seconds=3.0)
+    shares = []
+    for opening in range(3):
+        calls = {name: machine.call(1.0, name) for name in ("deployed", "again")}
+        share = plan.share(opening)
+        shares.append(measure(calls, inputs=8, plan=share, seed=opening, clock=machine.clock))
+    warm = [share.warmup["deployed"].seconds for share in shares]
+    assert warm[0] >= 1 and all(0.2 <= later < 0.5 for later in warm[1:])
+    cell = join(shares)
+    assert cell.openings == tuple(share.rounds for share in shares)
+    assert cell.rounds == sum(cell.openings) and cell.elapsed >= 3
+    assert cell.times["again"][cell.openings[0]] == shares[1].times["again"][0]
+    assert cell.warmup["deployed"].calls == sum(s.warmup["deployed"].calls for s in shares)
 
 
 def test_the_same_times_and_seed_give_the_same_interval():

@@ -40,7 +40,7 @@ from mdpd_deploy.serve.operations import count_flops, count_nodes, count_operato
 from mdpd_deploy.serve.runtimes import OnnxSession, TorchSession, torch_threads
 from mdpd_deploy.serve.variants import RIVALS
 
-BRIEF = Plan(seconds=0.05, warmup_seconds=0.0, warmup_cap=0.0)
+BRIEF = Plan(openings=2, seconds=0.05, warmup_seconds=0.0, warmup_cap=0.0)
 CLASSES = 3
 
 
@@ -100,8 +100,13 @@ def test_ratios_stay_inside_their_cell(report):
     assert len(report.ratios) == 4 * (len(NAMES) - 1)
     for ratio in report.ratios:
         cell = (ratio.runtime, ratio.batch)
-        paired = raw[*cell, ratio.variant] / raw[*cell, "deployed"]
-        assert ratio.median == pytest.approx(np.exp(np.median(np.log(paired))))
+        paired = np.log(raw[*cell, ratio.variant] / raw[*cell, "deployed"])
+        (note,) = (note for note in report.cells if (note.runtime, note.batch) == cell)
+        parts = np.split(paired, [note.openings[0]])
+        assert len(note.openings) == 2 and sum(note.openings) == len(paired)
+        medians = [np.median(part) for part in parts]
+        assert ratio.openings == pytest.approx(np.exp(medians))
+        assert ratio.median == pytest.approx(np.exp(np.mean(medians)))
         assert ratio.ci95[0] <= ratio.median <= ratio.ci95[1]
         assert ratio.control == (ratio.variant == "deployed (A/A)")
         assert ratio.over == "deployed"

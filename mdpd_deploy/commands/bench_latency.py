@@ -15,12 +15,13 @@ from mdpd_deploy.errors import UserError, unknown
 if TYPE_CHECKING:
     from mdpd_deploy.bundle import Bundle
     from mdpd_deploy.run import Run
-    from mdpd_deploy.serve import Grid, InputSource, LatencyReport, Variant
+    from mdpd_deploy.serve import Grid, InputSource, LatencyReport, Plan, Variant
     from mdpd_deploy.trt_runner import TrtRunner
 
 log = logging.getLogger(__name__)
 
 DEFAULT_BATCHES = (1, 8, 32)
+DEFAULT_OPENINGS = 5
 REPORT_FILE = "latency.json"
 
 
@@ -43,6 +44,9 @@ def command(
         float | None,
         typer.Option(help="Time per cell. Default: 100 rounds and 10 s, at most 20 s."),
     ] = None,
+    openings: Annotated[
+        int, typer.Option(help="Times every model is opened anew, each for its part of the time.")
+    ] = DEFAULT_OPENINGS,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/latency.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Default: the CPU quota.")] = None,
@@ -60,6 +64,7 @@ def command(
         runtime=None if runtime is None else split_words(runtime),
         batch=None if batch is None else split_numbers(batch, "--batch"),
         seconds=seconds,
+        openings=openings,
         out=out,
         device=device,
         threads=threads,
@@ -88,6 +93,7 @@ def bench_latency(
     runtime: Sequence[str] | None = None,
     batch: Sequence[int] | None = None,
     seconds: float | None = None,
+    openings: int = DEFAULT_OPENINGS,
     out: str | Path | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -110,7 +116,9 @@ def bench_latency(
         runtime: `onnx`, `torch`, and `trt` for a bundle with a TensorRT engine, whose rivals are
             built in the same way; None = onnx and torch (a bundle without its run: onnx).
         batch: Examples per call; None = 1, 8, 32.
-        seconds: Measured seconds per cell; None = 100 rounds and 10 s, at most 20 s.
+        seconds: Measured seconds per cell, of all openings together; None = 100 rounds and 10 s, at most 20 s.
+        openings: Times every model is opened anew, each for its part of the time: two openings of
+            one model may differ by some per cent, so that one alone can mislead.
         out: Folder for latency.json and the chart; None = `RUN/latency`, numbered if taken.
         device: `auto`, `cpu` or `cuda`.
         threads: Threads inside one operator; None = the CPU quota.
@@ -130,6 +138,7 @@ def bench_latency(
         runtime=runtime,
         batch=batch,
         seconds=seconds,
+        openings=openings,
         out=Path(out) if out is not None else None,
         device=device,
         threads=threads,
@@ -155,6 +164,7 @@ def _bench(
     runtime: Sequence[str] | None,
     batch: Sequence[int] | None,
     seconds: float | None,
+    openings: int,
     out: Path | None,
     device: str,
     threads: int | None,
@@ -166,7 +176,8 @@ def _bench(
     from mdpd_deploy.serve import run_benchmark, write_chart
 
     subject = _open(run_or_bundle)
-    grid = _grid(subject, runtime, batch, seconds, device, threads, seed)
+    plan = _plan(seconds, openings)
+    grid = _grid(subject, runtime, batch, plan, device, threads, seed)
     variants = _variants(subject, rivals)
     folder = out if out is not None else _default_out(subject)
     if any(is_bundle(parent) for parent in (folder.resolve(), *folder.resolve().parents)):
@@ -199,8 +210,10 @@ def _engines(subject: _Subject, folder: Path) -> "Callable[[str, Path], TrtRunne
     def engine_of(name: str, graph: Path) -> "TrtRunner":
         if name in (DEPLOYED, CONTROL):
             return open_bundle_engine(bundle.path, bundle.manifest)
-        log.info("building the engine of %s", name)
-        return build_alike(bundle, graph, folder / f"{name}.plan")
+        plan = folder / f"{name}.plan"
+        if not plan.is_file():
+            log.info("building the engine of %s", name)
+        return build_alike(bundle, graph, plan)
 
     return engine_of
 
@@ -241,17 +254,27 @@ def _open(path: Path | None) -> _Subject:
     return _Subject(path, run, bundle)
 
 
+def _plan(seconds: float | None, openings: int) -> "Plan":
+    from mdpd_deploy.serve import Plan
+
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise UserError(f"--seconds {seconds}: give a time above 0.")
+    if openings < 1:
+        raise UserError(f"--openings {openings}: give at least 1.")
+    return Plan(openings=openings, seconds=seconds)
+
+
 def _grid(
     subject: _Subject,
     runtime: Sequence[str] | None,
     batch: Sequence[int] | None,
-    seconds: float | None,
+    plan: "Plan",
     device: str,
     threads: int | None,
     seed: int,
 ) -> "Grid":
     from mdpd_deploy.machine import cpu_count
-    from mdpd_deploy.serve import DEFAULT_RUNTIMES, RUNTIMES, Grid, Plan, choose_device
+    from mdpd_deploy.serve import DEFAULT_RUNTIMES, RUNTIMES, Grid, choose_device
 
     default = DEFAULT_RUNTIMES if subject.run is not None else ("onnx",)
     runtimes = default if runtime is None else tuple(dict.fromkeys(runtime))
@@ -270,8 +293,6 @@ def _grid(
     batches = DEFAULT_BATCHES if batch is None else tuple(dict.fromkeys(batch))
     if min(batches, default=0) < 1:
         raise UserError(f"--batch {','.join(map(str, batches))}: a batch holds at least 1 example.")
-    if seconds is not None and not 0 < seconds < float("inf"):
-        raise UserError(f"--seconds {seconds}: give a time above 0.")
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads}: give at least 1.")
     if seed < 0:
@@ -280,7 +301,6 @@ def _grid(
     precision = "fp32" if subject.bundle is None else subject.bundle.manifest["precision"]
     if subject.bundle is not None and precision == "bf16" and chosen == "cpu":
         subject.bundle.runner(chosen)  # raises, with the mend
-    plan = Plan(seconds=seconds)
     return Grid(runtimes, batches, chosen, threads or cpu_count(), plan, seed, precision)
 
 

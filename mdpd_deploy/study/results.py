@@ -36,7 +36,7 @@ class Latency:
 
     Attributes:
         ratio: Median over rounds; 1 where the model is backbone + head itself.
-        ci95: Its bootstrap interval; None where nothing had to be measured.
+        ci95: Its 95 % interval; None where nothing had to be measured.
         verdict: In words.
     """
 
