@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mdpd_deploy.errors import ExportError, UserError, VerificationError
+from mdpd_deploy.errors import UserError, WorkFailed
 from mdpd_deploy.export.precision.forms import Form
 from mdpd_deploy.export.reduced import Candidate
 
@@ -23,7 +23,7 @@ class Timing(Protocol):
 
     @property
     def median(self) -> float:
-        """Median over rounds of time / time of fp32."""
+        """Time / time of fp32, from rounds that time both."""
         ...
 
     @property
@@ -72,12 +72,12 @@ def try_all(
 
     Args:
         forms: What to try; the first is fp32, which is kept unless another is faster.
-        make: Converts and verifies one form. One that fails, or that lacks what it needs, is a row
-            of the table.
+        make: Converts and verifies one form. One that fails in any way, or that lacks what it
+            needs, is a row of the table.
         time_graphs: Times graphs or engines by precision against fp32.
 
     Raises:
-        UserError, ExportError, VerificationError: If fp32 itself cannot be made.
+        UserError, WorkFailed: If fp32 itself cannot be made.
     """
     base, *others = forms
     candidates = {base.precision: make(base)}
@@ -85,7 +85,7 @@ def try_all(
     for form in others:
         try:
             candidates[form.precision] = make(form)
-        except (UserError, ExportError, VerificationError) as err:
+        except (UserError, WorkFailed) as err:
             failed[form.precision] = str(err)
             logger.info("%s is out: %s", form.precision, err)
     race = time_graphs({name: made.engine or made.graph for name, made in candidates.items()})

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mdpd_deploy import bench_latency, export_run, load_bundle
 from mdpd_deploy.cli import main
 from mdpd_deploy.commands.evaluate import evaluate_bundle
-from mdpd_deploy.errors import ExportError, UserError, VerificationError
+from mdpd_deploy.errors import ExportError, UserError, VerificationError, WorkFailed
 from mdpd_deploy.export import Race, reduced
 from mdpd_deploy.export.fade import fade
 from mdpd_deploy.export.gates import Measured, check_parity
@@ -585,14 +585,22 @@ def test_auto_keeps_fp32_unless_another_is_really_faster():
     assert choose("fp32", both) == "int8-cpu"
 
 
-def test_a_candidate_that_fails_is_a_row_of_the_table(fp32):
+@pytest.mark.parametrize(
+    "failure",
+    [
+        VerificationError("parity: too far."),
+        WorkFailed("the engine cannot be opened."),
+        UserError("fp16 needs a converter."),
+    ],
+)
+def test_a_candidate_that_fails_is_a_row_of_the_table(fp32, failure):
     """The others go on, and the reason is kept."""
     graph = fp32.path / "model.onnx"
     timed = []
 
     def make(form):
         if form.precision == "fp16":
-            raise VerificationError("parity: too far.")
+            raise failure
         return replace(reduced.unconverted(form_of("fp32", "cpu"), graph), form=form)
 
     def time_graphs(graphs):
@@ -602,5 +610,5 @@ def test_a_candidate_that_fails_is_a_row_of_the_table(fp32):
 
     tried = try_all(forms_for("cpu"), make, time_graphs)
     assert timed == ["fp32", "int8-cpu"] and tried.chosen.form.precision == "fp32"
-    assert tried.table["trials"][1]["reason"] == "parity: too far."
+    assert tried.table["trials"][1]["reason"] == str(failure)
     assert tried.table["recommendation"] == "int8-cpu did not pay here: fp32 is kept; fp16 failed"
