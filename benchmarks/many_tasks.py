@@ -5,7 +5,7 @@
 BUNDLE comes from `mdpd export --multi`. Tasks beyond its own are perturbed copies of them: speed
 and memory do not depend on the values. Each round runs every way once, in random order, on a batch
 whose rows ask random tasks; ratios are medians over `bare` (one task's graph on the whole batch)
-with a bootstrap 95 % interval. `--clock cpu` counts the processor time of this process, which other
+with a 95 % interval over several openings of every way. `--clock cpu` counts the processor time of this process, which other
 programs on the machine inflate far less than the wall clock. Memory is what a fresh process holds
 after one run of every task.
 
@@ -39,7 +39,7 @@ from mdpd_deploy.mixed import Swap
 from mdpd_deploy.mixed_graph import TABLE, mixed_graph
 from mdpd_deploy.runner import open_session
 from mdpd_deploy.serve.estimate import paired_ratio, percentiles_ms
-from mdpd_deploy.serve.latency import Plan, measure
+from mdpd_deploy.serve.latency import CellTimes, Plan, join, measure
 
 SPIN = {"session.force_spinning_stop": "1"}  # else idle sessions take the others' processor
 CLOCKS = {"wall": time.perf_counter_ns, "cpu": time.process_time_ns}
@@ -152,8 +152,8 @@ def by_task(arrays: dict[str, np.ndarray]) -> list[tuple[int, dict[str, np.ndarr
     return [(int(t), {n: a[ids == t] for n, a in rest.items()}) for t in np.unique(ids)]
 
 
-def time_ways(bundle, deltas: dict[str, Delta], folder: Path, args) -> list[dict]:
-    """Measure every way at every batch size; the sessions are as many as --sessions allows."""
+def open_ways(deltas: dict[str, Delta], folder: Path, args):
+    """Open every way anew; return what makes its calls on prepared batches."""
     names = list(deltas)
     ready = {name: open_graph(folder / f"{name}.onnx", args) for name in MIXED}
     sessions = [
@@ -187,21 +187,32 @@ def time_ways(bundle, deltas: dict[str, Delta], folder: Path, args) -> list[dict
             "sessions": separate,
         }
 
-    plan = Plan(seconds=args.seconds, warmup_calls=5, warmup_seconds=0.3)
+    return calls_on
+
+
+def time_ways(bundle, deltas: dict[str, Delta], folder: Path, args) -> list[dict]:
+    """Measure every way at every batch size; the sessions are as many as --sessions allows."""
+    sizes = [int(size) for size in args.batch.split(",")]
+    batches = {
+        size: [inputs_of(bundle, size, len(deltas), seed) for seed in range(ROTATE)]
+        for size in sizes
+    }
+    plan = Plan(openings=args.openings, seconds=args.seconds, warmup_calls=5, warmup_seconds=0.3)
+    shares: dict[int, list] = {size: [] for size in sizes}
+    for opening in range(plan.openings):
+        calls_on = open_ways(deltas, folder, args)
+        words = dict(plan=plan.share(opening), seed=opening, clock=CLOCKS[args.clock])
+        for size, sets in batches.items():
+            shares[size].append(measure(calls_on(sets), inputs=ROTATE, **words))
+        del calls_on
     cells = []
-    for batch in map(int, args.batch.split(",")):
-        batches = [inputs_of(bundle, batch, len(names), seed) for seed in range(ROTATE)]
-        measured = measure(
-            calls_on(batches), inputs=ROTATE, plan=plan, seed=0, clock=CLOCKS[args.clock]
-        )
-        distinct = float(np.mean([len(np.unique(arrays["task_id"])) for arrays in batches]))
-        rows = {
-            way: row_of(times, measured.times["bare"], batch)
-            for way, times in measured.times.items()
-        }
-        rows["sessions"]["held"] = len(sessions)
+    for size, sets in batches.items():
+        measured = join(shares[size])
+        distinct = float(np.mean([len(np.unique(arrays["task_id"])) for arrays in sets]))
+        rows = {way: row_of(way, measured, size) for way in measured.times}
+        rows["sessions"]["held"] = min(len(deltas), args.sessions)
         cells.append(
-            {"batch": batch, "distinct_tasks": distinct, "rounds": measured.rounds, "ways": rows}
+            {"batch": size, "distinct_tasks": distinct, "rounds": measured.rounds, "ways": rows}
         )
     return cells
 
@@ -211,11 +222,12 @@ def open_graph(path: Path, args):
     return open_session(path, "cpu", args.threads, entries=SPIN)
 
 
-def row_of(times, bare, batch: int) -> dict:
+def row_of(way: str, measured: CellTimes, batch: int) -> dict:
     """Return latency, throughput and the ratio over bare of one way."""
+    times, bare = measured.times[way], measured.times["bare"]
     percentiles = percentiles_ms(times)
     items_per_s = batch / percentiles["p50_ms"] * 1e3
-    ratio = paired_ratio(times, bare, seed=0)
+    ratio = paired_ratio(times, bare, openings=measured.openings, seed=0)
     return {**percentiles, "items_per_s": items_per_s, "over_bare": asdict(ratio)}
 
 
@@ -394,6 +406,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1,8")
     parser.add_argument("--sessions", type=int, default=16, help="most sessions held at once")
     parser.add_argument("--seconds", type=float, default=8.0, help="measured per cell")
+    parser.add_argument("--openings", type=int, default=5, help="times every way is opened anew")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall",
                         help="cpu: this process's own time, for a machine that others use too")  # fmt: skip
@@ -420,7 +433,7 @@ def main() -> None:
                 })  # fmt: skip
             print(f"{name}: {count} tasks measured", file=sys.stderr)
         report = {"backbone": name, "threads": args.threads,
-                  "seconds": args.seconds, "clock": args.clock,
+                  "seconds": args.seconds, "openings": args.openings, "clock": args.clock,
                   "batch": args.batch, "sessions": args.sessions, "machine": describe(), "cells": cells}  # fmt: skip
         stem = args.out / f"many-tasks-{name}"
         stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
