@@ -132,13 +132,26 @@ class LossConfig(Section):
     logits: float = Field(default=1e-4, ge=0)
     deep: float | None = Field(default=None, ge=0)  # default 6e-5, and 0 over DTL (D6)
     shallow: float | None = Field(default=None, ge=0)  # default 4e-5, and 0 over DTL
-    logits_form: Literal["mse", "kl"] = "mse"  # Eq. 3, or KL divergence at `temperature`
-    temperature: float = Field(default=2.0, gt=0)  # used by logits_form=kl
+    # Eq. 3; KL divergence at `temperature`; or the same decoupled, with `beta` on the other classes
+    logits_form: Literal["mse", "kl", "dkd"] = "mse"
+    temperature: float = Field(default=2.0, gt=0)  # used by kl and dkd
+    beta: float = Field(default=8.0, ge=0)  # used by dkd
     # which examples the logits loss counts: all, or those that the side network answers better
     logits_where: Literal["all", "better"] = "all"
     # share of the steps before the logits loss counts: the side network learns first
     logits_after: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # of the classification loss
+
+    @model_validator(mode="after")
+    def _form_reads_what_is_set(self) -> Self:
+        for name, forms in (("temperature", ("kl", "dkd")), ("beta", ("dkd",))):
+            default = type(self).model_fields[name].default
+            if getattr(self, name) != default and self.logits_form not in forms:
+                raise ValueError(
+                    f"loss.{name} is not read by loss.logits_form={self.logits_form}: leave it "
+                    f"out, or set loss.logits_form={forms[-1]}"
+                )
+        return self
 
 
 class TrainConfig(Section):
@@ -189,6 +202,8 @@ class OptimConfig(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     warmup: float = Field(default=0.1, ge=0, le=1)  # share of the steps
+    # share of the steps before the norms move: the head learns first on the features as they are
+    norms_after: float = Field(default=0.0, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     clip: float | None = Field(default=1.0, gt=0)  # gradient norm, per group
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from mdpd_deploy.config import DistillConfig, LossConfig
+from mdpd_deploy.config import DistillConfig, LossConfig, load_config
 from mdpd_deploy.distill import Bottleneck, FeatureDistiller, Generator, weighted_distance
+from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks.losses import TaskLoss, logits_loss
 
 
@@ -183,6 +184,36 @@ def test_kl_is_zero_for_equal_and_equals_the_formula():
     assert float(logits_loss(a, a, config)) == pytest.approx(0, abs=1e-5)
     p, q = (b / 3).softmax(-1), (a / 3).softmax(-1)
     torch.testing.assert_close(logits_loss(a, b, config), 9 * (p * (p / q).log()).sum())
+
+
+def test_decoupled_distillation_is_kl_when_weighted_as_kl_does():
+    """KL = KL over {label, rest} + (teacher's share of the rest) × KL among the rest."""
+    student, teacher, labels = torch.randn(1, 4), torch.randn(1, 4), torch.tensor([2])
+    rest = 1 - float((teacher / 3).softmax(-1)[0, 2])
+    decoupled = LossConfig(logits_form="dkd", temperature=3.0, beta=rest)
+    kl = LossConfig(logits_form="kl", temperature=3.0)
+    found = logits_loss(student, teacher, decoupled, labels)
+    torch.testing.assert_close(found, logits_loss(student, teacher, kl))
+    eight = logits_loss(student, teacher, LossConfig(logits_form="dkd", temperature=3.0), labels)
+    none = logits_loss(student, teacher, decoupled.model_copy(update={"beta": 0.0}), labels)
+    torch.testing.assert_close(eight - none, 8 / rest * (found - none))
+    pair = student[:, :2], teacher[:, :2], torch.tensor([1])  # two classes: there is no rest
+    same = logits_loss(*pair[:2], kl)
+    torch.testing.assert_close(logits_loss(pair[0], pair[1], decoupled, pair[2]), same)
+    one = student[:, :1], teacher[:, :1], torch.tensor([0.3])  # a regression
+    assert logits_loss(*one[:2], decoupled, one[2]) == logits_loss(*one[:2], LossConfig())
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["loss.temperature=4"], r"loss\.temperature is not read by loss\.logits_form=mse"),
+        (["loss.beta=2", "loss.logits_form=kl"], r"loss\.beta is not read by .*=kl: leave it out"),
+    ],
+)
+def test_an_option_that_the_form_of_the_loss_would_ignore_is_refused(sets, message):
+    with pytest.raises(UserError, match=message):
+        load_config(None, {"method": "mdpd"}, sets)
 
 
 def test_only_what_the_teacher_answers_better_is_distilled():

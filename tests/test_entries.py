@@ -14,7 +14,7 @@ OPTIONS = {
     "method": "mdpd",
     "side": {"name": "sherl", "reduction": 4, "late_layers": 2, "variant": "paper"},
     "distill": {"mask_ratio": 0.25},
-    "loss": {"deep": 1e-3, "temperature": 3.0},
+    "loss": {"deep": 1e-3, "logits_form": "kl", "temperature": 3.0},
     "train": {"norm_grad": "late:1", "student_task_weight": 0.5},
     "optim": {"norm_lr": 1e-4, "head_lr": 1e-4},
 }

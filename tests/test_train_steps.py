@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mdpd_deploy import fit
+from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import load_config
 from mdpd_deploy.errors import UserError, WorkFailed
 from mdpd_deploy.train.batches import Schedule, StepDataset
@@ -66,6 +67,24 @@ def test_every_step_of_an_epoch_sees_every_example_once():
         shares = [i for rank in (0, 1) for part in schedule.parts(step, rank) for i in part]
         assert sorted(shares) == sorted(schedule.members(step))
     assert list(schedule.members(0)) != list(schedule.members(3))
+
+
+def test_norms_keep_still_while_the_head_learns_first(tmp_path, image_options, fit_in):
+    still = ["backbone.dropout_active=false", "train.keep=last", "optim.warmup=0"]
+    words = dict(method="norms", steps=2)
+    free = fit_in(tmp_path / "free", image_options, set=still, **words)
+    late = [*still, "optim.norms_after=0.5"]  # the second of two steps moves them
+    half = fit_in(tmp_path / "half", image_options, set=late, **words)
+    held = fit_in(tmp_path / "held", image_options, set=[*still, "optim.norms_after=0.9"], **words)
+    one, two, none = (load_file(r.path / "model" / "delta.safetensors") for r in (free, half, held))
+    start = load_backbone(held.config.backbone).state_dict()
+    norms = [name for name in none if not name.startswith("head.")]
+    assert norms and all(torch.equal(none[n], start[n.removeprefix("backbone.")]) for n in norms)
+    assert not any(torch.equal(one[name], none[name]) for name in norms)
+    assert any(not torch.equal(two[name], none[name]) for name in norms)
+    torch.testing.assert_close(none["head.linear.weight"], two["head.linear.weight"])
+    with pytest.raises(UserError, match=r"optim\.norms_after"):
+        fit_in(tmp_path / "no", image_options, method="probe", set=["optim.norms_after=0.5"])
 
 
 def test_class_weights_move_the_predictions(tmp_path, image_options, fit_in):

@@ -33,7 +33,6 @@ from mdpd_deploy.train.methods import Batch, Method
 from mdpd_deploy.train.optim import (
     build_optimizer,
     clip_gradients,
-    learning_rate_factor,
     set_learning_rate,
 )
 from mdpd_deploy.train.progress import ProgressBar
@@ -84,8 +83,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
     for step in range(progress.step, progress.step if ended else setup.steps):
         started = time.perf_counter()
         parts = next(loader)
-        factor = learning_rate_factor(step, setup.steps, config.optim)
-        set_learning_rate(optimizer, factor)
+        set_learning_rate(optimizer, step, setup.steps, config.optim)
         if step < MEASURED_STEPS:
             with measured_step(method, optimizer, parts) as peak:
                 losses, norms = one_step(setup, optimizer, parts, step)

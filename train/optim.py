@@ -74,10 +74,18 @@ def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:
     return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group to `factor` times its peak."""
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, steps: int, config: OptimConfig
+) -> None:
+    """Set every group's rate for `step` (0-based) of `steps`.
+
+    Norms keep still until `norms_after` of the steps: a head that knows nothing yet would bend the
+    features to its random weights (linear probing, then tuning: Kumar et al., ICLR 2022).
+    """
+    factor = learning_rate_factor(step, steps, config)
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        still = group["group"] == "norms" and step < config.norms_after * steps
+        group["lr"] = 0.0 if still else group["peak_lr"] * factor
 
 
 def clip_gradients(method: Method, limit: float | None) -> dict[str, Tensor]:

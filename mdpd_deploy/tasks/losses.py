@@ -54,22 +54,44 @@ def logits_loss(
 
     `mse` is MDPD Eq. 3 with φ = identity on raw outputs (classification and regression heads have
     one width, and the paper mentions neither temperature nor softmax). `kl` is the usual
-    distillation loss, T² KL(teacher ‖ student); for one output it has no meaning and falls under
-    `mse`. With `logits_where=better` only the examples count whose label [B] the teacher comes
+    distillation loss, T² KL(teacher ‖ student), and `dkd` its two parts with weights of their own,
+    1 for the label's class against the rest and `beta` among the others (Zhao et al., CVPR 2022,
+    Eq. 7); for one output both fall under `mse`, for two classes the second part is 0. With `logits_where=better` only the examples count whose label [B] the teacher comes
     nearer to than the student: a side network that lags behind does not hold the backbone back.
     """
     student, teacher = student.float(), teacher.detach().float()
     regression = student.shape[-1] == 1
+    t = config.temperature
     if config.logits_form == "mse" or regression:
         distance = (student - teacher).square().sum(dim=-1)
+    elif config.logits_form == "kl":
+        distance = t * t * _divergence(student / t, teacher / t)
     else:
-        t = config.temperature
-        soft = F.log_softmax(student / t, dim=-1), F.log_softmax(teacher / t, dim=-1)
-        distance = t * t * F.kl_div(*soft, reduction="none", log_target=True).sum(dim=-1)
+        assert labels is not None
+        distance = t * t * _decoupled(student / t, teacher / t, labels, config.beta)
     if config.logits_where == "better":
         assert labels is not None
         distance = distance * (_error(teacher, labels) < _error(student.detach(), labels))
     return distance.sum()
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return KL(teacher ‖ student) of each example from logits [B, C]: [B]."""
+    soft = student.log_softmax(dim=-1), teacher.log_softmax(dim=-1)
+    return F.kl_div(*soft, reduction="none", log_target=True).sum(dim=-1)
+
+
+def _decoupled(student: Tensor, teacher: Tensor, labels: Tensor, beta: float) -> Tensor:
+    """Return KL over {label, rest} + beta × KL among the rest, of each example: [B]."""
+    label = F.one_hot(labels, student.shape[-1]).bool()
+
+    def split(raw: Tensor) -> tuple[Tensor, Tensor]:
+        others = raw[~label].view(len(raw), -1)
+        return torch.stack([raw[label], others.logsumexp(dim=-1)], dim=-1), others
+
+    (student_pair, student_others), (teacher_pair, teacher_others) = split(student), split(teacher)
+    pair = _divergence(student_pair, teacher_pair)
+    return pair + beta * _divergence(student_others, teacher_others)
 
 
 def _error(raw: Tensor, labels: Tensor) -> Tensor:

@@ -256,10 +256,10 @@ def ignored_options(method: type[Method]) -> list[str]:
         ignored += [f"distill.{name}" for name in DistillConfig.model_fields]
         ignored += ["loss.task", "loss.logits", "loss.deep", "loss.shallow"]
         ignored += ["loss.logits_form", "loss.logits_where", "loss.logits_after"]
-        ignored += ["loss.temperature"]
+        ignored += ["loss.temperature", "loss.beta"]
         ignored += ["train.student_task_weight", "train.late_norm_grad"]
     if not method.tunes_norms:
-        ignored += ["train.norm_grad", "optim.norm_lr"]
+        ignored += ["train.norm_grad", "optim.norm_lr", "optim.norms_after"]
     ignored += [f"peft.{n}" for n in PeftConfig.model_fields if n not in method.peft_options]
     if method.uses_side and method.deploys_added:
         ignored += ["optim.head_lr"]
