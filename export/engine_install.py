@@ -34,15 +34,8 @@ from mdpd_deploy.export.engine_options import NO_LEVEL, OPTIMIZATION_LEVEL, Engi
 from mdpd_deploy.export.trt_build import Plan, build_plan, builder_flags
 from mdpd_deploy.export.trt_layers import LayerReport, check_precision, inspect_layers
 from mdpd_deploy.export.trt_profiles import profile_shapes
-from mdpd_deploy.files import (
-    LOCK,
-    claimed,
-    is_claimed,
-    read_json,
-    saying_disk_full,
-    sha256_file,
-    write_json,
-)
+from mdpd_deploy.files import read_json, saying_disk_full, sha256_file, write_json
+from mdpd_deploy.folders import LOCK, claimed, is_claimed
 from mdpd_deploy.manifest import BARE_FILE, MODEL_FILE, replace_caches
 from mdpd_deploy.trt_cuda import current_gpu
 from mdpd_deploy.trt_library import import_trt

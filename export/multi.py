@@ -25,7 +25,8 @@ from mdpd_deploy.export.members import Member, fade_all, refuse_strangers, task_
 from mdpd_deploy.export.packing import ExportOptions, read_validation, write_engine_recipe
 from mdpd_deploy.export.precision.forms import form_of
 from mdpd_deploy.export.precision.receipt import require_met, take_receipt
-from mdpd_deploy.files import atomic_folder, refuse_nonempty, write_json
+from mdpd_deploy.files import write_json
+from mdpd_deploy.folders import atomic_folder, refuse_nonempty
 from mdpd_deploy.manifest import (
     DELTA_FILE,
     GOLDEN_FILE,

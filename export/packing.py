@@ -23,7 +23,8 @@ from mdpd_deploy.export.recipe import write_recipe
 from mdpd_deploy.export.settle import Subject, settle_precision
 from mdpd_deploy.export.trials import TimeGraphs
 from mdpd_deploy.export.trt_profiles import profile_shapes
-from mdpd_deploy.files import atomic_folder, refuse_nonempty, write_json
+from mdpd_deploy.files import write_json
+from mdpd_deploy.folders import atomic_folder, refuse_nonempty
 from mdpd_deploy.manifest import (
     BARE_FILE,
     GOLDEN_FILE,

@@ -34,7 +34,8 @@ from mdpd_deploy.export.triton_config import (
 )
 from mdpd_deploy.export.triton_preprocess import MODEL
 from mdpd_deploy.export.triton_readme import readme
-from mdpd_deploy.files import atomic_folder, read_json, refuse_nonempty, write_json
+from mdpd_deploy.files import read_json, write_json
+from mdpd_deploy.folders import atomic_folder, refuse_nonempty
 from mdpd_deploy.golden import load_golden
 from mdpd_deploy.manifest import EXTERNAL_FILE, MODEL_FILE, PREPROCESSOR, Manifest
 from mdpd_deploy.runner import TASK_ID

@@ -16,7 +16,7 @@ from mdpd_deploy.cli import main
 from mdpd_deploy.commands.study_plan import method_labels, shared_config
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data import load_task
-from mdpd_deploy.files import claimed, is_claimed
+from mdpd_deploy.folders import claimed, is_claimed
 from mdpd_deploy.run import Run
 
 BAD = "mdpd:unipt+side.reduction=7"

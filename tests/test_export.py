@@ -25,7 +25,7 @@ from mdpd_deploy.export import gates
 from mdpd_deploy.export.fade import Faded, fade
 from mdpd_deploy.export.golden import make_golden, synthetic_inputs
 from mdpd_deploy.export.trt_profiles import profile_shapes
-from mdpd_deploy.files import atomic_folder
+from mdpd_deploy.folders import atomic_folder
 from mdpd_deploy.onnx_graph import export_onnx
 from mdpd_deploy.parity import torch_outputs
 from mdpd_deploy.runner import OnnxRunner
@@ -530,7 +530,7 @@ def test_a_killed_export_leaves_no_bundle_and_can_be_repeated(image_run, tmp_pat
 KILLED_AT = """
 import os, signal, sys
 from pathlib import Path
-from mdpd_deploy.files import atomic_folder
+from mdpd_deploy.folders import atomic_folder
 
 rename, left = os.replace, int(sys.argv[2])
 def replace(*places):

@@ -26,6 +26,7 @@ TORCH_FREE = (
     "mdpd_deploy.errors",
     "mdpd_deploy.registry",
     "mdpd_deploy.files",
+    "mdpd_deploy.folders",
     "mdpd_deploy.config",
     "mdpd_deploy.bundle",
     "mdpd_deploy.runner",

@@ -16,7 +16,7 @@ import torch
 from mdpd_deploy import fit
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.files import claimed
+from mdpd_deploy.folders import claimed
 from mdpd_deploy.run import Run
 
 

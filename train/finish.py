@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mdpd_deploy.files import atomic_folder, sha256_file, write_json
+from mdpd_deploy.files import sha256_file, write_json
+from mdpd_deploy.folders import atomic_folder
 from mdpd_deploy.machine import versions
 from mdpd_deploy.model import TaskModel
 from mdpd_deploy.run import BACKBONE, LABELS, SCHEMA, Run, read_metrics

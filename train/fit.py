@@ -13,14 +13,8 @@ from accelerate.utils import broadcast_object_list
 
 from mdpd_deploy.config import Config, read_config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.files import (
-    LOCK,
-    claimed,
-    free_path,
-    refuse_nonempty,
-    remove_leftovers,
-    write_text,
-)
+from mdpd_deploy.files import write_text
+from mdpd_deploy.folders import LOCK, claimed, free_path, refuse_nonempty, remove_leftovers
 from mdpd_deploy.run import Run
 from mdpd_deploy.train.entries import default_entries, entry_configs
 from mdpd_deploy.train.finish import finish

@@ -172,7 +172,7 @@ def _bench(
     overwrite: bool,
 ) -> "tuple[LatencyReport, Path]":
     from mdpd_deploy.bundle import is_bundle
-    from mdpd_deploy.files import atomic_folder, refuse_nonempty
+    from mdpd_deploy.folders import atomic_folder, refuse_nonempty
     from mdpd_deploy.serve import run_benchmark, write_chart
 
     subject = _open(run_or_bundle)

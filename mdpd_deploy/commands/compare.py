@@ -212,7 +212,7 @@ def _compare(
     resume: Path | None,
     flags: dict[str, Any],
 ) -> tuple[Results, Path]:
-    from mdpd_deploy.files import claimed
+    from mdpd_deploy.folders import claimed
     from mdpd_deploy.machine import cpu_count
     from mdpd_deploy.study import ENGINES, build_engine, collect, run_trials, write_plan
 
@@ -306,7 +306,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    from mdpd_deploy.files import refuse_nonempty
+    from mdpd_deploy.folders import refuse_nonempty
     from mdpd_deploy.study import PLAN
 
     if not (folder / PLAN).is_file():
@@ -316,7 +316,7 @@ def _refuse_foreign(folder: Path) -> None:
 def _folder(out: Path | None) -> Path:
     from datetime import datetime
 
-    from mdpd_deploy.files import free_path
+    from mdpd_deploy.folders import free_path
 
     if out is not None:
         return out.expanduser().resolve()

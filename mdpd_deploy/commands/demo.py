@@ -49,7 +49,7 @@ def demo(
     from mdpd_deploy.commands.bench_latency import bench_latency
     from mdpd_deploy.commands.export import export_run
     from mdpd_deploy.commands.train import fit
-    from mdpd_deploy.files import free_path
+    from mdpd_deploy.folders import free_path
 
     def say(text: str) -> None:
         if not quiet:

@@ -75,7 +75,7 @@ def _time(
     import tempfile
 
     from mdpd_deploy.commands.bench_latency import backbone_name, input_source
-    from mdpd_deploy.files import atomic_folder
+    from mdpd_deploy.folders import atomic_folder
     from mdpd_deploy.machine import cpu_count
     from mdpd_deploy.serve import (
         Grid,

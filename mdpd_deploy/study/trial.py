@@ -12,7 +12,8 @@ from typing import Any
 
 from mdpd_deploy.config import Config, read_config
 from mdpd_deploy.errors import MdpdError, UserError
-from mdpd_deploy.files import is_claimed, remove_leftovers, write_text
+from mdpd_deploy.files import write_text
+from mdpd_deploy.folders import is_claimed, remove_leftovers
 from mdpd_deploy.run import Run
 from mdpd_deploy.study.plan import Trial
 
