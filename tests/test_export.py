@@ -20,12 +20,11 @@ from safetensors.numpy import load_file
 from mdpd_deploy import export_run, fit, load_bundle
 from mdpd_deploy.cli import main
 from mdpd_deploy.data.preprocess import ImagePreprocess, TextPreprocess
-from mdpd_deploy.errors import ExportError, UserError, VerificationError, WorkFailed
+from mdpd_deploy.errors import ExportError, UserError, VerificationError
 from mdpd_deploy.export import gates
 from mdpd_deploy.export.fade import Faded, fade
 from mdpd_deploy.export.golden import make_golden, synthetic_inputs
 from mdpd_deploy.export.trt_profiles import profile_shapes
-from mdpd_deploy.folders import atomic_folder
 from mdpd_deploy.onnx_graph import export_onnx
 from mdpd_deploy.parity import torch_outputs
 from mdpd_deploy.runner import OnnxRunner
@@ -527,61 +526,6 @@ def test_a_killed_export_leaves_no_bundle_and_can_be_repeated(image_run, tmp_pat
     assert list(out.parent.iterdir()) == [out], "what the killed export left is gone"
 
 
-KILLED_AT = """
-import os, signal, sys
-from pathlib import Path
-from mdpd_deploy.folders import atomic_folder
-
-rename, left = os.replace, int(sys.argv[2])
-def replace(*places):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(*places)
-os.replace = replace
-with atomic_folder(Path(sys.argv[1]), overwrite=True) as folder:
-    for name in "abc":
-        (folder / name).write_text("new")
-"""
-
-
-@pytest.mark.parametrize(("renames", "kept"), [(1, "old"), (2, None), (3, "new")])
-def test_replacing_a_folder_leaves_the_old_one_the_new_one_or_none(
-    renames, kept, tmp_path, run_python
-):
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    for name in "abc":
-        (folder / name).write_text("old")
-    (tmp_path / ".bundle-2.99999999.tmp").mkdir()  # another target's is not ours
-    done = run_python("-c", KILLED_AT, str(folder), str(renames))
-    assert (done.returncode == -signal.SIGKILL) == (kept != "new"), done.stderr
-    found = {path.name: path.read_text() for path in folder.glob("*")}
-    assert found == (dict.fromkeys("abc", kept) if kept else {})
-    with atomic_folder(folder, overwrite=True) as again:
-        (again / "d").write_text("newest")
-    assert {path.name for path in tmp_path.iterdir()} == {"bundle", ".bundle-2.99999999.tmp"}
-    assert [path.name for path in folder.iterdir()] == ["d"]
-
-
-def test_a_failed_replacement_puts_the_old_folder_back(tmp_path, monkeypatch):
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    (folder / "a").write_text("old")
-    rename = os.replace
-
-    def no_new_one(source, target):
-        if Path(target) == folder and not Path(source).name.endswith(".old.tmp"):
-            raise OSError(28, "No space left on device")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", no_new_one)
-    with pytest.raises(WorkFailed, match="No space left"), atomic_folder(folder, overwrite=True):
-        pass
-    assert (folder / "a").read_text() == "old" and list(tmp_path.iterdir()) == [folder]
-
-
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(image_run, tmp_path):
     def no_file_above_40_kb():
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
@@ -665,18 +609,6 @@ def test_overwrite_replaces_bundles_only(image_run, tmp_path, monkeypatch):
     monkeypatch.chdir(bundle)
     with pytest.raises(UserError, match=r"holds .*: choose another folder"):
         export_run(run, out=bundle, overwrite=True, **options)
-
-
-def test_a_link_to_a_folder_stays_a_link(image_run, tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    export_run(image_run.path, out=tmp_path / "link", golden="synthetic", metric_gate=False)
-    assert (tmp_path / "link").is_symlink() and load_bundle(tmp_path / "real")
-
-
-def test_a_place_that_cannot_be_written_is_bad_input(image_run):
-    with pytest.raises(UserError, match=r"cannot be written .*: choose another --out"):
-        export_run(image_run.path, out="/proc/none/b", golden="synthetic", metric_gate=False)
 
 
 def test_an_empty_text_is_not_predicted(side_bundle, capsys):
