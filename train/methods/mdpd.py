@@ -48,7 +48,7 @@ class MDPD(Method):
     distils = True
     tunes_norms = True
     # Few numbers (scales, shifts, a head) must follow a side network of many: at its learning rate
-    # the deployed model ends far below its own side network (measured: docs/results.md).
+    # the deployed model ends far below its own side network (measured: docs/accuracy.md).
     student_factor = 10.0
 
     def __init__(self, backbone: Backbone, task: TaskSpec, config: Config) -> None:

@@ -12,7 +12,7 @@ from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, P
 class Probe(Method):
     """Trains the head only; no backbone activation is kept."""
 
-    default_lr = 1e-2  # a fresh linear map follows a higher rate (measured: docs/results.md)
+    default_lr = 1e-2  # a fresh linear map follows a higher rate (measured: docs/accuracy.md)
 
     def build_modules(self) -> nn.ModuleDict:
         return nn.ModuleDict({"head": self.new_head()})
