@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mdpd_deploy.config import DistillConfig, LossConfig, load_config
 from mdpd_deploy.distill import Bottleneck, FeatureDistiller, Generator, weighted_distance
@@ -200,6 +201,10 @@ def test_decoupled_distillation_is_kl_when_weighted_as_kl_does():
     pair = student[:, :2], teacher[:, :2], torch.tensor([1])  # two classes: there is no rest
     same = logits_loss(*pair[:2], kl)
     torch.testing.assert_close(logits_loss(pair[0], pair[1], decoupled, pair[2]), same)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # as the memory forecast runs it
+        logits_loss(
+            torch.randn(5, 4), torch.randn(5, 4), decoupled, torch.zeros(5, dtype=torch.int64)
+        )
     one = student[:, :1], teacher[:, :1], torch.tensor([0.3])  # a regression
     assert logits_loss(*one[:2], decoupled, one[2]) == logits_loss(*one[:2], LossConfig())
 

@@ -83,11 +83,13 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _decoupled(student: Tensor, teacher: Tensor, labels: Tensor, beta: float) -> Tensor:
     """Return KL over {label, rest} + beta × KL among the rest, of each example: [B]."""
-    label = F.one_hot(labels, student.shape[-1]).bool()
+    label = labels.unsqueeze(-1)
+    places = torch.arange(student.shape[-1] - 1, device=labels.device)
+    rest = places + (places >= label)  # every class but the label: [B, C - 1]
 
     def split(raw: Tensor) -> tuple[Tensor, Tensor]:
-        others = raw[~label].view(len(raw), -1)
-        return torch.stack([raw[label], others.logsumexp(dim=-1)], dim=-1), others
+        others = raw.gather(-1, rest)
+        return torch.cat([raw.gather(-1, label), others.logsumexp(-1, keepdim=True)], -1), others
 
     (student_pair, student_others), (teacher_pair, teacher_others) = split(student), split(teacher)
     pair = _divergence(student_pair, teacher_pair)
