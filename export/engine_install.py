@@ -260,11 +260,11 @@ def _staging(folder: Path) -> Iterator[Path]:
     staging = place.parent / f".{place.name}.engine.tmp"
     if is_claimed(staging):
         raise UserError(f"another build of {folder}'s engine is under way: wait for it.")
-    try:
-        with claimed(staging, by="build"):
-            for leftover in staging.iterdir():  # of a build that was killed
-                if leftover.name != LOCK:
-                    leftover.unlink()
+    with claimed(staging, by="build"):
+        for leftover in staging.iterdir():  # of a build that was killed
+            if leftover.name != LOCK:
+                leftover.unlink()
+        try:
             yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Output folders: written whole or not at all, never over what must not be lost, never by two."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -17,27 +18,28 @@ LOCK = ".lock"  # held by the program that writes to a folder
 def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling folder; rename it to `folder` when the block succeeds.
 
-    What a killed program left beside `folder` is removed. A folder that is replaced goes out of the
-    way by a rename too: whoever is killed here leaves the old folder, the new one or none.
+    A folder that is replaced goes out of the way by a rename too: whoever is killed between the two
+    leaves none, and the next program to come here puts the old one back before it starts.
 
     Raises:
-        UserError: If `folder` holds files and `overwrite` is not set.
+        UserError: If `folder` holds files and `overwrite` is not set, also when another program has
+            put them there in the meantime.
     """
-    if not overwrite:
-        refuse_nonempty(folder)
     folder = folder.resolve()  # a link to a folder stays a link
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     replaced = temporary.with_suffix(".old.tmp")
     with saying_disk_full(folder):
-        _remove_those_of_killed(folder)
+        _clear_up_after_killed(folder)
+        if not overwrite:
+            refuse_nonempty(folder)
         temporary.mkdir(parents=True)
         try:
             yield temporary
             for file in temporary.rglob("*"):
                 fsync_path(file)
-            if folder.exists():
+            if overwrite and folder.exists():
                 os.replace(folder, replaced)
-            os.replace(temporary, folder)
+            _rename_to_free(temporary, folder)
             fsync_path(folder.parent)
         except BaseException:
             if replaced.exists() and not folder.exists():
@@ -48,14 +50,33 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _remove_those_of_killed(folder: Path) -> None:
-    """Delete temporary siblings of a folder whose program no longer runs on this machine."""
+def _rename_to_free(temporary: Path, folder: Path) -> None:
+    """Rename; the system refuses to where another program has put files meanwhile."""
+    try:
+        os.replace(temporary, folder)
+    except OSError as err:
+        if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise UserError(
+            f"another program has written to {folder} meanwhile: choose another --out."
+        ) from err
+
+
+def _clear_up_after_killed(folder: Path) -> None:
+    """Delete temporary siblings of a folder whose program no longer runs on this machine.
+
+    What it had moved out of the way for a new folder that never came is put back.
+    """
     from psutil import pid_exists
 
     ours = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)(\.old)?\.tmp")
     for path in folder.parent.glob(".*.tmp"):
         found = ours.fullmatch(path.name)
-        if found and (int(found[1]) == os.getpid() or not pid_exists(int(found[1]))):
+        if not found or (int(found[1]) != os.getpid() and pid_exists(int(found[1]))):
+            continue
+        if found[2] and not folder.exists():
+            os.replace(path, folder)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from mdpd_deploy import UserError, compare
 from mdpd_deploy.cli import main
-from mdpd_deploy.commands.study_plan import method_labels, shared_config
+from mdpd_deploy.commands.study_facts import study_facts
+from mdpd_deploy.commands.study_plan import asked_plan, method_labels, shared_config
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data import load_task
 from mdpd_deploy.folders import claimed, is_claimed
@@ -114,6 +116,20 @@ def test_all_means_every_method_that_fits_the_backbone(tiny_vit):
     assert all("use --method prompt" in why for name, _, why in left_out if name == "prefix")
     assert method_labels(base, ["prefix", "probe"], said.append) == ["prefix", "probe"]
     assert len(said) == 3
+
+
+def test_what_a_suite_leaves_out_stands_in_the_report_without_places(tmp_path, tiny_vit):
+    svhn = tmp_path / "data" / "svhn"
+    svhn.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(svhn / "a.png")
+    for file in ("train800.txt", "val200.txt"):
+        (svhn / file).write_text("a.png 0\na.png 1\n")
+    said: list[str] = []
+    base = shared_config(None, [], {"backbone": tiny_vit, "data": tmp_path / "data"})[0]
+    plan = asked_plan(tmp_path / "c", base, ["probe"], ["vtab"], 1, (1.0,), said.append)
+    assert plan.tasks == ("vtab/svhn",) and len(said) == len(plan.left_out) == 18
+    assert study_facts(plan, "local", 1, 1)["left_out"] == list(plan.left_out)
+    assert str(tmp_path) in said[0] and str(tmp_path) not in plan.left_out[0]
 
 
 def test_other_options_in_the_same_folder_are_refused(done, options):

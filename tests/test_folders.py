@@ -43,10 +43,24 @@ def test_replacing_a_folder_leaves_the_old_one_the_new_one_or_none(
     assert (done.returncode == -signal.SIGKILL) == (kept != "new"), done.stderr
     found = {path.name: path.read_text() for path in folder.glob("*")}
     assert found == (dict.fromkeys("abc", kept) if kept else {})
+    with pytest.raises(RuntimeError), atomic_folder(folder, overwrite=True):
+        raise RuntimeError("the next attempt fails")
+    found = {path.name: path.read_text() for path in folder.glob("*")}
+    assert found == dict.fromkeys("abc", kept or "old"), "none was lost"
     with atomic_folder(folder, overwrite=True) as again:
         (again / "d").write_text("newest")
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", ".bundle-2.99999999.tmp"}
     assert [path.name for path in folder.iterdir()] == ["d"]
+
+
+def test_of_two_programs_the_first_to_end_keeps_its_folder(tmp_path):
+    folder = tmp_path / "bundle"
+    said = r"another program has written to .* meanwhile"
+    with pytest.raises(UserError, match=said), atomic_folder(folder) as late:
+        (late / "a").write_text("late")
+        folder.mkdir()
+        (folder / "a").write_text("first")
+    assert (folder / "a").read_text() == "first" and list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_failed_replacement_puts_the_old_folder_back(tmp_path, monkeypatch):

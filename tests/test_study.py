@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 
 import pytest
 
@@ -104,8 +105,9 @@ def test_a_trial_has_its_own_rate_seed_and_task():
 
 def test_a_plan_is_read_back(tmp_path):
     base = Config.model_validate({"train": {"steps": 7}})
-    write_plan(tmp_path, base, [ASK])
-    assert read_plan(tmp_path) == (base, (ASK,))
+    fewer = replace(ASK, left_out=("glue/wnli is left out: it is not there.",))
+    write_plan(tmp_path, base, [ASK, fewer])
+    assert read_plan(tmp_path) == (base, (ASK, fewer))
 
 
 @pytest.mark.parametrize(
@@ -314,7 +316,9 @@ def test_any_folder_in_the_layout_of_vtab_is_a_task(tmp_path):
 
 
 def results_of(outcomes, latency=None):
-    facts = dict(backbone="b", length="5 steps", batch=8, rate="its own default", machine="m")
+    facts = dict(
+        backbone="b", length="5 steps", batch=8, rate="its own default", machine="m", left_out=[]
+    )
     return collect(
         outcomes, latency=latency or {}, latency_setting="onnx" if latency else "", facts=facts
     )
@@ -327,8 +331,43 @@ def test_rows_hold_mean_and_deviation_on_test_and_the_choice_on_validation(tmp_p
     assert row.split == "test"
     assert row.score.mean == pytest.approx(0.35) and row.score.sd == pytest.approx(0.05)
     assert row.validation.mean == pytest.approx(0.7)
-    assert (row.factor, row.lr, row.seeds) == (1.0, 0.01, (0, 1, 2))
+    assert (row.factor, row.lr) == (1.0, 0.01)
+    assert row.scores == pytest.approx({0: 0.3, 1: 0.35, 2: 0.4})
     assert row.sweep == {"0.3": 0.6, "1": 0.6, "3": 0.6}
+
+
+def test_the_gap_to_the_best_is_taken_seed_by_seed(tmp_path):
+    """Seeds differ by 0.2, methods by 0.01 to 0.03 on each: only the paired interval sees it."""
+    below = {0: 0.02, 1: 0.04, 2: 0.06}
+    level = {0: 0.4, 1: 0.6, 2: 0.8}
+
+    def score(trial):
+        return level[trial.seed] - below[trial.seed] * (trial.method == "probe")
+
+    outcomes, _ = run(plan_of(replace(ASK, tasks=("rte",))), tmp_path, score)
+    best, other = results_of(outcomes).rows
+    assert (best.method, best.gap) == ("norms", None)
+    assert other.gap.mean == pytest.approx(-0.02)  # on test, half of validation
+    reach = 4.303 * 0.01 / 3**0.5  # Student's factor of three
+    assert other.gap.ci95 == pytest.approx((-0.02 - reach, -0.02 + reach), abs=1e-5)
+    assert "| probe | 28.0 ± 9.0 | -2.0 [-4.5, +0.5] |" in markdown(results_of(outcomes))
+
+
+def test_a_trial_that_its_engine_loses_is_a_row_and_the_rest_goes_on(tmp_path):
+    class Losing(Instant):
+        def submit(self, fn, /, *words, **_):
+            if words[1].method != "probe":
+                return super().submit(fn, *words)
+            lost = Future()
+            lost.set_exception(OSError(28, "No space left on device"))
+            return lost
+
+    plan = plan_of(replace(ASK, tasks=("rte",)))
+    engine = Losing(lambda trial: 0.9)
+    outcomes = run_trials(plan, tmp_path, engine, threads=1, say=lambda line: None)
+    best, lost = results_of(outcomes).rows
+    assert best.score.mean == pytest.approx(0.45) and lost.score is None
+    assert "the engine lost it (OSError: [Errno 28] No space left on device)" in lost.failures[0]
 
 
 def test_tables_and_page_show_every_method_with_its_time(tmp_path):

@@ -35,6 +35,7 @@ def study_facts(plan: Plan, engine: str, jobs: int, threads: int) -> dict[str, A
         "rate": "its own default" if base.optim.lr is None else f"optim.lr={base.optim.lr:g}",
         "machine": "a Ray cluster" if engine == "ray" else f"{device}, {running} at a time",
         "config": base.model_dump(mode="json", exclude_defaults=True, exclude=PLACES),
+        "left_out": list(plan.left_out),
         "details": machine,
     }
 

@@ -66,15 +66,28 @@ def asked_plan(
     Raises:
         UserError: For words that mean nothing, or a folder of other trainings.
     """
-    from mdpd_deploy.study import PLAN, Ask, expand_tasks, on_one_split, read_plan
+    from mdpd_deploy.study import (
+        PLAN,
+        Ask,
+        expand_tasks,
+        on_one_split,
+        read_plan,
+        without_places,
+    )
 
     base = on_one_split(base)
     earlier: tuple[Ask, ...] = ()
     if (folder / PLAN).is_file():
         stored, earlier = read_plan(folder)
         _refuse_difference(folder, stored, base)
-    labels = method_labels(base, methods, say)
-    named = expand_tasks(tasks, base, say)
+    left_out: list[str] = []
+
+    def leave_out(line: str) -> None:
+        say(line)
+        left_out.append(without_places(line, base))
+
+    labels = method_labels(base, methods, leave_out)
+    named = expand_tasks(tasks, base, leave_out)
     full = [task for task in named if task.startswith("vtab-full/")]
     if full and (len(lr_factors) > 1 or base.train.keep != "last"):
         raise UserError(
@@ -83,7 +96,8 @@ def asked_plan(
             "--set train.keep=last."
         )
     first = base.train.seed
-    ask = Ask(tuple(named), tuple(labels), lr_factors, tuple(range(first, first + seeds)))
+    numbers = tuple(range(first, first + seeds))
+    ask = Ask(tuple(named), tuple(labels), lr_factors, numbers, tuple(left_out))
     asks = earlier if ask in earlier else (*earlier, ask)
     return _plan(base, asks)
 

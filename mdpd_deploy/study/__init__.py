@@ -19,6 +19,7 @@ from mdpd_deploy.study.schedule import CellOutcome, run_trials
 from mdpd_deploy.study.study_page import write_page
 from mdpd_deploy.study.suites import expand_tasks
 from mdpd_deploy.study.table import markdown, render
+from mdpd_deploy.study.trial import without_places
 
 __all__ = [
     "ENGINES",
@@ -36,6 +37,7 @@ __all__ = [
     "read_plan",
     "render",
     "run_trials",
+    "without_places",
     "write_page",
     "write_plan",
 ]

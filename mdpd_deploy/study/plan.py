@@ -15,7 +15,7 @@ other seeds.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ class Ask:
         methods: Labels of methods, e.g. "mdpd:unipt".
         factors: Of a method's own learning rate; swept on the first seed.
         seeds: The first one is that of the sweep.
+        left_out: One sentence for each task of a suite, or method of `all`, that could not be.
     """
 
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
     factors: tuple[float, ...]
     seeds: tuple[int, ...]
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,11 @@ class Plan:
         """Every method's label, in the order of asking."""
         return tuple(dict.fromkeys(method for ask in self.asks for method in ask.methods))
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Every task and method that an ask had to leave out, and why."""
+        return tuple(dict.fromkeys(line for ask in self.asks for line in ask.left_out))
+
     def sweep(self, cell: Cell) -> list[Trial]:
         """Return the trials of a cell's learning rates, on the first seed."""
         return [self.trial(cell, factor, cell.seeds[0]) for factor in cell.factors]
@@ -171,8 +178,7 @@ def write_plan(folder: Path, base: Config, asks: Sequence[Ask]) -> None:
     plain = {
         "schema": SCHEMA,
         "asks": [
-            {name: list(getattr(ask, name)) for name in ("tasks", "methods", "factors", "seeds")}
-            for ask in asks
+            {field.name: list(getattr(ask, field.name)) for field in fields(ask)} for ask in asks
         ],
         "base": base.model_dump(mode="json"),
     }

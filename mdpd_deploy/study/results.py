@@ -3,13 +3,16 @@
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from scipy.special import stdtrit
 
 from mdpd_deploy.study.schedule import CellOutcome
 from mdpd_deploy.study.suites import OTHER, group_means, group_of
 
-SCHEMA = 1
+SCHEMA = 2
+FEWEST_PAIRS = 3  # seeds for an interval of a difference
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,34 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """How far a method is from the best one of its task, seed by seed.
+
+    Attributes:
+        mean: Score − the best method's, over the seeds that both have.
+        ci95: Student's interval of that mean.
+    """
+
+    mean: float
+    ci95: tuple[float, float]
+
+    @classmethod
+    def between(cls, scores: Mapping[int, float], best: Mapping[int, float]) -> "Gap | None":
+        """Return the gap over common seeds; None below three, which tell nothing."""
+        gaps = [score - best[seed] for seed, score in scores.items() if seed in best]
+        if len(gaps) < FEWEST_PAIRS:
+            return None
+        mean = statistics.mean(gaps)
+        reach = float(stdtrit(len(gaps) - 1, 0.975)) * statistics.stdev(gaps) / len(gaps) ** 0.5
+        return cls(mean, (mean - reach, mean + reach))
+
+
+@dataclass(frozen=True)
 class Latency:
     """Time of a method's deployed model ÷ that of backbone + head, interleaved in one run.
 
     Attributes:
-        ratio: Median over rounds; 1 where the model is backbone + head itself.
+        ratio: As `latency.json` has it; 1 where the model is backbone + head itself.
         ci95: Its 95 % interval; None where nothing had to be measured.
         verdict: In words.
     """
@@ -56,12 +82,13 @@ class Row:
         split: What `score` was measured on: the labelled test split where there is one, else
             validation.
         score: Deployed model, over seeds; None when every trial failed.
+        scores: Seed → that score.
+        gap: To the best method of the task; None for that one, and below three common seeds.
         validation: The same on validation, by which the learning rate was chosen.
         side: MDPD's side network on the same split as `score`.
         majority: What the most frequent class scores on validation.
         factor: The chosen factor of the learning rate, and
         lr: that rate.
-        seeds: Seeds that ended well at that rate.
         sweep: Factor → validation metric on the first seed; None for a failed trial.
         trained: Trained parameters.
         deployed_delta: Parameters that deployment adds or changes.
@@ -75,12 +102,13 @@ class Row:
     metric: str
     split: str
     score: Spread | None
+    scores: dict[int, float]
+    gap: Gap | None
     validation: Spread | None
     side: Spread | None
     majority: float | None
     factor: float | None
     lr: float | None
-    seeds: tuple[int, ...]
     sweep: dict[str, float | None]
     trained: int | None
     deployed_delta: int | None
@@ -174,6 +202,13 @@ def collect(
     tasks = list(dict.fromkeys(outcome.cell.task for outcome in cells))
     rows = [_row(outcome) for outcome in cells]
     rows.sort(key=lambda row: (tasks.index(row.task), -row.score.mean if row.score else 9.0))
+    best = {row.task: row for row in reversed(rows)}
+    rows = [
+        row
+        if row is best[row.task]
+        else replace(row, gap=Gap.between(row.scores, best[row.task].scores))
+        for row in rows
+    ]
     return Results(tuple(rows), latency, latency_setting, facts)
 
 
@@ -186,18 +221,20 @@ def _row(outcome: CellOutcome) -> Row:
     tried = [(factor, cell.seeds[0], found) for factor, found in outcome.sweep.items()]
     tried += [(outcome.factor or 1.0, seed, found) for seed, found in repeats.items()]
     split = "test" if first is not None and "metrics_test" in first else "validation"
+    scores = {seed: score for seed, o in good.items() if (score := o.score(split)) is not None}
     return Row(
         task=cell.task,
         method=cell.method,
         metric=first["primary_metric"] if first else "",
         split=split,
-        score=_spread(found.score(split) for found in good.values()),
+        score=_spread(scores.values()),
+        scores=scores,
+        gap=None,
         validation=_spread(found.score() for found in good.values()),
         side=_spread(_side(summary, split) for summary in summaries),
         majority=(first or {}).get("majority", {}).get(first["primary_metric"]) if first else None,
         factor=outcome.factor,
         lr=outcome.lr,
-        seeds=tuple(good),
         sweep={f"{factor:g}": found.score() for factor, found in outcome.sweep.items()},
         trained=first["params"]["trained"] if first else None,
         deployed_delta=first["params"]["deployed_delta"] if first else None,

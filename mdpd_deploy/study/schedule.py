@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from math import log
 from pathlib import Path
 
+from mdpd_deploy.errors import MdpdError
 from mdpd_deploy.study.plan import Cell, Plan, Trial
-from mdpd_deploy.study.trial import Outcome, find_outcome, run_trial
+from mdpd_deploy.study.trial import TRIALS, Outcome, find_outcome, run_trial
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run_trials(
             ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in ended:
                 trial, cell = waiting.pop(future)
-                outcome = outcomes[_key(trial)] = future.result()
+                outcome = outcomes[_key(trial)] = _ended(future, study / TRIALS / trial.folder)
                 say(f"[{len(outcomes)}/{total}] {trial}: {_words(outcome)}")
                 if trial.seed != cell.seeds[0]:
                     continue
@@ -80,6 +81,17 @@ def run_trials(
         engine.shutdown(wait=False, cancel_futures=True)
         raise
     return [_cell_outcome(plan, cell, outcomes) for cell in cells]
+
+
+def _ended(future: Future[Outcome], folder: Path) -> Outcome:
+    """Return an outcome, also of a trial that its engine lost: a node that died, a full disk."""
+    try:
+        return future.result()
+    except MdpdError:  # bad input, which the other trials would meet too
+        raise
+    except Exception as err:  # noqa: BLE001 - an engine may lose a trial in any way
+        reason = str(err).strip().partition("\n")[0]
+        return Outcome(folder, None, f"the engine lost it ({type(err).__name__}: {reason})")
 
 
 def choose(sweep: dict[float, Outcome]) -> float | None:

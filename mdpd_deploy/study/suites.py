@@ -18,6 +18,10 @@ from mdpd_deploy.errors import UserError
 
 SUITES = ("glue", "vtab", "vtab-full")
 OTHER = "other"
+LISTS = {
+    "vtab": ("train800.txt",),
+    "vtab-full": ("train800val200.txt",),
+}  # that make a folder a task
 VTAB_GROUPS = {
     "natural": ("cifar", "caltech101", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn",
                 "sun397"),
@@ -93,7 +97,8 @@ def _members(suite: str, base: Config) -> list[str]:
     if suite == "glue":
         return [f"glue/{name}" for name in GLUE]
     root = Path(base.data.path)
-    others = sorted(entry.parent.name for entry in root.glob("*/train800.txt"))
+    lists = (path for name in LISTS[suite] for path in root.glob(f"*/{name}"))
+    others = sorted(path.parent.name for path in lists)
     return [f"{suite}/{name}" for name in dict.fromkeys((*OFFICIAL_CLASSES, *others))]
 
 

@@ -8,11 +8,11 @@ from rich.text import Text
 
 from mdpd_deploy.page import duration
 from mdpd_deploy.page import size as byte_size
-from mdpd_deploy.study.results import Latency, Results, Row, Spread
+from mdpd_deploy.study.results import Gap, Latency, Results, Row, Spread
 from mdpd_deploy.study.suites import GROUP_SIZES, group_of
 
 DASH = "–"
-HEADINGS: tuple[str, ...] = ("method", "score", "side", "trained", "deployed extra", "peak memory", "training",
+HEADINGS: tuple[str, ...] = ("method", "score", "to the best", "side", "trained", "deployed extra", "peak memory", "training",
             "time ÷ backbone", "lr", "seeds")  # fmt: skip
 
 
@@ -55,13 +55,12 @@ def tables(results: Results) -> list[tuple[str, Sequence[str], list[list[str]]]]
     for task in results.tasks:
         rows = [row for row in results.rows if row.task == task]
         title = f"{task} · {_what(rows)}"
-        side = any(row.side for row in rows)
-        timed = bool(results.latency)
-        keep = [
-            heading
-            for heading in HEADINGS
-            if (heading != "side" or side) and (heading != "time ÷ backbone" or timed)
-        ]
+        known = {
+            "to the best": any(row.gap for row in rows),
+            "side": any(row.side for row in rows),
+            "time ÷ backbone": bool(results.latency),
+        }
+        keep = [heading for heading in HEADINGS if known.get(heading, True)]
         cells = [dict(zip(HEADINGS, _cells(row, results), strict=True)) for row in rows]
         found.append((title, keep, [[cell[heading] for heading in keep] for cell in cells]))
     return found
@@ -84,6 +83,9 @@ def notes(results: Results) -> list[str]:
         f"score ×100, mean ± standard deviation over seeds; {rate}",
         f"{facts['backbone']}, {facts['length']}, batch {facts['batch']}, {facts['machine']}",
     ]
+    if any(row.gap for row in results.rows):
+        said.append("to the best: difference of the same seeds, mean and Student's 95 % interval")
+    said += facts["left_out"]
     seen = [row.task for row in results.rows if row.split == "validation" and len(row.sweep) > 1]
     if seen:
         tasks = ", ".join(dict.fromkeys(seen))
@@ -101,6 +103,14 @@ def points(spread: Spread | None) -> str:
     return text if spread.sd is None else f"{text} ± {100 * spread.sd:.1f}"
 
 
+def gap(value: Gap | None) -> str:
+    """Write a distance from the best method in points, with its interval."""
+    if value is None:
+        return DASH
+    low, high = value.ci95
+    return f"{100 * value.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
 def times(latency: Latency | None) -> str:
     """Write a ratio of times with its interval."""
     if latency is None:
@@ -116,6 +126,7 @@ def _cells(row: Row, results: Results) -> list[str]:
     return [
         row.method,
         points(row.score),
+        gap(row.gap),
         points(row.side),
         f"{row.trained:,}",
         f"{row.deployed_delta:,}",
@@ -123,7 +134,7 @@ def _cells(row: Row, results: Results) -> list[str]:
         duration(row.train_s) if row.train_s is not None else DASH,
         times(results.latency.get(row.method)),
         f"{row.lr:g}",
-        str(len(row.seeds)),
+        str(len(row.scores)),
     ]
 
 

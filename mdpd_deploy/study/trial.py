@@ -150,7 +150,12 @@ def _reason(log: Path, code: int, config: Config, study: Path) -> str:
     ]
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     reason = (said or lines or [f"the process ended with exit code {code}"])[-1]
-    for place in (study, config.data.path, config.data.eval_path, config.backbone.name):
+    return without_places(reason.replace(str(study), study.name), config)
+
+
+def without_places(text: str, config: Config) -> str:
+    """Return a sentence that goes into a report without the folders of this machine."""
+    for place in (config.data.path, config.data.eval_path, config.backbone.name):
         if place is not None and Path(place).is_absolute():
-            reason = reason.replace(str(place), Path(place).name)
-    return reason
+            text = text.replace(str(place), Path(place).name)
+    return text
