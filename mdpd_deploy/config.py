@@ -144,6 +144,10 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _form_reads_what_is_set(self) -> Self:
+        for name in ("logits_form", "logits_where", "logits_after"):
+            default = type(self).model_fields[name].default
+            if getattr(self, name) != default and self.logits == 0:
+                raise ValueError(f"loss.{name} is not read with loss.logits=0: leave it out")
         for name, forms in (("temperature", ("kl", "dkd")), ("beta", ("dkd",))):
             default = type(self).model_fields[name].default
             if getattr(self, name) != default and self.logits_form not in forms:

@@ -231,6 +231,12 @@ def test_the_command_prints_a_table_and_its_exit_code_tells_of_a_method_without_
     assert "(found)" in printed.err and "Traceback" not in printed.err
 
 
+@pytest.mark.parametrize("option", [("--jobs", "2"), ("--engine", "ray"), ("--lr-factors", "1")])
+def test_a_forecast_refuses_what_only_trainings_read(option, capsys):
+    assert main(["compare", "--forecast", "--methods", "probe", *option]) == 2
+    assert f"{option[0]} is of trainings, and --forecast runs none" in capsys.readouterr().err
+
+
 def test_a_forecast_needs_no_data_and_trains_nothing(tiny_vit, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["compare", "--forecast", "--backbone", str(tiny_vit), "--batch", "4", "--json"]

@@ -205,8 +205,6 @@ def test_decoupled_distillation_is_kl_when_weighted_as_kl_does():
         logits_loss(
             torch.randn(5, 4), torch.randn(5, 4), decoupled, torch.zeros(5, dtype=torch.int64)
         )
-    one = student[:, :1], teacher[:, :1], torch.tensor([0.3])  # a regression
-    assert logits_loss(*one[:2], decoupled, one[2]) == logits_loss(*one[:2], LossConfig())
 
 
 @pytest.mark.parametrize(
@@ -214,6 +212,8 @@ def test_decoupled_distillation_is_kl_when_weighted_as_kl_does():
     [
         (["loss.temperature=4"], r"loss\.temperature is not read by loss\.logits_form=mse"),
         (["loss.beta=2", "loss.logits_form=kl"], r"loss\.beta is not read by .*=kl: leave it out"),
+        (["loss.logits=0", "loss.logits_form=kl"], r"loss\.logits_form is not read with"),
+        (["loss.logits=0", "loss.logits_where=better"], r"loss\.logits_where is not read with"),
     ],
 )
 def test_an_option_that_the_form_of_the_loss_would_ignore_is_refused(sets, message):

@@ -110,6 +110,17 @@ def test_training_learns(tmp_path, text_options, many, fit_in):
     assert run.summary["metrics"]["side"]["accuracy"] >= 0.75
 
 
+@pytest.mark.parametrize(
+    "option", ["loss.label_smoothing=0.1", "loss.logits_form=kl", "train.class_weights=balanced"]
+)
+def test_a_regression_refuses_what_is_for_classes(option, tmp_path, text_options, many, fit_in):
+    options = {**text_options, "task": "regress", "data": many / "scores"}
+    name, _, value = option.partition("=")
+    with pytest.raises(UserError, match=rf"{name}={value} is for classes"):
+        fit_in(tmp_path / "run", options, set=[option])
+    assert not (tmp_path / "run").exists()
+
+
 def test_regression_scores_come_out_in_the_labels_unit(tmp_path, text_options, many, fit_in):
     options = {**text_options, "task": "regress", "data": many / "scores"}
     run = fit_in(tmp_path / "run", options, steps=150, lr=3e-3)

@@ -127,11 +127,24 @@ def task_spec(config: Config, data: TaskData) -> TaskSpec:
     """Return what the method must know of the task, scale and class weights included."""
     labels = data.train.labels
     if data.kind == "regress":
+        _refuse_classes_only(config)
         std = float(labels.std())
         if std == 0:
             raise UserError("all training labels are equal: there is nothing to regress.")
         return TaskSpec("regress", 1, (float(labels.mean()), std))
     return TaskSpec("classify", data.outputs, None, class_weights(config, data))
+
+
+def _refuse_classes_only(config: Config) -> None:
+    """Refuse options that a regression would ignore."""
+    plain = Config()
+    for option in ("loss.logits_form", "loss.label_smoothing", "train.class_weights"):
+        value = config.flat()[option]
+        if value != plain.flat()[option]:
+            raise UserError(
+                f"{option}={value} is for classes, and task {config.task} is a regression: leave it "
+                "out."
+            )
 
 
 def class_weights(config: Config, data: TaskData) -> tuple[float, ...] | None:

@@ -30,9 +30,12 @@ if TYPE_CHECKING:
 CLASSES = 2  # that a forecast takes where no data are named; they hardly matter
 WIDTH = 140  # of the tables where lines do not end at a window
 SECONDS = 5.0  # of latency measurement
+OF_TRAININGS = ("resume", "out", "seeds", "lr_factors", "jobs", "threads", "engine",
+                "latency_seconds")  # fmt: skip
 
 
 def command(
+    context: typer.Context,
     config: Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml")] = None,
     methods: Annotated[
         str | None,
@@ -107,10 +110,13 @@ def command(
     words = None if methods is None else options.split_words(methods)
     tasks = None if task is None else options.split_words(task)
     if forecast:
-        for name, value in (("resume", resume), ("out", out), ("seeds", seeds),
-                            ("lr-factors", lr_factors)):  # fmt: skip
-            if value is not None:
-                raise UserError(f"--forecast trains nothing: leave --{name} out.")
+        for name in OF_TRAININGS:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                option = name.replace("_", "-")
+                raise UserError(
+                    f"--{option} is of trainings, and --forecast runs none: leave it out."
+                )
         _print_forecast(config, words, tasks, set_ or (), flags, as_json=json)
         return
     results, folder = _compare(
@@ -346,8 +352,13 @@ def _print_forecast(
     base, task = shared_config(config, sets, flags)
     outputs, kind = CLASSES, "classify"
     if tasks or base.data.path is not None:
-        first = expand_tasks(tasks or [task], base, _say)[0]
-        data = load_task(first, base.data, seed=base.train.seed)
+        named = expand_tasks(tasks or [task], base, _say)
+        if len(named) > 1:
+            raise UserError(
+                f"--forecast takes one task, and --task names {len(named)}: memory depends on the "
+                f"backbone, batch and length; name one, e.g. {named[0]}."
+            )
+        data = load_task(named[0], base.data, seed=base.train.seed)
         outputs, kind = data.outputs, data.kind
     configs = method_configs(base, expand_all(methods or ["all"]))[0]
     rows = forecast_methods(configs, outputs=outputs, kind=kind)

@@ -56,13 +56,12 @@ def logits_loss(
     one width, and the paper mentions neither temperature nor softmax). `kl` is the usual
     distillation loss, T² KL(teacher ‖ student), and `dkd` its two parts with weights of their own,
     1 for the label's class against the rest and `beta` among the others (Zhao et al., CVPR 2022,
-    Eq. 7); for one output both fall under `mse`, for two classes the second part is 0. With `logits_where=better` only the examples count whose label [B] the teacher comes
+    Eq. 7); both need classes (a regression refuses them), and for two the second part is 0. With `logits_where=better` only the examples count whose label [B] the teacher comes
     nearer to than the student: a side network that lags behind does not hold the backbone back.
     """
     student, teacher = student.float(), teacher.detach().float()
-    regression = student.shape[-1] == 1
     t = config.temperature
-    if config.logits_form == "mse" or regression:
+    if config.logits_form == "mse":
         distance = (student - teacher).square().sum(dim=-1)
     elif config.logits_form == "kl":
         distance = t * t * _divergence(student / t, teacher / t)
