@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mdpd_deploy.export.packing import ExportOptions, Format, pack
     from mdpd_deploy.export.precision.forms import AUTO, Form, form_of, forms_for, place_of
     from mdpd_deploy.export.recipe import engine_required, read_recipe
+    from mdpd_deploy.export.swap_engine import build_swap
     from mdpd_deploy.export.trials import Race
     from mdpd_deploy.export.triton import write_repository
     from mdpd_deploy.export.triton_config import TritonOptions
@@ -34,6 +35,7 @@ _HOME = {
     "Race": "trials",
     "TritonOptions": "triton_config",
     "build_alike": "engine_install",
+    "build_swap": "swap_engine",
     "engine_required": "recipe",
     "form_of": "precision.forms",
     "forms_for": "precision.forms",
@@ -56,6 +58,7 @@ __all__ = [
     "Race",
     "TritonOptions",
     "build_alike",
+    "build_swap",
     "engine_required",
     "form_of",
     "forms_for",

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from mdpd_deploy.cli import main
 from mdpd_deploy.commands.export import export_runs
 from mdpd_deploy.deltas import HEAD_BIAS, HEAD_WEIGHT, Delta, load_delta
 from mdpd_deploy.errors import ExportError, UserError, VerificationError
+from mdpd_deploy.export import build_swap
 from mdpd_deploy.export.multi import share_tokenizer
 from mdpd_deploy.export.multi_gates import check_mixed_rows
 from mdpd_deploy.manifest import graph_notes
@@ -448,6 +450,55 @@ def test_a_delta_that_does_not_fit_is_one_clear_sentence(text_bundle, image_bund
         swap.add("x", Delta(swap.base_sha256, tensors))
     with pytest.raises(UserError, match="'x' belongs to another base graph"):
         swap.add("x", Delta("0" * 64, tensors))
+
+
+def test_one_engine_becomes_every_task_by_refitting(text_bundle, stand_in, tmp_path):
+    stand_in()
+    built = build_swap(text_bundle, tmp_path / "swap.plan")
+    assert set(built) == {"mood", "stars", "score"} and built.in_place == "score"
+    fed = text_bundle.swap()
+    arrays = text_bundle.task("mood").preprocess(["a good film", "bad"])
+    for name in ("mood", "stars", "mood", "score"):
+        found = built[name](arrays)
+        assert built.in_place == name and found.shape == fed[name](arrays).shape
+        np.testing.assert_allclose(found, fed[name](arrays), atol=1e-4)
+    with pytest.raises(KeyError):
+        built["nosuch"]
+    assert not [path for path in text_bundle.path.iterdir() if path.suffix == ".plan"]
+
+
+def test_threads_that_ask_an_engine_for_different_tasks_take_turns(text_bundle, stand_in, tmp_path):
+    stand_in()
+    built, fed = build_swap(text_bundle, tmp_path / "swap.plan"), text_bundle.swap()
+    arrays = text_bundle.task("mood").preprocess(["a good film", "bad"])
+    names = ["mood", "stars", "score", "stars", "mood", "score"]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda name: built[name](arrays), names))
+    for name, outputs in zip(names, found, strict=True):
+        np.testing.assert_allclose(outputs, fed[name](arrays), atol=1e-4)
+
+
+def test_an_engine_stays_the_task_it_was_when_another_fails(text_bundle, stand_in, tmp_path):
+    trt, _ = stand_in()
+    built, fed = build_swap(text_bundle, tmp_path / "swap.plan"), text_bundle.swap()
+    arrays = text_bundle.task("score").preprocess(["a good film"])
+    trt._faults["forgotten"] = "head.linear.bias"
+    with pytest.raises(VerificationError, match="refit: the outputs are off"):
+        built["mood"](arrays)
+    trt._faults.clear()
+    assert built.in_place == "score"
+    np.testing.assert_allclose(built["score"](arrays), fed["score"](arrays), atol=1e-4)
+
+
+def test_swapping_needs_several_tasks_and_a_sound_delta(
+    text_bundle, tiny_bundle, stand_in, tmp_path
+):
+    with pytest.raises(UserError, match="has one task: there is nothing to swap"):
+        build_swap(tiny_bundle, tmp_path / "swap.plan")
+    trt, _ = stand_in()
+    trt._faults["forgotten"] = "head.linear.bias"
+    with pytest.raises(VerificationError, match="refit: the outputs are off"):
+        build_swap(text_bundle, tmp_path / "swap.plan")
 
 
 def test_swap_takes_a_delta_that_is_in_no_bundle(text_bundle):

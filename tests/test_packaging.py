@@ -33,6 +33,7 @@ TORCH_FREE = (
     "mdpd_deploy.trt_runner",
     "mdpd_deploy.trt_refit",
     "mdpd_deploy.engine_cache",
+    "mdpd_deploy.engine_swap",
     "mdpd_deploy.commands.build_engine",
     "mdpd_deploy.data",
     "mdpd_deploy.data.preprocess",

@@ -1,0 +1,83 @@
+"""The base graph of several tasks as one engine whose norms and head can be exchanged.
+
+The graph is the bundle's `base.onnx` with the weights of tasks as constants instead of inputs, so
+that TensorRT may fuse them; the engine is then any of the tasks by a refit.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import onnx
+
+from mdpd_deploy.bundle import Bundle
+from mdpd_deploy.deltas import load_delta
+from mdpd_deploy.engine_parity import Case, policy
+from mdpd_deploy.engine_swap import EngineSwap, SwapTask
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.export.engine_options import EngineOptions
+from mdpd_deploy.export.trt_build import build_plan
+from mdpd_deploy.export.trt_profiles import profile_shapes
+from mdpd_deploy.files import saying_disk_full
+from mdpd_deploy.golden import load_golden
+from mdpd_deploy.manifest import BASE_FILE, DELTA_FILE, EXTERNAL_FILE, GOLDEN_FILE, TASKS
+from mdpd_deploy.runner import TASK_ID
+from mdpd_deploy.trt_library import import_trt
+from mdpd_deploy.trt_runner import TrtRunner
+
+PRECISION = "fp32"
+
+
+def build_swap(bundle: Bundle, plan: Path, options: EngineOptions | None = None) -> EngineSwap:
+    """Build one engine for all tasks of a bundle, put each of them in, and verify it.
+
+    Args:
+        bundle: A bundle of several tasks that `load_bundle` has just accepted.
+        plan: Where the engine goes, outside of the bundle; it is replaced.
+        options: How to build it; `refit` is set.
+
+    Raises:
+        UserError: If the bundle has one task, or TensorRT or a GPU is missing.
+        ExportError: If TensorRT refuses the graph or the build.
+        VerificationError: If a task's golden vectors do not come back.
+    """
+    if not bundle.mixed:
+        raise UserError(f"bundle {bundle.path} has one task: there is nothing to swap.")
+    import_trt("building a TensorRT engine")
+    chosen = (options or EngineOptions()).override({"refit": True})
+    ports = [port for port in bundle.manifest["inputs"] if port["name"] != TASK_ID]
+    profiles = profile_shapes(ports, bundle.manifest["shapes"], static_batch=chosen.static_batch)
+    proto = onnx.load(bundle.path / BASE_FILE, load_external_data=False)
+    shapes = _as_constants(proto)
+    with tempfile.TemporaryDirectory(prefix="mdpd-swap-") as folder, saying_disk_full(plan):
+        graph = Path(folder) / BASE_FILE
+        onnx.save(proto, graph)
+        shutil.copy(bundle.path / EXTERNAL_FILE, graph.parent)
+        built = build_plan(graph, profiles, chosen, refit=sorted(shapes))
+        plan.write_bytes(built.plan)
+    runner = TrtRunner(plan, host_code=chosen.version_compatible)
+    tolerance, _ = policy(PRECISION, tf32=chosen.tf32)
+    assert tolerance is not None
+    return EngineSwap(runner, _tasks(bundle, shapes), tolerance=tolerance)
+
+
+def _as_constants(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Take away the inputs that stand for weights, and return those weights' shapes by name."""
+    weights = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    fed = [value.name for value in proto.graph.input if value.name in weights]
+    kept = [value for value in proto.graph.input if value.name not in weights]
+    del proto.graph.input[:]
+    proto.graph.input.extend(kept)
+    return {name: weights[name] for name in fed}
+
+
+def _tasks(bundle: Bundle, shapes: dict[str, tuple[int, ...]]) -> dict[str, SwapTask]:
+    base = bundle.manifest["files"][BASE_FILE]["sha256"]
+    found = {}
+    for task in bundle.tasks:
+        place = bundle.path / TASKS / task.name
+        golden = load_golden(place / GOLDEN_FILE)
+        tensors = load_delta(place / DELTA_FILE, base).fit(shapes)
+        case = Case("golden inputs", golden.arrays, golden.outputs)
+        found[task.name] = SwapTask(tensors, case)
+    return found
