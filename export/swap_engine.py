@@ -17,7 +17,7 @@ from mdpd_deploy.engine_swap import EngineSwap, SwapTask
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.export.engine_options import EngineOptions
 from mdpd_deploy.export.trt_build import build_plan
-from mdpd_deploy.export.trt_profiles import profile_shapes
+from mdpd_deploy.export.trt_profiles import Profiles, profile_shapes
 from mdpd_deploy.files import saying_disk_full
 from mdpd_deploy.golden import load_golden
 from mdpd_deploy.manifest import BASE_FILE, DELTA_FILE, EXTERNAL_FILE, GOLDEN_FILE, TASKS
@@ -45,30 +45,37 @@ def build_swap(bundle: Bundle, plan: Path, options: EngineOptions | None = None)
         raise UserError(f"bundle {bundle.path} has one task: there is nothing to swap.")
     import_trt("building a TensorRT engine")
     chosen = (options or EngineOptions()).override({"refit": True})
-    ports = [port for port in bundle.manifest["inputs"] if port["name"] != TASK_ID]
-    profiles = profile_shapes(ports, bundle.manifest["shapes"], static_batch=chosen.static_batch)
-    proto = onnx.load(bundle.path / BASE_FILE, load_external_data=False)
-    shapes = _as_constants(proto)
     with tempfile.TemporaryDirectory(prefix="mdpd-swap-") as folder, saying_disk_full(plan):
-        graph = Path(folder) / BASE_FILE
-        onnx.save(proto, graph)
-        shutil.copy(bundle.path / EXTERNAL_FILE, graph.parent)
-        built = build_plan(graph, profiles, chosen, refit=sorted(shapes))
-        plan.write_bytes(built.plan)
+        graph, shapes = constant_base(bundle, Path(folder))
+        profiles = swap_profiles(bundle, chosen.static_batch)
+        plan.write_bytes(build_plan(graph, profiles, chosen, refit=sorted(shapes)).plan)
     runner = TrtRunner(plan, host_code=chosen.version_compatible)
     tolerance, _ = policy(PRECISION, tf32=chosen.tf32)
     assert tolerance is not None
     return EngineSwap(runner, _tasks(bundle, shapes), tolerance=tolerance)
 
 
-def _as_constants(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Take away the inputs that stand for weights, and return those weights' shapes by name."""
+def constant_base(bundle: Bundle, folder: Path) -> tuple[Path, dict[str, tuple[int, ...]]]:
+    """Write the base graph without the inputs that stand for weights, its weights beside it.
+
+    Returns:
+        The graph, and the shapes of the weights that tasks exchange, by name.
+    """
+    proto = onnx.load(bundle.path / BASE_FILE, load_external_data=False)
     weights = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     fed = [value.name for value in proto.graph.input if value.name in weights]
     kept = [value for value in proto.graph.input if value.name not in weights]
     del proto.graph.input[:]
     proto.graph.input.extend(kept)
-    return {name: weights[name] for name in fed}
+    onnx.save(proto, folder / BASE_FILE)
+    shutil.copy(bundle.path / EXTERNAL_FILE, folder)
+    return folder / BASE_FILE, {name: weights[name] for name in fed}
+
+
+def swap_profiles(bundle: Bundle, static_batch: int | None) -> Profiles:
+    """Return the engine's shapes: those of the bundle, without `task_id`."""
+    ports = [port for port in bundle.manifest["inputs"] if port["name"] != TASK_ID]
+    return profile_shapes(ports, bundle.manifest["shapes"], static_batch=static_batch)
 
 
 def _tasks(bundle: Bundle, shapes: dict[str, tuple[int, ...]]) -> dict[str, SwapTask]:

@@ -24,22 +24,27 @@ trt.__version__ = "11.0"   # of RTX's own counting; its API is that of TensorRT 
 from pathlib import Path
 from mdpd_deploy.bundle import load_bundle
 from mdpd_deploy.errors import ExportError
-from mdpd_deploy.export import engine_install, trt_network, trt_profiles
+from mdpd_deploy.export import engine_install, swap_engine, trt_network, trt_profiles
 from mdpd_deploy.trt_library import recording_logger
 
 bundle = load_bundle(sys.argv[2])
 manifest = bundle.manifest
 logger = recording_logger(trt)
 builder = trt.Builder(logger)
-network, parser = trt_network.parse_graph(trt, builder, logger, bundle.path / "model.onnx")
-names = () if bundle.mixed else engine_install.refit_names(bundle.path, manifest)
+kind, graph = sys.argv[3], bundle.path / "model.onnx"
+profiles = trt_profiles.profile_shapes(manifest["inputs"], manifest["shapes"])
+if kind == "swap":
+    graph, names = swap_engine.constant_base(bundle, Path(sys.argv[4]))
+    profiles = swap_engine.swap_profiles(bundle, None)
+else:
+    names = () if bundle.mixed else engine_install.refit_names(bundle.path, manifest)
+network, parser = trt_network.parse_graph(trt, builder, logger, graph)
 marked = [name for name in names if network.mark_weights_refittable(name)]
 for name in marked:
     network.unmark_weights_refittable(name)
 config = builder.create_builder_config()
 config.num_compute_capabilities = 1
 config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-profiles = trt_profiles.profile_shapes(manifest["inputs"], manifest["shapes"])
 trt_profiles.add_profile(builder, network, config, logger, profiles)
 plan = builder.build_serialized_network(network, config)
 wrong = {name: {**p, "min": p["max"], "max": p["min"]} for name, p in profiles.items()}
@@ -91,13 +96,21 @@ def mixed_bundle(tiny_text_run, tmp_path_factory):
     return export_runs([tiny_text_run.path] * 2, out=tmp_path_factory.mktemp("m") / "b", **options)
 
 
-@pytest.mark.parametrize("kind", ["text", "image", "mixed"])
-def test_nvidias_builder_takes_the_exported_graphs(kind, rtx, request, run_python):
-    fixture = {"text": "tiny_trt_bundle", "image": "tiny_bundle", "mixed": "mixed_bundle"}[kind]
-    bundle = request.getfixturevalue(fixture)
+FIXTURES = {
+    "text": "tiny_trt_bundle",
+    "image": "tiny_bundle",
+    "mixed": "mixed_bundle",
+    "swap": "mixed_bundle",
+}
+
+
+@pytest.mark.parametrize("kind", FIXTURES)
+def test_nvidias_builder_takes_the_exported_graphs(kind, rtx, request, run_python, tmp_path):
+    bundle = request.getfixturevalue(FIXTURES[kind])
     bundle = getattr(bundle, "path", bundle)
     bindings, environment = rtx
-    done = run_python("-W", "ignore", "-c", _BUILD, bindings, str(bundle), **environment)
+    words = (bindings, str(bundle), kind, str(tmp_path))
+    done = run_python("-W", "ignore", "-c", _BUILD, *words, **environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["bytes"] > 10_000 and found["layers"] > 50, found
