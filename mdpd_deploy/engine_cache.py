@@ -4,8 +4,8 @@ BUNDLE/model.plan       the engine, as TensorRT wrote it
 BUNDLE/model.plan.json  its key (what it was built from, for and with), layers and parity
 BUNDLE/timing.cache     kernel timings, which make the next build faster
 
-An engine is bound to the graph, the TensorRT, the GPU and the driver that it was built with. All of
-them are compared before a byte of it is used, because a plan is native code.
+An engine is bound to the graph, the TensorRT, the GPU and the driver that it was built with, unless it
+was built to run on later releases or other GPUs. All of them are compared before a byte of it is used, because a plan is native code.
 """
 
 from collections.abc import Mapping
@@ -125,8 +125,11 @@ def misfit(key: EngineKey, onnx: Mapping[str, str], tensorrt: str, gpu: Gpu) -> 
             f"it was built for {key.gpu} (compute capability {key.compute_capability}), this "
             f"machine has {gpu.name} ({gpu.compute_capability})"
         )
+    portable = (
+        VERSION_COMPATIBLE in key.flags or key.hardware != "none"
+    )  # has other machines in mind
     for name, built, here in (("driver", key.driver, gpu.driver), ("CUDA", key.cuda, gpu.cuda)):
-        if built != here:
+        if built != here and not portable:
             return f"it was built with {name} {built or 'unknown'}, this machine has {here}"
     return None
 

@@ -380,6 +380,7 @@ def test_compatible_engines_run_elsewhere(bundle, stand_in):
     build_engine(bundle, version_compatible=True, hardware_compatible="ampere+")
     _, cuda = stand_in("11.4.0.106")
     cuda._gpu.update(name=b"Newer GPU", major=10)
+    rekey(bundle, driver="1.2", cuda="12.8")  # machines with other GPUs have other drivers too
     engine_of(bundle)
     cuda._gpu.update(name=b"Older GPU", major=7)
     with pytest.raises(UserError, match=r"this machine has Older GPU \(7.0\)"):
