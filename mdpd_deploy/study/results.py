@@ -35,7 +35,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a method is from the best one of its task, seed by seed.
+    """How far a method is from the best one of its task that has several seeds, seed by seed.
 
     Attributes:
         mean: Score − the best method's, over the seeds that both have.
@@ -83,7 +83,8 @@ class Row:
             validation.
         score: Deployed model, over seeds; None when every trial failed.
         scores: Seed → that score.
-        gap: To the best method of the task; None for that one, and below three common seeds.
+        gap: To the best of the task's methods with three seeds or more; None for that one, and below
+            three common seeds.
         validation: The same on validation, by which the learning rate was chosen.
         side: MDPD's side network on the same split as `score`.
         majority: What the most frequent class scores on validation.
@@ -202,11 +203,12 @@ def collect(
     tasks = list(dict.fromkeys(outcome.cell.task for outcome in cells))
     rows = [_row(outcome) for outcome in cells]
     rows.sort(key=lambda row: (tasks.index(row.task), -row.score.mean if row.score else 9.0))
-    best = {row.task: row for row in reversed(rows)}
+    known = [row for row in rows if len(row.scores) >= FEWEST_PAIRS]
+    best = {row.task: row for row in reversed(known)}
     rows = [
-        row
-        if row is best[row.task]
-        else replace(row, gap=Gap.between(row.scores, best[row.task].scores))
+        replace(row, gap=Gap.between(row.scores, best[row.task].scores))
+        if row.task in best and row is not best[row.task]
+        else row
         for row in rows
     ]
     return Results(tuple(rows), latency, latency_setting, facts)

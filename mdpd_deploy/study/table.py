@@ -84,7 +84,10 @@ def notes(results: Results) -> list[str]:
         f"{facts['backbone']}, {facts['length']}, batch {facts['batch']}, {facts['machine']}",
     ]
     if any(row.gap for row in results.rows):
-        said.append("to the best: difference of the same seeds, mean and Student's 95 % interval")
+        said.append(
+            "to the best: difference of the same seeds from the best method that has three or more, "
+            "mean and Student's 95 % interval"
+        )
     said += facts["left_out"]
     seen = [row.task for row in results.rows if row.split == "validation" and len(row.sweep) > 1]
     if seen:
