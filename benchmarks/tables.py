@@ -1,0 +1,179 @@
+"""The command behind each table of docs/accuracy.md: one name makes a table again.
+
+    python benchmarks/tables.py --list
+    python benchmarks/tables.py mrpc --data DATA --encoder ENCODER --out runs/tables
+    python benchmarks/tables.py mrpc --print
+
+DATA holds `glue/` and `vtab-1k/` in their official layouts; ENCODER is a folder with a BERT-family
+encoder (the tables are of MiniLM, 6 layers, 384 wide). Interrupted, the same command goes on: every
+training that ended is kept. `--results FOLDER` copies the table's JSON there. The machine of the
+tables had two cores: `--jobs 2 --threads 1` is part of the command, so that other machines can tell.
+"""
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+BF16 = "--set train.precision=bf16"
+COMPARE = f"compare --jobs 2 --threads 1 --latency-seconds 0 {BF16} --set train.keep=last"
+GLUE = f"{COMPARE} --data {{data}}/glue --backbone {{encoder}} --batch 16"
+SHORT = f"{GLUE} --lr-factors 1 --set data.max_length=64"
+VTAB = f"{COMPARE} --data {{data}}/vtab-1k --task vtab/cifar10"
+LONG = f"{VTAB} --batch 32 --steps 500 --set data.augment=flip --set train.eval_every=500"
+KL = "mdpd:unipt+loss.logits_form=kl+loss.logits=1"
+DKD = "mdpd:unipt+loss.logits_form=dkd+loss.logits=1"
+BETTER = f"{KL}+loss.logits_where=better"
+TRANSFER = f"transfer --steps 250 {BF16} --set train.eval_every=125"
+TEXTS = f"{TRANSFER} --data {{data}}/glue --backbone {{encoder}} --set data.max_length=64"
+PICTURES = f"{TRANSFER} --data {{data}}/vtab-1k --tasks vtab/cifar10"
+TUNED = "norms+optim.lr=1e-2"
+PROBE = "probe+optim.lr=1e-2"
+TASK = "mdpd:unipt:recompute:task"
+LATE = "mdpd:unipt:late:2:task"
+PLAIN = f"{PROBE},unipt,sherl,norms,{TUNED}"
+
+
+def modes(*names: str) -> str:
+    """Return MDPD over UniPT and SHERL with these gradients of the norms, both objectives."""
+    found = [f"mdpd:{side}:{name}:{objective}" for side in ("unipt", "sherl")
+             for name in names for objective in ("task", "paper")]  # fmt: skip
+    return ",".join(found)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        file: In docs/results.
+        commands: Run in order, into one folder or file; the first word says of what.
+    """
+
+    file: str
+    commands: tuple[str, ...]
+
+
+TABLES = {
+    "glue-200": Table("glue-200.json", (
+        f"{SHORT} --steps 200 --set train.eval_every=200 --task glue/sst2,glue/stsb --methods all",
+        (f"{SHORT} --steps 200 --set train.eval_every=200 --task glue/sst2,glue/stsb "
+        "--methods norms,lora,unipt,mdpd:unipt --seeds 3"),
+        (f"{SHORT} --steps 200 --set train.eval_every=200 --task glue/stsb "
+        "--methods norms,mdpd:unipt,mdpd:unipt+loss.logits=0 --seeds 6"),
+        f"{SHORT} --steps 200 --set train.eval_every=200 --task glue/sst2 --methods {KL},{BETTER}",
+    )),
+    "cola": Table("cola-200.json", (
+        f"{SHORT} --steps 200 --set train.eval_every=200 --task glue/cola --methods all",
+    )),
+    "mrpc": Table("mrpc-250.json", (
+        f"{SHORT} --steps 250 --set train.eval_every=250 --task glue/mrpc --methods all",
+    )),
+    "mrpc-sweep": Table("mrpc-sweep.json", (
+        (f"{GLUE} --set data.max_length=64 --steps 400 --set train.eval_every=400 --task glue/mrpc "
+        "--lr-factors 0.3,1,3 --seeds 3 --methods norms,mdpd:unipt,lora"),
+    )),
+    "rte": Table("rte-250.json", (
+        f"{SHORT} --steps 250 --set train.eval_every=250 --task glue/rte --methods all",
+    )),
+    "cifar10": Table("cifar10-250.json", (
+        f"{VTAB} --batch 16 --steps 250 --set train.eval_every=250 --lr-factors 1 --methods all",
+    )),
+    "cifar10-20-epochs": Table("cifar10-20-epochs.json", (
+        (f"{LONG} --lr-factors 1 --seeds 3 "
+        f"--methods norms,mdpd:unipt,{KL},norms+loss.label_smoothing=0.1"),
+        f"{LONG} --lr-factors 1 --methods {KL}+loss.logits_after=0.5",
+        f"{LONG} --lr-factors 0.1,0.3,1 --seeds 3 --methods norms,{KL}",
+    )),
+    "cifar10-repairs": Table("cifar10-repairs.json", (
+        f"{LONG} --lr-factors 1 --seeds 3 --methods {DKD},norms+optim.norms_after=0.2",
+    )),
+    "logits-cifar10-better": Table("logits-cifar10-better.json", (
+        ("compare --jobs 2 --threads 1 --latency-seconds 0 --data {data}/vtab-1k --task vtab/cifar10 "
+        f"--batch 16 --steps 250 {BF16} --set train.eval_every=125 --lr-factors 1 --seeds 3 "
+        f"--methods {BETTER},{BETTER}+loss.temperature=4"),
+    )),
+    "logits-digits": Table("logits-digits.json", (
+        ("compare --jobs 2 --threads 1 --latency-seconds 0 --task digits --epochs 5 "
+        "--set train.keep=last --lr-factors 1 --methods "
+        f"mdpd:unipt,unipt,norms,{KL}+loss.temperature=4,{BETTER},{BETTER}+loss.temperature=4"),
+    )),
+    "sst2-transfer": Table("sst2.jsonl", (
+        f"{TEXTS} --tasks glue/sst2 --seeds 3 --variants {PROBE},unipt,{TUNED},{TASK},{LATE}",
+    )),
+    "cola-transfer": Table("cola.jsonl", (
+        f"{TEXTS} --tasks glue/cola --seeds 3 --variants {PROBE},unipt,{TUNED},{TASK},{LATE}",
+    )),
+    "mrpc-transfer": Table("mrpc.jsonl", (
+        f"{TEXTS} --tasks glue/mrpc --variants {PLAIN},{modes('recompute', 'late:2', 'local', 'none')}",
+        f"{TEXTS} --tasks glue/mrpc --seeds 3 --variants unipt,{TUNED},{TASK}",
+        f"{TEXTS} --tasks glue/mrpc --seeds 2 --variants {LATE}",
+    )),
+    "mrpc-1000-steps": Table("mrpc-1000-steps.jsonl", (
+        ("transfer --data {data}/glue --backbone {encoder} --set data.max_length=64 --steps 1000 "
+        f"{BF16} --set train.eval_every=250 --tasks glue/mrpc "
+        f"--variants {PROBE},unipt,{TUNED},{TASK},mdpd:sherl:recompute:task"),
+    )),
+    "rte-transfer": Table("rte.jsonl", (
+        f"{TEXTS} --tasks glue/rte --variants {PLAIN},{modes('recompute', 'none')}",
+    )),
+    "cifar10-transfer": Table("cifar10.jsonl", (
+        f"{PICTURES} --variants {PLAIN},{modes('recompute', 'late:2', 'local', 'none')}",
+        f"{PICTURES} --seeds 3 --variants unipt,{TUNED},{TASK},{LATE}",
+    )),
+    "logits-cifar10": Table("logits-cifar10.jsonl", (
+        f"{PICTURES} --seeds 3 --variants "
+        + ",".join(f"{TASK}+{extra}" for extra in (
+            "loss.logits_form=kl+loss.logits=1",
+            "loss.logits_form=kl+loss.logits=1+loss.temperature=4",
+            "loss.shallow=0+loss.deep=0",
+            "loss.shallow=0+loss.deep=0+loss.logits_form=kl+loss.logits=1",
+            "loss.logits=0.01",
+        )),
+    )),
+}  # fmt: skip
+
+
+def words_of(table: Table, command: str, places: dict[str, str]) -> list[str]:
+    """Return one command with its places filled in, ready to run."""
+    program, *words = shlex.split(command)
+    filled = [word.format(**places) for word in words]
+    if program == "compare":
+        return [sys.executable, "-m", "mdpd_deploy", "compare", *filled]
+    return [sys.executable, str(HERE / "transfer.py"), *filled]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", nargs="?", choices=TABLES)
+    parser.add_argument("--data", default="DATA")
+    parser.add_argument("--encoder", default="ENCODER")
+    parser.add_argument("--out", type=Path, default=Path("runs/tables"))
+    parser.add_argument("--results", type=Path, help="folder for the table's JSON")
+    parser.add_argument("--print", action="store_true", help="only show the commands")
+    parser.add_argument("--list", action="store_true", help="only show the tables")
+    args = parser.parse_args()
+    if args.list or args.table is None:
+        for name, table in TABLES.items():
+            print(f"{name:24}docs/results/{table.file}")
+        return
+    table = TABLES[args.table]
+    study = table.commands[0].startswith("compare")
+    out = args.out / (args.table if study else table.file)
+    places = {"data": args.data, "encoder": args.encoder}
+    for command in table.commands:
+        words = [*words_of(table, command, places), "--out", str(out)]
+        print(shlex.join(words), flush=True)
+        if not args.print:
+            subprocess.run(words, check=True)
+    if args.results and not args.print:
+        args.results.mkdir(parents=True, exist_ok=True)
+        shutil.copy(out / "compare.json" if study else out, args.results / table.file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The commands behind the committed tables: each is one that today's program takes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mdpd_deploy.commands.study_plan import expand_all, method_configs, shared_config
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+try:
+    import tables
+    import transfer
+finally:
+    sys.path.pop(0)
+
+COMMANDS = [(name, command) for name, table in tables.TABLES.items() for command in table.commands]
+
+
+def options_of(command: str) -> dict[str, list[str]]:
+    """Return option → values; every option of these commands has one value."""
+    words = tables.words_of(
+        tables.TABLES["mrpc"], command, {"data": "DATA", "encoder": "builtin:vit-xs-tin32"}
+    )
+    words = words[words.index("compare") + 1 :] if "compare" in words else words[2:]
+    found: dict[str, list[str]] = {}
+    for option, value in zip(words[::2], words[1::2], strict=True):
+        found.setdefault(option, []).append(value)
+    return found
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS)
+def test_every_method_and_option_of_a_table_is_known(name, command):
+    options = options_of(command)
+    if command.startswith("transfer"):
+        variants = options["--variants"][0].split(",")
+        assert {variant.partition("+")[0] for variant in variants} <= set(transfer.VARIANTS)
+        return
+    flags = {
+        "backbone": options.get("--backbone", [None])[0],
+        "steps": options.get("--steps", [None])[0],
+    }
+    base, _ = shared_config(None, options.get("--set", []), flags)
+    methods = expand_all(options["--methods"][0].split(","))
+    assert len(method_configs(base, methods)[0]) == len(methods)
+
+
+def test_every_committed_table_has_its_command():
+    committed = {path.name for path in (ROOT / "docs" / "results").glob("*.json*")}
+    of_accuracy = {table.file for table in tables.TABLES.values()}
+    assert of_accuracy <= committed
+    page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    for name in tables.TABLES:
+        assert f"tables.py {name}" in page or f"`{name}`" in page, name
+
+
+def test_the_commands_can_be_read_without_running_them(tmp_path):
+    words = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "mrpc-sweep", "--print"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "--lr-factors 0.3,1,3 --seeds 3" in done.stdout and "mdpd_deploy compare" in done.stdout
+    assert list(tmp_path.iterdir()) == []
