@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file, save
 
-from mdpd_deploy import build_engine, fit, load_bundle
+from mdpd_deploy import build_engine, fit, load_bundle, sign_bundle
 from mdpd_deploy.cli import main
 from mdpd_deploy.commands.export import export_runs
 from mdpd_deploy.commands.serve import name_bundles
@@ -703,6 +703,8 @@ def test_what_cannot_be_served_is_said_in_one_sentence(bundles, tmp_path, capsys
     assert code == 2 and "--max-batch 64" in words and "batches of up to 32" in words
     code, words = run_cli(capsys, digits, "--queue", 8, "--port", 0)
     assert code == 2 and "--queue 8 has no place for a request of 32 rows" in words
+    code, words = run_cli(capsys, digits, "--threads", 2, "--runtime", "trt")
+    assert code == 2 and "--threads belongs to --runtime onnx" in words
     code, words = run_cli(capsys, digits, f"{digits}")
     assert code == 2 and "two bundles would be served as 'digits'" in words
     code, words = run_cli(capsys, digits, "--host", "no.such.host.invalid")
@@ -712,6 +714,21 @@ def test_what_cannot_be_served_is_said_in_one_sentence(bundles, tmp_path, capsys
         taken.listen()
         code, words = run_cli(capsys, digits, "--port", taken.getsockname()[1])
     assert code == 2 and "is in use: choose another one" in words
+
+
+def test_only_bundles_of_the_key_are_served(bundles, keys, tmp_path, capsys):
+    copy = shutil.copytree(bundles["digits"], tmp_path / "digits")
+    public = keys / "public.pem"
+    code, words = run_cli(capsys, copy, "--port", 0, "--key", public)
+    assert code == 1 and "is not signed" in words
+    sign_bundle(copy, key=keys / "private.pem")
+    core = RequestCore.open({"digits": copy}, CoreOptions(key=public))
+    assert list(core.models) == ["digits"]
+    code, words = run_cli(capsys, copy, "--port", 0, "--key", keys / "other-public.pem")
+    assert code == 1 and "does not fit bundle" in words
+    (copy / "manifest.json").write_bytes(b"{")  # not even parsed
+    code, words = run_cli(capsys, copy, "--port", 0, "--key", public)
+    assert code == 1 and "does not fit bundle" in words
 
 
 def test_a_bundle_whose_golden_vectors_do_not_come_out_is_not_served(bundles, tmp_path, capsys):

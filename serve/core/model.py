@@ -19,6 +19,7 @@ from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.core.proof import prove
 from mdpd_deploy.serve.core.refusal import Refusal, draining, invalid, not_found, shown
 from mdpd_deploy.serve.core.tensors import Arrays, Axis, TensorSpec, read_specs
+from mdpd_deploy.signing import check_signature
 
 MASK = "attention_mask"
 VERSION = "1"  # a bundle is one version; another one is another bundle
@@ -42,7 +43,7 @@ class ServedModel:
     Args:
         name: As requests name it.
         path: The bundle.
-        options: Device, threads and largest batch.
+        options: Device, threads, largest batch and key.
         make_runner: Opens the graph; default what the options say.
 
     Attributes:
@@ -57,7 +58,8 @@ class ServedModel:
     Raises:
         UserError: If the bundle is no sound one, or the device or `max_batch` is not possible.
         WorkFailed: If it does not run on the device that was asked for.
-        VerificationError: If the golden vectors do not come out.
+        VerificationError: If the bundle is not signed with the key, or its golden vectors do not
+            come out.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class ServedModel:
         make_runner: RunnerFactory = open_runner,
     ) -> None:
         self.name = name
+        if options.key is not None:  # before anything is parsed
+            check_signature(path, options.key)
         self.bundle = load_bundle(path)
         manifest = self.bundle.manifest
         self.runner = make_runner(self.bundle, options)

@@ -32,7 +32,7 @@ _HEADERS = [
 
 
 def build_app(core: RequestCore, metrics: Metrics) -> "FastAPI":
-    """Return the application; the core starts and closes with it.
+    """Return the application; the core, its `state.core`, starts and closes with it.
 
     Args:
         core: An opened core, not yet started, whose `on_batch` is `metrics.on_batch`.
@@ -53,6 +53,7 @@ def build_app(core: RequestCore, metrics: Metrics) -> "FastAPI":
         await core.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    app.state.core = core
     for name in core.models:
         metrics.watch_queue(name, lambda name=name: core.queued()[name])  # type: ignore[misc]
     bodies = Bodies(core.options.limits, core.options.timeout_s)

@@ -53,7 +53,7 @@ def serve_bundles(
     except ImportError as err:
         raise missing_extra("uvicorn", "serve", "serving") from err
     metrics = Metrics()
-    place = _bind(host, port)
+    place = bind(host, port)
     with place:
         core = RequestCore.open(
             bundles, options, make_runner=make_runner, on_batch=metrics.on_batch
@@ -115,8 +115,12 @@ def _run(
         raise WorkFailed(f"{server.failed} Start the server again.")
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """Take the address before the bundles are loaded: a taken one is told at once."""
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address before the bundles are loaded: a taken one is told at once.
+
+    Raises:
+        UserError: If it cannot be used.
+    """
     where = f"--host {host} --port {port}"
     try:
         family, kind, _, _, address = socket.getaddrinfo(
