@@ -155,6 +155,7 @@ def open_bundle_engine(folder: Path, manifest: Mapping[str, Any]) -> TrtRunner:
         folder / PLAN_FILE,
         metadata=graph_notes(manifest),
         host_code=VERSION_COMPATIBLE in key.flags,
+        sha256=manifest["caches"][PLAN_FILE]["sha256"],
     )
 
 

@@ -39,6 +39,8 @@ class Runner(Forward, Protocol):
         output_name: The graph's output.
         metadata: The graph's own `mdpd.*` notes.
         max_batch: The largest batch it takes; None = any.
+        failed: Why it answers no more, so that its process is to be started again; None while all
+            is well.
     """
 
     device: str
@@ -47,6 +49,7 @@ class Runner(Forward, Protocol):
     output_name: str
     metadata: dict[str, str]
     max_batch: int | None
+    failed: str | None
 
 
 class OnnxRunner:
@@ -66,6 +69,7 @@ class OnnxRunner:
         task_names: Tasks by `task_id`; empty for a graph without that input.
         replaceable: Weights that a run may be fed in place of the graph's own, with their shapes.
         max_batch: None: any batch.
+        failed: None: a run that fails says nothing of the next one.
 
     Raises:
         UserError: If ONNX Runtime or the device is missing, or the graph cannot be loaded.
@@ -85,6 +89,7 @@ class OnnxRunner:
         self.device = device
         self.threads = threads or cpu_count()
         self.max_batch: int | None = None
+        self.failed: str | None = None
         self._session = open_session(path, device, self.threads, entries=entries)
         self.provider: str = self._session.get_providers()[0]
         self.input_names = tuple(item.name for item in self._session.get_inputs())

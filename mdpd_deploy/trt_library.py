@@ -4,6 +4,7 @@ One code path for 10.12 to 11: only names that exist in all of them are used (D3
 `tests/test_trt_names.py` compares with the real bindings.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -67,25 +68,33 @@ def said(messages: list[str], *, most: int = 2) -> str:
     return "; ".join(kept) or "TensorRT gave no reason"
 
 
-def open_engine(trt: Any, plan: Path, logger: Any, *, host_code: bool) -> tuple[Any, Any]:
-    """Deserialise a plan, whose checksum the caller has verified.
+def open_engine(
+    trt: Any, plan: Path, logger: Any, *, host_code: bool, sha256: str | None = None
+) -> tuple[Any, Any]:
+    """Deserialise a plan.
 
     Args:
         trt: From `import_trt`.
         plan: The file.
         logger: From `recording_logger`.
         host_code: Allow the code that version-compatible plans carry for the processor.
+        sha256: Of the bytes that are deserialised, which are native code; None = the caller has
+            just built them.
 
     Returns:
         The engine, and the runtime that must live as long as it does.
 
     Raises:
+        UserError: If the file has another checksum.
         WorkFailed: If TensorRT refuses it; there is no way to ask beforehand.
     """
+    raw = plan.read_bytes()
+    if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
+        raise UserError(f"the engine {plan} was changed while it was opened; take a sound copy.")
     runtime = trt.Runtime(logger)
     if host_code:
         runtime.engine_host_code_allowed = True
-    engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+    engine = runtime.deserialize_cuda_engine(raw)
     if engine is None:
         raise WorkFailed(
             f"TensorRT {trt.__version__} refuses the engine {plan.name}: {said(logger.errors)}. "

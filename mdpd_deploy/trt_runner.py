@@ -48,9 +48,10 @@ class TrtRunner:
     profile is refused. One call runs at a time; open a second runner for a second stream of work.
 
     Args:
-        plan: The engine's file; the caller has verified its checksum, since it is native code.
+        plan: The engine's file, which is native code.
         metadata: The graph's own `mdpd.*` notes, which a plan cannot carry.
         host_code: Allow the processor code that version-compatible plans carry.
+        sha256: The file's; None = the caller has just built it.
 
     Attributes:
         device: "cuda".
@@ -64,12 +65,17 @@ class TrtRunner:
         failed: Why the engine answers no more; None while all is well.
 
     Raises:
-        UserError: If TensorRT or a GPU is missing.
+        UserError: If TensorRT or a GPU is missing, or the file is another one.
         WorkFailed: If the engine cannot be loaded.
     """
 
     def __init__(
-        self, plan: Path, *, metadata: Mapping[str, str] | None = None, host_code: bool = False
+        self,
+        plan: Path,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        host_code: bool = False,
+        sha256: str | None = None,
     ) -> None:
         trt = import_trt("running a TensorRT engine")
         current_gpu()
@@ -79,7 +85,9 @@ class TrtRunner:
         self.failed: str | None = None
         self.lock = threading.RLock()  # a refit holds it while it verifies
         self.logger = recording_logger(trt)
-        self.engine, self._runtime = open_engine(trt, plan, self.logger, host_code=host_code)
+        self.engine, self._runtime = open_engine(
+            trt, plan, self.logger, host_code=host_code, sha256=sha256
+        )
         self.inputs, outputs = _ports(trt, self.engine)
         self.input_names = tuple(self.inputs)
         if len(outputs) != 1:

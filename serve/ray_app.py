@@ -22,6 +22,9 @@ from pydantic import BaseModel, ConfigDict
 from mdpd_deploy.bundle import load_bundle
 from mdpd_deploy.errors import UserError, WorkFailed, missing_extra
 from mdpd_deploy.serve.core import CoreOptions, RequestCore
+from mdpd_deploy.serve.core.options import usual_device
+from mdpd_deploy.serve.web.run import bind
+from mdpd_deploy.signing import check_signature
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -57,6 +60,7 @@ def build_ray_app(
 
     Raises:
         UserError: If Ray is not installed, or a bundle is no sound one here.
+        VerificationError: If a bundle is not signed with `options.key`.
     """
     serve = _import_serve()
     scaling = scaling or Scaling()
@@ -68,9 +72,12 @@ def build_ray_app(
     if not bundles:
         raise UserError("name at least one bundle to serve.")
     places = {name: Path(path).resolve() for name, path in bundles.items()}
-    for path in places.values():
-        load_bundle(path)  # a wrong one is told here and not in the log of a replica
-    own = replace(options, threads=options.threads or 1)
+    key = options.key and options.key.resolve()
+    for path in places.values():  # a wrong one is told here and not in the log of a replica
+        if key is not None:
+            check_signature(path, key)
+        load_bundle(path)
+    own = replace(options, threads=options.threads or 1, key=key)
 
     def build() -> "FastAPI":
         """Open the models in a replica; Ray starts and ends what this returns."""
@@ -91,7 +98,7 @@ def build_ray_app(
             }
         }
     deployment = serve.deployment(
-        serve.ingress(build)(),
+        serve.ingress(build)(_Replica),
         name=NAME,
         ray_actor_options=resources,
         max_ongoing_requests=own.queue,  # the core refuses what is more, in its own words
@@ -102,17 +109,32 @@ def build_ray_app(
     return deployment.bind()
 
 
+class _Replica:
+    """What Ray asks of a replica beside its routes."""
+
+    app: "FastAPI"
+
+    def check_health(self) -> None:
+        """Raise when a model answers no more: Ray starts another replica in this one's place."""
+        failed = self.app.state.core.failed
+        if failed is not None:
+            raise WorkFailed(failed)
+
+
 class AppArguments(BaseModel):
     """What `serve run` or a Serve config file may say.
 
     Attributes:
         bundles: Folders by name, or `NAME=FOLDER,NAME=FOLDER`.
-        device: cpu or cuda.
+        runtime: onnx or trt.
+        device: cpu or cuda; None = cuda for trt, else cpu.
         threads: Processors per replica.
         max_batch: Most rows of one run; None = the bundles' own maximum.
         max_delay_ms: How long an idle replica waits for more rows.
         queue: Most rows of a model in progress in a replica.
         timeout_s: A request's time limit.
+        drain_s: Time for the requests in progress when a replica is to end.
+        key: Public key, PEM, that must have signed the bundles, at the same path on every machine.
         min_replicas: As in `Scaling`.
         max_replicas: As in `Scaling`.
         target_ongoing_requests: As in `Scaling`.
@@ -121,12 +143,15 @@ class AppArguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     bundles: dict[str, Path] | str
-    device: str = CoreOptions.device
+    runtime: str = CoreOptions.runtime
+    device: str | None = None
     threads: int | None = CoreOptions.threads
     max_batch: int | None = CoreOptions.max_batch
     max_delay_ms: float = CoreOptions.max_delay_ms
     queue: int = CoreOptions.queue
     timeout_s: float = CoreOptions.timeout_s
+    drain_s: int = CoreOptions.drain_s
+    key: Path | None = CoreOptions.key
     min_replicas: int = Scaling.min_replicas
     max_replicas: int = Scaling.max_replicas
     target_ongoing_requests: float = Scaling.target_ongoing_requests
@@ -139,6 +164,7 @@ def app(args: AppArguments) -> Any:
         pairs = (word.partition("=") for word in places.split(","))
         places = {name: Path(folder) for name, _, folder in pairs}
     plain = args.model_dump(exclude={"bundles"})
+    plain["device"] = args.device or usual_device(args.runtime)
     scaling = Scaling(**{name: plain.pop(name) for name in Scaling.__dataclass_fields__})
     return build_ray_app(places, CoreOptions(**plain), scaling)
 
@@ -162,21 +188,26 @@ def serve_on_ray(
         options: See `build_ray_app`.
         scaling: See `Scaling`.
         host: Address that Ray's proxies listen on.
-        port: Their port.
+        port: Their port; 0 takes one that is free on this machine, not on a cluster that is joined.
         on_ready: Told the URL when requests are answered.
 
     Raises:
-        UserError: If Ray, a bundle or a cluster is missing.
-        WorkFailed: If no replica gets ready.
+        UserError: If Ray, a bundle or a cluster is missing, the address cannot be used, or the
+            cluster's proxies listen on another one already.
+        WorkFailed: If no replica gets ready, or a bundle is not signed with `options.key`.
         KeyboardInterrupt: After an interrupt.
     """
     serve = _import_serve()
+    port = _choose_port(host, port)
     application = build_ray_app(bundles, options, scaling)
     _join()
     stop = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    begun = False
     try:
         serve.start(http_options={"host": host, "port": port})
+        _check_address(host, port)
+        begun = True
         try:
             serve.run(application, name=NAME)
         except RuntimeError as err:
@@ -186,8 +217,34 @@ def serve_on_ray(
         while not stop.wait(1):  # a wait without end would also hold an interrupt back
             pass
     finally:
-        _leave(serve)
+        _leave(serve, begun=begun)
         signal.signal(signal.SIGTERM, before)
+
+
+def _choose_port(host: str, port: int) -> int:
+    """Return the port, or a free one for 0, having tried it where the proxies will be here."""
+    if not os.environ.get("RAY_ADDRESS"):
+        with bind(host, port) as place:
+            return int(place.getsockname()[1])
+    if port == 0:
+        raise UserError(
+            "--port 0: which port is free on the machines of a cluster is not known here; name one."
+        )
+    return port
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse an address that Ray Serve ignores, because it ran on the cluster before."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    assert client is not None
+    found = client.http_config
+    if (found.host, found.port) != (host, port):
+        raise UserError(
+            f"--host {host} --port {port}: Ray Serve runs on this cluster already and listens on "
+            f"--host {found.host} --port {found.port}: give these, or end it with `serve shutdown`."
+        )
 
 
 def _join() -> None:
@@ -202,12 +259,13 @@ def _join() -> None:
         raise UserError(f"--engine ray: no cluster could be reached ({err}).") from err
 
 
-def _leave(serve: Any) -> None:
-    """End the application; a cluster that was started here ends with this process."""
+def _leave(serve: Any, *, begun: bool) -> None:
+    """End the application if it was begun; a cluster of this process ends with it."""
     import ray
 
     if os.environ.get("RAY_ADDRESS"):
-        serve.delete(NAME)
+        if begun:
+            serve.delete(NAME)
     else:
         serve.shutdown()
     ray.shutdown()

@@ -71,6 +71,16 @@ def test_the_engine_answers_as_the_graph_does(bundle, stand_in):
         assert one.probability == pytest.approx(other.probability, abs=1e-5)
 
 
+def test_a_plan_that_changed_after_the_check_is_not_loaded(bundle, stand_in):
+    stand_in()
+    build_engine(bundle)
+    opened = load_bundle(bundle)
+    plan = bundle / "model.plan"
+    plan.write_bytes(plan.read_bytes().replace(b'"detailed": true', b'"detailed":false'))
+    with pytest.raises(UserError, match=r"model.plan was changed while it was opened"):
+        opened.runner("cuda", runtime="trt")
+
+
 def test_predict_takes_the_engine(bundle, stand_in, capsys):
     stand_in()
     words = ["predict", str(bundle), "very good film", "--runtime", "trt", "--json"]

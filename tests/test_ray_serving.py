@@ -5,6 +5,8 @@ happens to the test.
 """
 
 import json
+import socket
+from dataclasses import fields
 
 import pytest
 
@@ -81,7 +83,16 @@ try:
         for kind in ("count", "sum"):
             found = re.search(rf'^(mdpd\\w*rows_{kind})\\{{.*digits.*\\}} (\\S+)$', text, re.M)
             rows.append((kind, float(found[2]) if found else 0.0))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        words[-3] = str(free.getsockname()[1])
+    second = subprocess.run(
+        [sys.executable, "-m", "mdpd_deploy", *words], capture_output=True, text=True,
+        env={**os.environ, "RAY_ADDRESS": cluster.address}, timeout=120,
+    )
     print(json.dumps({
+        "second": [second.returncode, second.stdout, second.stderr],
+        "port": port,
         "statuses": sorted({status for status, _ in answers}),
         "off": off,
         "raylets": len({process.info["ppid"] for process in mine}),
@@ -119,6 +130,10 @@ def test_replicas_on_two_nodes_answer_alike_in_batches(bundle, tmp_path, run_pyt
     assert found["unknown"][0] == 404
     assert found["invalid"][0] == 400
     assert isinstance(found["invalid"][1]["error"], str)
+    code, out, err = found["second"]  # on another port, which Ray Serve would have ignored
+    assert (code, out) == (2, "")
+    assert "Ray Serve runs on this cluster already" in err
+    assert f"--host 127.0.0.1 --port {found['port']}:" in err
 
 
 def test_replicas_are_asked_for_in_one_form(bundle, capsys):
@@ -130,6 +145,61 @@ def test_replicas_are_asked_for_in_one_form(bundle, capsys):
     for given in ("two", "0", "4-2", "1-"):
         assert main([*words, "--engine", "ray", "--replicas", given]) == 2
         assert f"--replicas {given[:1]}" in capsys.readouterr().err
+
+
+def test_the_port_is_known_before_it_is_announced(bundle, capsys, monkeypatch):
+    words = ["serve", str(bundle.path), "--engine", "ray", "--port"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main([*words, str(taken.getsockname()[1])]) == 2
+    assert "is in use: choose another one" in capsys.readouterr().err
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert main([*words, "0"]) == 2
+    assert "--port 0: which port is free" in capsys.readouterr().err
+    monkeypatch.delenv("RAY_ADDRESS")
+    from mdpd_deploy.serve.ray_app import _choose_port
+
+    with socket.create_server(("127.0.0.1", _choose_port("127.0.0.1", 0))) as free:
+        assert free.getsockname()[1] > 0
+
+
+def test_every_option_of_a_server_can_be_said_to_ray(bundle):
+    """Those that say how many or where belong to the cluster."""
+    from mdpd_deploy.serve.core import CoreOptions
+    from mdpd_deploy.serve.ray_app import AppArguments, Scaling
+
+    options = {field.name for field in fields(CoreOptions)} - {"limits"}
+    scaling = {field.name for field in fields(Scaling)}
+    assert set(AppArguments.model_fields) == {"bundles", *options, *scaling}
+
+
+HEALTH = """
+import asyncio, sys
+from mdpd_deploy.serve.ray_app import AppArguments, app
+
+async def main():
+    plain = {"bundles": f"digits={sys.argv[1]}", "drain_s": "3"}
+    made = app(AppArguments(**plain))._bound_deployment
+    print(made._deployment_config.graceful_shutdown_timeout_s)
+    kind = made.func_or_class
+    replica = kind.__new__(kind)
+    await replica.__init__()  # as Ray does it
+    await replica._run_asgi_lifespan_startup()
+    replica.check_health()
+    replica.app.state.core.models["digits"].runner.failed = "the GPU is gone."
+    try:
+        replica.check_health()
+    except Exception as err:
+        print(err)
+    await replica.__del__()
+
+asyncio.run(main())
+"""
+
+
+def test_a_replica_whose_model_failed_is_not_healthy(bundle, run_python):
+    done = run_python("-W", "ignore", "-c", HEALTH, str(bundle.path))
+    wanted = ["3.0", "digits answers no more: the GPU is gone."]
+    assert done.stdout.splitlines() == wanted, done.stderr
 
 
 def test_the_application_builds_from_ray_serves_own_words(bundle, tmp_path, run_python):

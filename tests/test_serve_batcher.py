@@ -159,6 +159,56 @@ def test_one_job_that_fails_leaves_the_others_their_answers():
     assert isinstance(bad, Refusal) and bad.status == 500 and "no such row" not in str(bad)
 
 
+def test_a_batch_that_cannot_be_counted_is_answered_all_the_same(caplog):
+    def broken(batch):
+        raise RuntimeError("no such metric")
+
+    async def work(batcher, device):
+        found = [(await ask(batcher, rows(n))).outputs.item() for n in (1, 2)]
+        return found, batcher.running
+
+    assert serve(work, on_batch=broken)[0] == ([2, 4], True)
+    assert "no such metric" in caplog.text
+
+
+def test_too_few_outputs_are_one_requests_fate_and_not_the_end():
+    async def work(batcher, device):
+        batcher._run = lambda jobs: device.run(jobs)[:-1]
+        with pytest.raises(Refusal) as stop:
+            await ask(batcher, rows(1))
+        batcher._run = device.run
+        return stop.value.status, (await ask(batcher, rows(2))).outputs.item()
+
+    assert serve(work)[0] == (500, 4)
+
+
+def test_who_prepares_when_it_closes_is_waited_for_and_answered():
+    async def work(batcher, device):
+        with batcher.reserve(1):
+            closing = asyncio.create_task(batcher.close(20))
+            await asyncio.sleep(0.02)
+            assert not closing.done()
+            found = await batcher.submit(rows(3), 1)
+        await closing
+        assert not batcher.running
+        with pytest.raises(Refusal, match="shutting down") as stop:
+            batcher.submit(rows(1), 1)
+        return found.outputs.item(), stop.value.status
+
+    assert serve(work)[0] == (6, 503)
+
+
+def test_closing_waits_no_longer_than_it_is_told():
+    async def work(batcher, device):
+        held = await hold(batcher, device)
+        waits = asyncio.create_task(ask(batcher, rows(1)))
+        await asyncio.sleep(0.01)
+        await asyncio.wait_for(batcher.close(0.05), 5)
+        return await asyncio.gather(held, waits, return_exceptions=True)
+
+    assert [refusal.status for refusal in serve(work)[0]] == [503, 503]
+
+
 def test_closing_answers_what_was_taken_and_refuses_the_rest():
     async def work(batcher, device):
         tasks = [

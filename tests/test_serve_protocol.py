@@ -1,6 +1,7 @@
 """The protocol's bodies: what is read, what is refused and in which words, and nothing else."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import onnx
@@ -11,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mdpd_deploy.serve.core import Refusal, check_encoding, decode_request, encode_reply
 from mdpd_deploy.serve.core.graph_values import read_value_ranges
+from mdpd_deploy.serve.core.json_body import read_json_body
+from mdpd_deploy.serve.core.json_limit import texts_limit
 from mdpd_deploy.serve.core.refusal import shown
 from mdpd_deploy.serve.core.tensors import DATATYPES, Axis, TensorSpec, read_specs
 
@@ -114,7 +117,7 @@ def test_every_datatype_in_binary(datatype):
         (both(shape=[5, 1]), "dimension 0 (batch) must be 1 to 4, not 5"),
         (both(shape=[10**40, 3]), "dimension 0 (batch) must be 1 to 4, not 1000"),
         (both(shape=[2, 3, 1]), "has 2 dimensions [-1, -1]: the request gives it 3"),
-        (both(shape=[1] * 1_000_000), "the request gives it 1000000"),
+        (both(shape=[1] * 4000), "the request gives it 4000"),
         (both(shape=[2, 3.0]), "holds 3.0, which is no whole number"),
         (both(shape=[2, True]), "holds True, which is no whole number"),
         (both(shape="2,3"), "'shape' must be a list of whole numbers"),
@@ -171,14 +174,57 @@ def test_a_json_length_that_the_body_does_not_have(length):
 @pytest.mark.parametrize(
     "body",
     [
-        b"", b"{", b"null", b"[]", b"3", b'"x"', b"\xff\xfe", b"[" * 10**6,
-        b'{"a":' * 10**5, b'{"inputs": "\\ud800"}', b"9" * 10**5,
+        b"", b"{", b"null", b"[]", b"3", b'"x"', b"\xff\xfe", b"[" * 4000,
+        b'{"a":' * 4000, b'{"inputs": "\\ud800"}', b"9" * 60_000,
     ],
 )  # fmt: skip
 def test_what_is_no_json_object(body):
     with pytest.raises(Refusal, match="the body") as stop:
         decode_request(body, None, INPUTS, [LOGITS], most_tensors=8)
     assert stop.value.status == 400 and len(str(stop.value)) < 200
+
+
+WIDE = TensorSpec("wide", "FP32", (BATCH, Axis(None, 3, 3), Axis(None, 64, 64), Axis(None, 64, 64)))
+
+
+def test_the_largest_request_of_a_model_is_read():
+    array = np.full((4, 3, 64, 64), -1.1754943508222875e-38, np.float32)
+    plain = {**entry("wide", array), "data": array.tolist()}
+    body = json.dumps({"inputs": [plain], "id": 'a "quoted, [name]'}, indent=1).encode()
+    found = decode_request(body, None, [WIDE], [LOGITS], most_tensors=8)
+    np.testing.assert_array_equal(found.arrays["wide"], array)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"inputs":[' + b"[]," * 400_000 + b"[]]}",
+        b'{"inputs":[' + b"0," * 400_000 + b"0]}",
+        b'{"inputs":[' + b'"",' * 400_000 + b'""]}',
+        b'{"inputs":[' + b'"\\\\",[],' * 150_000 + b"0]}",
+        b'{"inputs":' + b'{"a":{},"b":' * 100_000,
+        b"[" * 2_000_000,
+    ],
+)
+def test_json_that_no_request_of_the_model_has_is_refused_before_it_is_made(body):
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refusal, match="no request of this model has") as stop:
+            decode_request(body, None, [WIDE], [LOGITS], most_tensors=8)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(body)
+    finally:
+        tracemalloc.stop()
+    assert stop.value.status == 413
+
+
+def test_what_a_text_holds_is_not_counted():
+    limit = texts_limit(max_batch=2, text_bytes=50_000)
+    text = ',[{"\\' * 10_000
+    for escaped in (True, False):
+        body = json.dumps({"inputs": [[text, text]] * 2}, ensure_ascii=escaped).encode()
+        assert read_json_body(body, limit)["inputs"] == [[text, text]] * 2
+    worst = json.dumps({"inputs": [["\0" * 50_000] * 2] * 2}).encode()
+    assert len(read_json_body(worst, limit)["inputs"]) == 2
 
 
 @pytest.mark.parametrize(

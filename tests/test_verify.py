@@ -357,30 +357,6 @@ def test_a_weight_that_points_out_of_the_bundle(bundle, entries, inside_a_node):
 # --- signature -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory):
-    """`private.pem`, `public.pem`, another pair, and one with a password."""
-    pytest.importorskip("model_signing", reason="signs bundles")
-    from cryptography.hazmat.primitives import serialization as form
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    folder = tmp_path_factory.mktemp("keys")
-    for stem, curve, password in (
-        ("", ec.SECP256R1(), None),
-        ("other-", ec.SECP384R1(), None),
-        ("locked-", ec.SECP256R1(), b"open sesame"),
-    ):
-        key = ec.generate_private_key(curve)
-        lock = form.BestAvailableEncryption(password) if password else form.NoEncryption()
-        (folder / f"{stem}private.pem").write_bytes(
-            key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, lock)
-        )
-        (folder / f"{stem}public.pem").write_bytes(
-            key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
-        )
-    return folder
-
-
 @pytest.fixture
 def signed(bundle, keys):
     sign_bundle(bundle, key=keys / "private.pem")

@@ -52,6 +52,9 @@ def command(
     drain_s: Annotated[
         int | None, typer.Option(min=1, help="After SIGTERM, time for requests in progress.")
     ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Public key, PEM, that must have signed every bundle.")
+    ] = None,
     engine: Annotated[
         str, typer.Option(help="local: this process; ray: replicas on a Ray cluster.")
     ] = "local",
@@ -65,11 +68,16 @@ def command(
         raise unknown("--engine", engine, ENGINES)
     if replicas is not None and engine != "ray":
         raise UserError("--replicas belongs to --engine ray: add that, or leave it out.")
+    if threads is not None and runtime == "trt" and engine == "local":
+        raise UserError(
+            "--threads belongs to --runtime onnx: an engine runs on the GPU; leave it out."
+        )
     from mdpd_deploy.serve import CoreOptions, serve_bundles
+    from mdpd_deploy.serve.core.options import usual_device
 
     named = name_bundles(bundles)
     asked: dict[str, Any] = {
-        "device": device or ("cuda" if runtime == "trt" else "cpu"),
+        "device": device or usual_device(runtime),
         "runtime": runtime,
         "threads": threads,
         "max_batch": max_batch,
@@ -77,6 +85,7 @@ def command(
         "queue": queue,
         "timeout_s": timeout_s,
         "drain_s": drain_s,
+        "key": key,
     }
     options = CoreOptions(**{name: value for name, value in asked.items() if value is not None})
 

@@ -103,7 +103,10 @@ class MicroBatcher:
         self._max_delay_s = max_delay_ms / 1e3
         self._on_batch = on_batch
         self._jobs: deque[_Job] = deque()
+        self._running: list[_Job] = []
         self._arrival = asyncio.Event()
+        self._unreserved = asyncio.Event()
+        self._unreserved.set()
         self._row_ms = 1.0  # recent cost of a row, for Retry-After
         self._closed = False
         self._loop: asyncio.Task[None] | None = None
@@ -113,16 +116,30 @@ class MicroBatcher:
         """Rows in the queue."""
         return sum(job.rows for job in self._jobs)
 
+    @property
+    def running(self) -> bool:
+        """Whether jobs are run: from `start` to `close`, unless a bug of ours ends it before."""
+        return self._loop is not None and not self._loop.done()
+
     def start(self) -> None:
         """Begin to run batches in the running event loop."""
         self._loop = asyncio.create_task(self._work(), name=f"batches of {self.name}")
 
-    async def close(self) -> None:
-        """Take no more jobs, and return when those that wait are done."""
+    async def close(self, timeout_s: float | None = None) -> None:
+        """Reserve nothing any more, wait until what was reserved is free again, and stop.
+
+        Args:
+            timeout_s: Most seconds to wait; jobs that are not done then are refused. None = no
+                limit. A run that nobody waits for is not waited for here either.
+        """
         self._closed = True
         self._arrival.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._unreserved.wait()
         if self._loop is not None:
-            await self._loop
+            self._loop.cancel()
+            await asyncio.wait([self._loop])
 
     @contextlib.contextmanager
     def reserve(self, rows: int) -> Iterator[None]:
@@ -140,13 +157,22 @@ class MicroBatcher:
                 retry_after_s=min(max(seconds, 1), 60),
             )
         self.reserved += rows
+        self._unreserved.clear()
         try:
             yield
         finally:
             self.reserved -= rows
+            if not self.reserved:
+                self._unreserved.set()
 
     def submit(self, arrays: Arrays, rows: int) -> asyncio.Future[Done]:
-        """Put a job into the queue; use `reserve` first. Cancelling the future takes it out."""
+        """Put a job into the queue; use `reserve` first. Cancelling the future takes it out.
+
+        Raises:
+            Refusal: 503 if no batches are run any more.
+        """
+        if not self.running:
+            raise draining()
         future = asyncio.get_running_loop().create_future()
         job = _Job(arrays, rows, self._key(arrays), time.perf_counter(), future)
         self._jobs.append(job)
@@ -154,15 +180,19 @@ class MicroBatcher:
         return future
 
     async def _work(self) -> None:
-        while True:
-            while not self._jobs:
-                if self._closed:
-                    return
-                self._arrival.clear()
-                await self._arrival.wait()
-                await self._wait_for_company()
-            if batch := self._take():
-                await self._run_batch(batch)
+        try:
+            while True:
+                while not self._jobs:
+                    self._arrival.clear()
+                    await self._arrival.wait()
+                    await self._wait_for_company()
+                self._running = self._take()
+                if self._running:
+                    await self._run_batch(self._running)
+        finally:  # nobody is to wait for an answer that will not come
+            for job in (*self._running, *self._jobs):
+                if not job.future.done():
+                    job.future.set_exception(draining())
 
     async def _wait_for_company(self) -> None:
         """The device is idle and a job is there: give others `max_delay_ms` to join it."""
@@ -208,11 +238,17 @@ class MicroBatcher:
         started, compute_ms, outputs = timed
         rows = sum(job.rows for job in batch)
         self._row_ms = 0.8 * self._row_ms + 0.2 * compute_ms / rows
-        self._on_batch(Batch(self.name, rows, len(batch), compute_ms))
+        self._tell(Batch(self.name, rows, len(batch), compute_ms))
         for job, part in zip(batch, outputs, strict=True):
             if not job.future.done():
                 queue_ms = (started - job.arrived) * 1e3
                 job.future.set_result(Done(part, queue_ms, compute_ms, rows))
+
+    def _tell(self, batch: Batch) -> None:
+        try:
+            self._on_batch(batch)
+        except Exception:  # counting is not worth an answer
+            logger.exception("a batch of %s could not be counted", self.name)
 
     async def _run_apart(self, batch: list[_Job], err: Exception) -> None:
         """A batch failed: run its jobs one by one, so that only the one at fault fails."""
@@ -220,11 +256,14 @@ class MicroBatcher:
             for job in batch:
                 await self._run_batch([job])
             return
-        logger.error("%s failed at a request: %s", self.name, err)
+        if not isinstance(err, Refusal):
+            logger.error("%s failed at a request: %s", self.name, err)
         if not batch[0].future.done():
             batch[0].future.set_exception(err if isinstance(err, Refusal) else internal())
 
     def _timed(self, batch: list[_Job]) -> tuple[float, float, list[NDArray[np.float32]]]:
         started = time.perf_counter()
         outputs = self._run([job.arrays for job in batch])
+        if len(outputs) != len(batch):
+            raise ValueError(f"{len(batch)} jobs were run and {len(outputs)} outputs came back")
         return started, (time.perf_counter() - started) * 1e3, outputs

@@ -1,41 +1,34 @@
 """JSON that strangers sent: read with limits, and taken apart with a sentence for every mistake."""
 
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mdpd_deploy.serve.core.json_limit import JsonLimit
 from mdpd_deploy.serve.core.refusal import invalid, shown
 
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
 
-
-def read_json_body(body: bytes | memoryview) -> dict[str, Any]:
+def read_json_body(body: bytes, limit: JsonLimit) -> dict[str, Any]:
     """Return the JSON object in a body.
 
     pydantic's parser refuses nesting beyond 200 levels, invalid UTF-8 and lone surrogates; NaN and
     Infinity come through as such.
 
+    Args:
+        body: The JSON.
+        limit: What is too much to be read.
+
     Raises:
-        Refusal: 400 if it is anything but one JSON object.
+        Refusal: 413 beyond the limit, 400 if it is anything but one JSON object.
     """
-    from pydantic import ValidationError
+    from pydantic_core import from_json
 
+    limit.check(body)
     try:
-        return _object().validate_json(bytes(body))
-    except ValidationError as err:
-        problem = err.errors(include_url=False, include_input=False)[0]
-        if problem["type"] == "json_invalid":
-            raise invalid(
-                f"the body is not valid JSON: {problem.get('ctx', {}).get('error')}."
-            ) from None
-        raise invalid("the body must be a JSON object.") from None
-
-
-@cache
-def _object() -> "TypeAdapter[dict[str, Any]]":
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(dict[str, Any])
+        plain = from_json(body)
+    except ValueError as err:
+        raise invalid(f"the body is not valid JSON: {err}.") from None
+    if not isinstance(plain, dict):
+        raise invalid("the body must be a JSON object.")
+    return plain
 
 
 def take_list(plain: dict[str, Any], key: str, where: str, most: int) -> list[Any]:

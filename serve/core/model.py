@@ -14,10 +14,12 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.manifest import MODEL_FILE
 from mdpd_deploy.runner import PROVIDERS, TASK_ID, Runner
 from mdpd_deploy.serve.core.graph_values import read_value_ranges
+from mdpd_deploy.serve.core.json_limit import texts_limit
 from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.core.proof import prove
-from mdpd_deploy.serve.core.refusal import Refusal, invalid, not_found, shown
+from mdpd_deploy.serve.core.refusal import Refusal, draining, invalid, not_found, shown
 from mdpd_deploy.serve.core.tensors import Arrays, Axis, TensorSpec, read_specs
+from mdpd_deploy.signing import check_signature
 
 MASK = "attention_mask"
 VERSION = "1"  # a bundle is one version; another one is another bundle
@@ -41,7 +43,7 @@ class ServedModel:
     Args:
         name: As requests name it.
         path: The bundle.
-        options: Device, threads and largest batch.
+        options: Device, threads, largest batch and key.
         make_runner: Opens the graph; default what the options say.
 
     Attributes:
@@ -51,11 +53,13 @@ class ServedModel:
         inputs: What the graph takes.
         outputs: What the graph gives.
         max_batch: Most rows of a run, and of a request.
+        texts_limit: The most that the JSON of a plain request may hold.
 
     Raises:
         UserError: If the bundle is no sound one, or the device or `max_batch` is not possible.
         WorkFailed: If it does not run on the device that was asked for.
-        VerificationError: If the golden vectors do not come out.
+        VerificationError: If the bundle is not signed with the key, or its golden vectors do not
+            come out.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class ServedModel:
         make_runner: RunnerFactory = open_runner,
     ) -> None:
         self.name = name
+        if options.key is not None:  # before anything is parsed
+            check_signature(path, options.key)
         self.bundle = load_bundle(path)
         manifest = self.bundle.manifest
         self.runner = make_runner(self.bundle, options)
@@ -74,6 +80,7 @@ class ServedModel:
         self.inputs = read_specs(manifest["inputs"], manifest["shapes"], ranges)
         self.outputs = read_specs(manifest["outputs"], manifest["shapes"], {})
         self.max_batch = self._choose_max_batch(options.max_batch)
+        self.texts_limit = texts_limit(self.max_batch, options.limits.text_bytes)
         self._pads = any(spec.name == MASK for spec in self.inputs)
         prove(self.bundle, self.runner, on_cpu=self.runner.provider == PROVIDERS["cpu"])
 
@@ -149,12 +156,20 @@ class ServedModel:
             return None
         return tuple(arrays[spec.name].shape[1:] for spec in self.inputs)
 
+    @property
+    def failed(self) -> str | None:
+        """Why the model answers no more; None while all is well."""
+        return self.runner.failed
+
     def run(self, jobs: Sequence[Arrays]) -> list[NDArray[np.float32]]:
         """Run jobs as one batch and return the outputs [rows, C] of each.
 
         Shorter rows are padded to the longest with mask 0; a graph of a fixed batch gets copies of
-        the last row, which are dropped again.
+        the last row, which are dropped again. Raises `Refusal` where the job is at fault, or the
+        runner has failed before.
         """
+        if self.failed is not None:
+            raise draining()
         counts = [len(job[self.inputs[0].name]) for job in jobs]
         rows = sum(counts)
         outputs = self.runner(self._collate(jobs, rows))[:rows]

@@ -1,6 +1,7 @@
 """What a server may be told, and what it accepts from strangers."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mdpd_deploy.data.images import MAX_PIXELS
 
@@ -26,6 +27,11 @@ class Limits:
     pixels: int = field(default=MAX_PIXELS, init=False)
 
 
+def usual_device(runtime: str) -> str:
+    """Return the device that a runtime is opened on where none is named."""
+    return "cuda" if runtime == "trt" else "cpu"
+
+
 @dataclass(frozen=True)
 class CoreOptions:
     """How requests are batched and run.
@@ -40,6 +46,7 @@ class CoreOptions:
         queue: Most rows of one model that may be in progress; more are refused.
         timeout_s: Time from a request's arrival after which it is given up.
         drain_s: Most seconds for the requests in progress when the server is to end.
+        key: Public key, PEM, that must have signed every bundle; None = any bundle is served.
         limits: See `Limits`.
     """
 
@@ -51,4 +58,5 @@ class CoreOptions:
     queue: int = 256
     timeout_s: float = 30.0
     drain_s: int = 20
+    key: Path | None = None
     limits: Limits = field(default_factory=Limits)

@@ -23,6 +23,7 @@ from mdpd_deploy.serve.core.json_body import (
     take_object,
     take_text,
 )
+from mdpd_deploy.serve.core.json_limit import tensors_limit
 from mdpd_deploy.serve.core.refusal import invalid, shown, unsupported
 from mdpd_deploy.serve.core.tensors import DATATYPES, Arrays, TensorSpec
 
@@ -79,22 +80,22 @@ def decode_request(
         most_tensors: Most inputs, or outputs, that may be listed.
 
     Raises:
-        Refusal: 400 that says what is wrong and where.
+        Refusal: 413 for more JSON than these inputs can have; 400 that says what is wrong and where.
     """
     if json_length is not None and not 0 <= json_length <= len(body):
         raise invalid(
             f"Inference-Header-Content-Length is {shown(json_length)}, and the body has "
             f"{len(body)} bytes."
         )
-    view = memoryview(body)
     end = len(body) if json_length is None else json_length
-    plain = read_json_body(view[:end])
+    plain = read_json_body(body[:end], tensors_limit(inputs))
+    tail = memoryview(body)[end:]
     parameters = take_object(plain, "parameters", "")
     _refuse(parameters, _NOT_HERE, "")
     timeout = take_count(parameters, "timeout", "parameters: ")  # in microseconds
     return InferRequest(
         id=take_text(plain, "id", ""),
-        arrays=_read_inputs(take_list(plain, "inputs", "", most_tensors), inputs, view[end:]),
+        arrays=_read_inputs(take_list(plain, "inputs", "", most_tensors), inputs, tail),
         outputs=_read_outputs(
             take_list(plain, "outputs", "", most_tensors),
             [spec.name for spec in outputs],

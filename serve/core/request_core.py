@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ from mdpd_deploy.serve.core.refusal import (
 )
 
 T = TypeVar("T")
+PARSES = 2  # large JSON bodies that are taken apart at once; Python has one of them run anyway
+LARGE_JSON = 100_000  # bytes; what is smaller takes a millisecond or so
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,10 @@ class RequestCore:
             )
         self.options = options
         self.models: dict[str, ServedModel] = {model.name: model for model in models}
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="inference")
-        self._preparing = ThreadPoolExecutor(cpu_count(), thread_name_prefix="preparing")
+        self._threads: list[threading.Thread] = []
+        self._device = self._pool(1, "inference")
+        self._preparing = self._pool(cpu_count(), "preparing")
+        self._parsing = asyncio.Semaphore(PARSES)
         self._batchers = {
             model.name: MicroBatcher(
                 model.name,
@@ -132,16 +138,51 @@ class RequestCore:
         self._started = True
 
     async def close(self) -> None:
-        """Refuse new requests, answer those that were taken, and stop."""
+        """Refuse new requests, answer within `drain_s` those that were taken, and stop."""
         self._closing = True
-        await asyncio.gather(*(batcher.close() for batcher in self._batchers.values()))
-        self._preparing.shutdown(wait=True, cancel_futures=True)
-        self._device.shutdown(wait=True)
+        limit = self.options.drain_s
+        await asyncio.gather(*(batcher.close(limit) for batcher in self._batchers.values()))
+        for pool in (self._preparing, self._device):
+            pool.shutdown(wait=False)
+
+    def join(self, timeout_s: float) -> bool:
+        """After the event loop, wait for the threads; return whether they have ended.
+
+        Args:
+            timeout_s: Most seconds to wait for what they still do. Nobody waits for its outcome,
+                but Python does not end before its threads.
+        """
+        end = time.monotonic() + timeout_s
+        for pool in (self._preparing, self._device):
+            pool.shutdown(wait=False, cancel_futures=True)
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _pool(self, threads: int, name: str) -> ThreadPoolExecutor:
+        def note() -> None:
+            self._threads.append(threading.current_thread())
+
+        return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=note)
+
+    @property
+    def failed(self) -> str | None:
+        """Why this process cannot answer any more and is to be started again; None if it can.
+
+        One failed model is reason enough: an error of a GPU stays for the life of the process.
+        """
+        answering = self._started and not self._closing
+        for name, model in self.models.items():
+            if model.failed is not None:
+                return f"{name} answers no more: {model.failed}"
+            if answering and not self._batchers[name].running:
+                return f"{name} answers no more: its batches have ended."
+        return None
 
     @property
     def ready(self) -> bool:
         """Whether requests are answered now."""
-        return self._started and not self._closing
+        return self._started and not self._closing and self.failed is None
 
     def queued(self) -> dict[str, int]:
         """Return how many rows of each model are taken and not answered yet."""
@@ -229,7 +270,8 @@ class RequestCore:
 
         started = asyncio.get_running_loop().time()
         async with _deadline(self.options.timeout_s) as limit:
-            request, rows = await self._prepare(decode)
+            json_bytes = len(body) if json_length is None else json_length
+            request, rows = await self._prepare(decode, json_bytes)
             if request.timeout_s is not None:
                 _shorten(limit, started, request.timeout_s)
             with self._batchers[name].reserve(rows):
@@ -302,11 +344,26 @@ class RequestCore:
                 if len(text.encode(errors="replace")) > most:
                     raise too_large(f"a text has more than {most} bytes: shorten it.")
 
-    async def _prepare(self, work: Callable[[], T]) -> T:
-        """Run processor work beside the event loop."""
-        if not self.ready:
-            raise draining()
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+    async def parse(self, work: Callable[[], T], json_bytes: int) -> T:
+        """Take a body's JSON apart beside the event loop.
+
+        Args:
+            work: Returns what is needed of it.
+            json_bytes: How much there is.
+
+        Raises:
+            Refusal: What `work` raises; 503 at the end of the server, 504 when it takes too long.
+        """
+        async with _deadline(self.options.timeout_s):
+            return await self._prepare(work, json_bytes)
+
+    async def _prepare(self, work: Callable[[], T], json_bytes: int = 0) -> T:
+        """Run processor work beside the event loop; large JSON, which takes memory, in turn."""
+        large = json_bytes > LARGE_JSON
+        async with self._parsing if large else contextlib.nullcontext():
+            if not self.ready:
+                raise draining()
+            return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
 
 
 @contextlib.asynccontextmanager

@@ -1,5 +1,6 @@
 """The application: routes over a request core, errors in one form, headers, counting."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdpd_deploy.errors import missing_extra
 from mdpd_deploy.serve.core import Refusal, RequestCore
-from mdpd_deploy.serve.core.refusal import internal, not_found
+from mdpd_deploy.serve.core.refusal import draining, internal, not_found
 from mdpd_deploy.serve.web.body import Bodies
 from mdpd_deploy.serve.web.metrics import Metrics
 from mdpd_deploy.serve.web.routes import add_pages, add_plain_routes, add_protocol_routes
@@ -31,7 +32,7 @@ _HEADERS = [
 
 
 def build_app(core: RequestCore, metrics: Metrics) -> "FastAPI":
-    """Return the application; the core starts and closes with it.
+    """Return the application; the core, its `state.core`, starts and closes with it.
 
     Args:
         core: An opened core, not yet started, whose `on_batch` is `metrics.on_batch`.
@@ -52,6 +53,7 @@ def build_app(core: RequestCore, metrics: Metrics) -> "FastAPI":
         await core.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    app.state.core = core
     for name in core.models:
         metrics.watch_queue(name, lambda name=name: core.queued()[name])  # type: ignore[misc]
     bodies = Bodies(core.options.limits, core.options.timeout_s)
@@ -69,13 +71,9 @@ def build_app(core: RequestCore, metrics: Metrics) -> "FastAPI":
     async def no_method(_: Any, err: Exception) -> Any:
         return _error(Refusal(405, "no_method", "this path takes another method."), metrics)
 
-    async def failed(_: Any, err: Exception) -> Any:
-        return _error(internal(), metrics)
-
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(404, no_route)
     app.add_exception_handler(405, no_method)
-    app.add_exception_handler(Exception, failed)
     app.add_middleware(_Frame, metrics=metrics, header_bytes=core.options.limits.header_bytes)
     return app
 
@@ -94,7 +92,11 @@ def _error(refusal: Refusal, metrics: Metrics) -> Any:
 
 
 class _Frame:
-    """Around every request: the size of its headers, our own headers, time and status."""
+    """Around every request: the size of its headers, our own headers, time and status.
+
+    What escapes the routes is answered here too: outside of the frame it would go uncounted and
+    without our headers.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, header_bytes: int) -> None:
         self._app = app
@@ -106,7 +108,7 @@ class _Frame:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        status = 500
+        status = 0
 
         async def framed(message: Message) -> None:
             nonlocal status
@@ -115,12 +117,23 @@ class _Frame:
                 message["headers"] = [*message["headers"], *_HEADERS]
             await send(message)
 
+        async def answer(refusal: Refusal) -> None:
+            response = _error(refusal, self._metrics)
+            if not status:
+                await response(scope, receive, framed)
+
         size = sum(len(name) + len(value) for name, value in scope["headers"])
-        if size + len(scope["raw_path"]) + len(scope["query_string"]) > self._header_bytes:
-            words = f"the headers have more than {self._header_bytes} bytes."
-            response = _error(Refusal(431, "too_large", words), self._metrics)
-            await response(scope, receive, framed)
-        else:
-            await self._app(scope, receive, framed)
-        route = getattr(scope.get("route"), "path", "other")
-        self._metrics.on_request(route, status, time.perf_counter() - started)
+        try:
+            if size + len(scope["raw_path"]) + len(scope["query_string"]) > self._header_bytes:
+                words = f"the headers have more than {self._header_bytes} bytes."
+                await answer(Refusal(431, "too_large", words))
+            else:
+                await self._app(scope, receive, framed)
+        except asyncio.CancelledError:  # the time to drain is over
+            await answer(draining())
+        except Exception:
+            await answer(internal())
+            raise  # into the log
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.on_request(route, status or 500, time.perf_counter() - started)

@@ -26,16 +26,24 @@ class Bodies:
         self._timeout_s = timeout_s
 
     @contextlib.asynccontextmanager
-    async def read(self, request: "Request") -> AsyncIterator[bytes]:
+    async def read(self, request: "Request", most: int | None = None) -> AsyncIterator[bytes]:
         """Hold the whole body, declared or chunked, in the block.
+
+        Args:
+            request: Whose body.
+            most: Most bytes, where that is less than for every body.
 
         Raises:
             Refusal: 413 as soon as it is known to be too large, 503 when too much is held already,
-                408 when it does not come in time.
+                408 when it does not come in time, 400 (which nobody reads) when the client closed
+                the connection before all of it had come.
         """
+        from starlette.requests import ClientDisconnect
+
+        most = min(most or self._limits.body_bytes, self._limits.body_bytes)
         declared = request.headers.get("content-length", "0")
-        if int(declared) > self._limits.body_bytes:  # the HTTP parser has seen that it is a number
-            raise self._too_large()
+        if int(declared) > most:  # the HTTP parser has seen that it is a number
+            raise _too_large(most)
         chunks: list[bytes] = []
         size = 0
         try:
@@ -43,20 +51,25 @@ class Bodies:
                 async for chunk in request.stream():
                     size += len(chunk)
                     self.held += len(chunk)
-                    if size > self._limits.body_bytes:
-                        raise self._too_large()
+                    if size > most:
+                        raise _too_large(most)
                     if self.held > self._limits.bodies_bytes:
                         raise overloaded("too many bodies are being read: try again later.")
                     chunks.append(chunk)
-            yield b"".join(chunks)
+            body = b"".join(chunks)
+            chunks.clear()
+            yield body
+        except ClientDisconnect:
+            raise Refusal(400, "gone", "the connection was closed within the body.") from None
         except TimeoutError:
             message = f"the body did not arrive within {self._timeout_s:g} s."
             raise Refusal(408, "slow", message) from None
         finally:
             self.held -= size
 
-    def _too_large(self) -> Refusal:
-        return too_large(f"the body has more than {self._limits.body_bytes} bytes.")
+
+def _too_large(most: int) -> Refusal:
+    return too_large(f"the body has more than {most} bytes.")
 
 
 def json_length(request: "Request") -> int | None:

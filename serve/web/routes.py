@@ -1,10 +1,11 @@
 """What is answered where: the Open Inference Protocol, plain requests, metrics and the page."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mdpd_deploy.serve.core import Answer, RequestCore, check_encoding
+from mdpd_deploy.serve.core import Answer, RequestCore, ServedModel, check_encoding
 from mdpd_deploy.serve.core.json_body import read_json_body, take_count, take_list, take_text
+from mdpd_deploy.serve.core.json_limit import tensors_limit
 from mdpd_deploy.serve.core.refusal import invalid, shown, unsupported
 from mdpd_deploy.serve.web.body import Bodies, json_length
 from mdpd_deploy.serve.web.metrics import Metrics
@@ -41,10 +42,11 @@ def add_protocol_routes(
         return _json({"name": model, "ready": core.ready}, 200 if core.ready else 503)
 
     async def infer(request: Request, model: str, version: str | None = None) -> Response:
-        core.model(model, version)
+        served = core.model(model, version)
         check_encoding(request.headers.get("content-encoding"))
-        async with bodies.read(request) as body:
-            length = json_length(request)
+        length = json_length(request)
+        most = tensors_limit(served.inputs).most_bytes if length is None else None
+        async with bodies.read(request, most) as body:
             answer = await core.infer(model, body, json_length=length, version=version)
         metrics.on_wait(model, answer.queue_ms)
         reply = answer.reply
@@ -73,17 +75,14 @@ def add_plain_routes(app: "FastAPI", core: RequestCore, bodies: Bodies, metrics:
         return _json(core.describe_tasks(model))
 
     async def predict(request: Request, model: str) -> Response:
-        core.model(model)
+        served = core.model(model)
         check_encoding(request.headers.get("content-encoding"))
-        async with bodies.read(request) as body:
-            plain = read_json_body(body)
-            most = core.model(model).max_batch
-            raws = [_to_raw(item) for item in take_list(plain, "inputs", "", most)]
-            task = take_text(plain, "task", "") or request.query_params.get("task")
-            top = take_count(plain, "top", "")
-            answer = await core.predict(model, raws, task=task)
+        async with bodies.read(request, served.texts_limit.most_bytes) as body:
+            asked = await core.parse(lambda: _read_plain(body, served), len(body))
+        task = asked.task or request.query_params.get("task")
+        answer = await core.predict(model, asked.raws, task=task)
         metrics.on_wait(model, answer.queue_ms)
-        return _json(_plain(answer, TOP if top is None else top))
+        return _json(_plain(answer, asked.top))
 
     async def classify(request: Request, model: str) -> Response:
         core.model(model)
@@ -123,6 +122,21 @@ def add_pages(app: "FastAPI", core: RequestCore, metrics: Metrics) -> None:
     app.add_api_route("/", page, methods=["GET"])
     app.add_api_route("/v1/queue", queue, methods=["GET"])
     app.add_api_route("/metrics", read_metrics, methods=["GET"])
+
+
+class _Plain(NamedTuple):
+    """A plain request."""
+
+    raws: list[str | tuple[str, str]]
+    task: str | None
+    top: int
+
+
+def _read_plain(body: bytes, model: ServedModel) -> _Plain:
+    plain = read_json_body(body, model.texts_limit)
+    raws = [_to_raw(item) for item in take_list(plain, "inputs", "", model.max_batch)]
+    top = take_count(plain, "top", "")
+    return _Plain(raws, take_text(plain, "task", ""), TOP if top is None else top)
 
 
 def _to_raw(item: Any) -> str | tuple[str, str]:

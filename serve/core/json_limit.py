@@ -1,0 +1,70 @@
+"""How large the JSON of a request can be, from what the model itself can take.
+
+A body of a few megabytes may hold a million empty lists, which take a hundred megabytes and most of
+a second to read. So values are counted before any is made.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mdpd_deploy.serve.core.refusal import Refusal, too_large
+from mdpd_deploy.serve.core.tensors import TensorSpec
+
+# What stands around the values: names, shapes, parameters, an id.
+SLACK_BYTES, SLACK_VALUES, SLACK_STRINGS = 65_536, 4096, 8192
+NUMBER_BYTES = 32  # "-1.7976931348623157e+308, " has 26
+ESCAPED_BYTES = 6  # of a byte of text: \u0000
+_BEFORE_A_VALUE = (b",", b"[", b"{")  # there is one before every value but the first
+
+
+@dataclass(frozen=True)
+class JsonLimit:
+    """The most that the JSON of one request may hold.
+
+    Attributes:
+        most_bytes: Its size.
+        most_values: Values, objects and lists among them.
+        most_strings: Strings, keys among them.
+    """
+
+    most_bytes: int
+    most_values: int
+    most_strings: int
+
+    def check(self, body: bytes) -> None:
+        """Raise a 413 for a body beyond the limit; nothing in it becomes an object."""
+        if len(body) > self.most_bytes:
+            raise self._too_large(self.most_bytes, "bytes")
+        bare = body.replace(rb"\\", b"").replace(rb"\"", b"")
+        if bare.count(b'"') > 2 * self.most_strings:  # each quote begins or ends a string now
+            raise self._too_large(self.most_strings, "strings")
+        outside = b" ".join(bare.split(b'"')[::2])
+        if sum(map(outside.count, _BEFORE_A_VALUE)) > self.most_values:
+            raise self._too_large(self.most_values, "values")
+
+    def _too_large(self, most: int, what: str) -> Refusal:
+        return too_large(f"the JSON has more than {most} {what}: no request of this model has.")
+
+
+def tensors_limit(inputs: Sequence[TensorSpec]) -> JsonLimit:
+    """Return the limit of a request of the protocol: every input as large as it may be."""
+    numbers = lists = 0
+    for spec in inputs:
+        sizes = [axis.high for axis in spec.axes]
+        numbers += math.prod(sizes)
+        lists += sum(math.prod(sizes[:depth]) for depth in range(len(sizes)))
+    size = SLACK_BYTES + NUMBER_BYTES * numbers
+    return JsonLimit(size, SLACK_VALUES + numbers + lists, SLACK_STRINGS)
+
+
+def texts_limit(max_batch: int, text_bytes: int) -> JsonLimit:
+    """Return the limit of a plain request: pairs of texts, each as long as it may be.
+
+    Args:
+        max_batch: Most inputs.
+        text_bytes: Most bytes of a text.
+    """
+    texts = 2 * max_batch
+    size = SLACK_BYTES + texts * ESCAPED_BYTES * text_bytes
+    return JsonLimit(size, SLACK_VALUES + 2 * texts, SLACK_STRINGS + texts)
