@@ -3,6 +3,7 @@
     python benchmarks/tables.py --list
     python benchmarks/tables.py mrpc --data DATA --encoder ENCODER --out runs/tables
     python benchmarks/tables.py mrpc --print
+    python benchmarks/tables.py --overview         # every method on every task, from docs/results
 
 DATA holds `glue/` and `vtab-1k/` in their official layouts; ENCODER is a folder with a BERT-family
 encoder (the tables are of MiniLM, 6 layers, 384 wide). Interrupted, the same command goes on: every
@@ -11,6 +12,7 @@ tables had two cores: `--jobs 2 --threads 1` is part of the command, so that oth
 """
 
 import argparse
+import json
 import shlex
 import shutil
 import subprocess
@@ -138,6 +140,55 @@ TABLES = {
 }  # fmt: skip
 
 
+OVERVIEW = {
+    "SST-2": ("glue-200.json", "glue/sst2"),
+    "STS-B": ("glue-200.json", "glue/stsb"),
+    "MRPC": ("mrpc-250.json", "glue/mrpc"),
+    "RTE": ("rte-250.json", "glue/rte"),
+    "CoLA": ("cola-200.json", "glue/cola"),
+    "CIFAR-10": ("cifar10-250.json", "vtab/cifar10"),
+}
+
+
+def overview(results: Path) -> str:
+    """Return every method on every task as Markdown: points, and what it costs on SST-2."""
+    rows: dict[str, dict[str, dict]] = {}
+    for column, (file, task) in OVERVIEW.items():
+        for row in json.loads((results / file).read_text())["rows"]:
+            if row["task"] == task and "+" not in row["method"]:
+                rows.setdefault(row["method"], {})[column] = row
+    lines = [
+        f"| method | {' | '.join(OVERVIEW)} | trained | deployed extra | peak MB | s |",
+        "|---" * (len(OVERVIEW) + 5) + "|",
+    ]
+
+    def cost(row: dict | None, name: str, unit: float) -> str:
+        return "–" if row is None else f"{row[name] / unit:,.0f}"
+
+    def order(item: tuple[str, dict[str, dict]]) -> float:
+        scores = [row["score"]["mean"] for row in item[1].values() if row["score"]]
+        return -sum(scores) / len(OVERVIEW)
+
+    for method, found in sorted(rows.items(), key=order):
+        scores = [_points(found.get(column)) for column in OVERVIEW]
+        first = found.get("SST-2")
+        costs = [
+            cost(first, "trained", 1),
+            cost(first, "deployed_delta", 1),
+            cost(first, "peak_live_bytes", 1e6),
+            cost(first, "train_s", 1),
+        ]
+        lines.append(f"| {' | '.join([method, *scores, *costs])} |")
+    return "\n".join(lines)
+
+
+def _points(row: dict | None) -> str:
+    if row is None or row["score"] is None:
+        return "–"
+    mean, sd = row["score"]["mean"], row["score"]["sd"]
+    return f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
+
+
 def words_of(table: Table, command: str, places: dict[str, str]) -> list[str]:
     """Return one command with its places filled in, ready to run."""
     program, *words = shlex.split(command)
@@ -156,7 +207,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder for the table's JSON")
     parser.add_argument("--print", action="store_true", help="only show the commands")
     parser.add_argument("--list", action="store_true", help="only show the tables")
+    parser.add_argument("--overview", action="store_true", help="only show docs/results together")
     args = parser.parse_args()
+    if args.overview:
+        print(overview(args.results or HERE.parent / "docs" / "results"))
+        return
     if args.list or args.table is None:
         for name, table in TABLES.items():
             print(f"{name:24}docs/results/{table.file}")

@@ -88,6 +88,7 @@ class _Columns:
         self.device, self.provider = runner.device, runner.provider
         self.input_names, self.output_name = runner.input_names, runner.output_name
         self.metadata, self.max_batch = runner.metadata, runner.max_batch
+        self.failed = runner.failed
         self._runner = runner
         self._count = None if golden.expected is None else golden.expected.shape[1]
 
