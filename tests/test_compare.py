@@ -221,12 +221,18 @@ def wait_for(condition, process):
 
 
 def test_the_command_prints_a_table_and_its_exit_code_tells_of_a_method_without_a_score(
-    done, capsys
+    done, monkeypatch, capsys
 ):
     """Every training is there already, so that this only reads."""
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["compare", "--resume", done["folder"], "--latency-seconds", "0"]) == 1
     printed = capsys.readouterr()
     assert "probe" in printed.out and "report.html" in printed.out
+    cells = [line.strip("|").split("|") for line in (Path(done["folder"]) / "compare.md")
+             .read_text().splitlines() if line.startswith("| ") and "---" not in line]  # fmt: skip
+    assert len(cells) >= 3
+    for cell in (cell.strip() for line in cells for cell in line):
+        assert cell in printed.out, f"{cell} is cut off in a narrow window"
     assert f"failed: classify {BAD}" in printed.out
     assert "(found)" in printed.err and "Traceback" not in printed.err
 

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from mdpd_deploy.study import Results
 
 CLASSES = 2  # that a forecast takes where no data are named; they hardly matter
-WIDTH = 140  # of the tables where lines do not end at a window
+WIDTH = (
+    240  # of the tables where the window is narrower: a line that wraps is better than a cut one
+)
 SECONDS = 5.0  # of latency measurement
 OF_TRAININGS = ("resume", "out", "seeds", "lr_factors", "jobs", "threads", "engine",
                 "latency_seconds")  # fmt: skip
@@ -375,8 +377,9 @@ def _print(results: Results, folder: Path) -> None:
 
     from mdpd_deploy.study import render
 
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(render(results), width=max(console.width, WIDTH))
+    width = max(Console().width, WIDTH)
+    console = Console(highlight=False, soft_wrap=True, width=width)
+    console.print(render(results))
     for name in ("report.html", "compare.md", "compare.json"):
         console.print(str(folder / name))
 
