@@ -1,6 +1,7 @@
 """`fit` end to end: what a run leaves behind, that it learns, and what it refuses."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -16,6 +17,7 @@ from mdpd_deploy.config import load_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.run import Run
 from mdpd_deploy.sides import SIDES
+from mdpd_deploy.train import check_options
 from mdpd_deploy.train.methods import METHODS
 from mdpd_deploy.train.setup import prepare
 
@@ -252,12 +254,37 @@ def test_a_path_may_hold_what_a_config_would_interpolate(
         ("side", "optim.head_lr=1e-3"), ("norms", "train.student_task_weight=0"),
         ("probe", "distill.mask_ratio=0.1"), ("mdpd", "data.max_length=64"),
         ("mdpd", "peft.rank=4"), ("prompt", "peft.rank=4"), ("ia3", "peft.targets=all"),
-        ("lora", "peft.tokens=5"),
+        ("lora", "peft.tokens=5"), ("ia3", "peft.rank=4"), ("prompt", "optim.norm_lr=1e-3"),
     ],
 )  # fmt: skip
 def test_an_option_that_the_method_would_ignore_is_refused(method, option, image_options):
     with pytest.raises(UserError, match=option.split("=")[0].replace(".", r"\.")):
         plan(**image_options, method=method, set=[option])
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        (["optim.norm_lr=1e-3"], "optim.norm_lr=0.001 does nothing with train.norm_grad=none"),
+        (["optim.norms_after=0.5"], "optim.norms_after=0.5 does nothing with train.norm_grad=none"),
+        (["side.name=dtl", "distill.mask_ratio=0.1"], "distill.mask_ratio=0.1 does nothing with --side"
+         + " dtlv1 and loss.shallow and loss.deep at 0: leave it out"),
+        (["loss.deep=0", "loss.shallow=0", "distill.share_phi=true"], "distill.share_phi=True"),
+    ],
+)  # fmt: skip
+def test_an_option_that_another_option_silences_is_refused(sets, told, image_options):
+    without = [] if "norm_grad" not in told else ["train.norm_grad=none"]
+    with pytest.raises(UserError, match=re.escape(told)):
+        plan(**image_options, set=[*without, *sets])
+
+
+def test_what_still_counts_is_accepted(image_options):
+    for sets in (
+        ["side.name=dtl", "loss.deep=1e-5", "distill.mask_ratio=0.1"],
+        ["loss.deep=0", "distill.bottleneck=4"],
+        ["train.norm_grad=none", "optim.head_lr=1e-3"],
+    ):
+        check_options(build_config(None, sets, {"method": "mdpd"}))
 
 
 def test_the_summary_says_what_no_learning_at_all_scores(tiny_text_run):
