@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from mdpd_deploy import fit
 from mdpd_deploy.adapters import LAYERS, TOKENS, build_tokens, inject, merged_weights
 from mdpd_deploy.backbones import load_backbone
-from mdpd_deploy.config import BackboneConfig, PeftConfig, load_config
+from mdpd_deploy.config import BackboneConfig, PeftConfig, check_config, load_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.onnx_graph import export_onnx, same_structure
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.train.batches import StepDataset
 from mdpd_deploy.train.checkpoint import load_best
-from mdpd_deploy.train.methods import METHODS
+from mdpd_deploy.train.methods import METHODS, TaskSpec, build_method
+from mdpd_deploy.train.optim import build_optimizer
 from mdpd_deploy.train.setup import prepare
 
 METHOD_ROWS = [(name, kind) for name in (*LAYERS, *TOKENS) for kind in ("image", "text")]
@@ -366,14 +367,13 @@ def test_a_prefix_needs_an_attention_that_takes_it(backbones):
 )
 def test_scales_are_not_decayed(method, scales, backbones):
     """And the maps are, those of rank one included."""
-    from mdpd_deploy.train.optim import _by_decay
-
-    backbone = backbones("text")
-    inject(backbone, method, SMALL.model_copy(update={"rank": 1}))
-    added = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
-    decayed, plain = _by_decay("adapter", added)
-    assert set(plain) == {name for name in added if scales and scales in name}
-    assert set(decayed) == set(added) - set(plain)
+    config = check_config({"method": method, "peft": {} if method == "ia3" else {"rank": 1}})
+    built = build_method(backbones("text"), TaskSpec("classify", 3), config)
+    groups = [g for g in build_optimizer(built).param_groups if g["group"] == "adapter"]
+    decayed = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    assert len(decayed) == len(built.backbone_weights)
+    for name, decay in decayed.items():
+        assert decay == (0.0 if scales and scales in name else 0.01), name
 
 
 def test_every_adapter_is_a_method():
