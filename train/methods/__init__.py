@@ -1,7 +1,7 @@
 """Training methods: what is trained, one step of it, and what the deployed model needs.
 
-Adding a method is one file here, an import below, and a row in the tests; an adapter or virtual
-tokens of `mdpd_deploy.adapters` are a method of their own already.
+Adding a method is one file here and an import below; an adapter or virtual tokens of
+`mdpd_deploy.adapters` are a method already.
 """
 
 from mdpd_deploy.train.methods import (
