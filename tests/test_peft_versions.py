@@ -12,6 +12,7 @@ from mdpd_deploy.adapters.library import TESTED, from_peft
 from mdpd_deploy.cli import main
 from mdpd_deploy.commands.study_plan import method_labels, shared_config
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.train import Entry
 
 NEEDS = {
     "lora": "LoraModel", "adalora": "AdaLoraConfig", "ia3": "IA3Model",
@@ -43,8 +44,10 @@ def test_training_with_it_is_one_sentence(
     assert not (tmp_path / "run").exists()
 
 
-def test_lists_of_methods_say_so_in_its_row(lacking, tiny_vit, digit_folder, capsys):
+def test_lists_of_methods_say_so_in_its_row(lacking, tiny_vit, digit_folder, capsys, monkeypatch):
     lacking("IA3Model")
+    few = [Entry(name) for name in ("probe", "ia3", "lora")]
+    monkeypatch.setattr(import_module("mdpd_deploy.train.fit"), "default_entries", lambda: few)
     common = ["--backbone", str(tiny_vit), "--batch", "4", "--json"]
     data = ["--task", "classify", "--data", str(digit_folder)]
     assert main(["train", *common, *data, "--dry-run"]) == 0

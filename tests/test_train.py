@@ -10,25 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from mdpd_deploy import export_run
-from mdpd_deploy.adapters import LAYERS, TOKENS
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.commands.train import build_config, plan
 from mdpd_deploy.config import load_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.run import Run
-from mdpd_deploy.sides import SIDES
 from mdpd_deploy.train import check_options
-from mdpd_deploy.train.methods import METHODS
 from mdpd_deploy.train.setup import prepare
-
-ROWS = [(method, "unipt") for method in ("probe", "norms", "bitfit", "full")]
-ROWS += [("side", side) for side in sorted(SIDES)]
-ROWS += [("mdpd", side) for side in sorted(SIDES) if not side.startswith("dtlv2")]
-
-
-def test_every_method_is_in_a_table():
-    """The adapters' and the tokens' is in test_adapters.py."""
-    assert {method for method, _ in ROWS} | {*LAYERS, *TOKENS} == set(METHODS)
 
 
 def test_a_run_directory_holds_the_contract(tiny_run):
@@ -66,41 +54,6 @@ def test_the_deployed_model_is_backbone_with_tuned_norms_and_head_alone(tiny_run
     ]  # fmt: skip
     assert set(changed) == set(bare.norms())
     assert not any("side" in name for name, _ in model.named_modules())
-
-
-def declared(method, backbone):
-    """The backbone's tensors that a method trains, said in other words than the method's."""
-    weights = [name for name, _ in backbone.named_parameters()]
-    if method == "bitfit":
-        kept = [name for name in weights if "embed" not in name]
-        return {name for name in kept if name.endswith(".bias")}
-    known = {"full": weights, "mdpd": backbone.norms(), "norms": backbone.norms()}
-    return set(known.get(method, ()))
-
-
-@pytest.mark.parametrize(
-    ("method", "side", "modality"),
-    [(*row, modality) for modality in ("image", "text") for row in ROWS],
-)
-def test_each_method_changes_only_what_it_declares_and_reloads_equal(
-    method, side, modality, tmp_path, image_options, text_options, fit_in
-):
-    options = dict(image_options if modality == "image" else text_options)
-    options["set"] = ["data.max_length=24"] if modality == "text" else []
-    if method in ("side", "mdpd") and not side.startswith("dtl"):
-        options["set"].append("side.reduction=2")
-    run = fit_in(tmp_path / "run", options, method=method, side=side, steps=2)
-    model = run.load_deployed()
-    fresh = load_backbone(run.config.backbone, max_length=24)
-    tuned = declared(method, fresh)
-    for name, value in model.backbone.state_dict().items():
-        assert torch.equal(value, fresh.state_dict()[name]) == (name not in tuned), name
-    reported = run.summary["metrics"]["deployed"]["accuracy"]
-    split = run.load_evaluation()["validation"]
-    arrays = run.preprocess(list(split.inputs))
-    with torch.no_grad():
-        logits = model(*(torch.from_numpy(arrays[name]) for name in model.backbone.input_names))
-    assert float((logits.argmax(-1).numpy() == split.labels).mean()) == pytest.approx(reported)
 
 
 def test_training_learns(tmp_path, text_options, many, fit_in):
