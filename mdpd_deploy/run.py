@@ -189,7 +189,7 @@ class Run:
         """Load the backbone with the layers of an adapter beside its own, and the head.
 
         Args:
-            method: lora, adalora or ia3.
+            method: A name of LAYERS, e.g. lora.
 
         Returns:
             The model (float32, eval mode), and whether the adapter is the trained one. One the run
@@ -211,7 +211,7 @@ class Run:
         return Deployed(backbone, head).eval(), trained
 
     def load_with_tokens(self, method: str) -> tuple[WithTokens, bool]:
-        """Load the backbone with virtual tokens: prompt or prefix; what comes is as above."""
+        """Load the backbone with virtual tokens, e.g. prompt; what comes is as above."""
         import torch
 
         from mdpd_deploy.adapters import build_tokens

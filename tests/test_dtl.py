@@ -1,7 +1,9 @@
 """DTL: its parameter budgets, its patterns, and what its graph leaves out."""
 
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,11 +19,18 @@ from mdpd_deploy.sides.dtl import (
     shared_state,
 )
 from mdpd_deploy.tasks.head import Head
-from mdpd_deploy.train.methods import TaskSpec, build_method
+from mdpd_deploy.train.methods import Batch, TaskSpec, build_method
 
 NAMES = ["dtlv1", "dtlv2", "dtlv2-ls"]
 VIT_B = SideShape("vit", 768, 12, text=False, grid=(14, 14), prefix=1)
 VIT_G = SideShape("vit", 1536, 40, text=False, grid=(16, 16), prefix=1)
+
+# Patterns of docs/guide.md that give ViT-B's reported sizes, and one for ViT-g.
+FOUR_FUSIONS = {
+    "kernel": 3, "dtl_reads": [1, 2, 3, 4, 5, 7, 9, 11, 12], "dtl_adds": [7, 9, 11, 12],
+}  # fmt: skip
+THREE_FUSIONS = {"kernel": 4, "dtl_reads": [1, 2, 3, 5, 7, 9, 11, 12], "dtl_adds": [7, 9, 12]}
+TEN_READINGS = {"rank": 4, "dtl_reads": list(range(1, 40, 4)), "dtl_adds": [38, 39, 40]}
 
 
 def count(module: nn.Module) -> int:
@@ -37,10 +46,16 @@ def count(module: nn.Module) -> int:
         (VIT_G, {"name": "dtlv1", "rank": 4}, 529_920),
         (VIT_B, {"name": "dtlv2"}, 79_104),  # no pattern gives the paper's 0.07 M
         (VIT_B, {"name": "dtlv2-ls"}, 34_560),
+        (VIT_B, {"name": "dtlv2", **FOUR_FUSIONS}, 67_584),  # 0.07 M
+        (VIT_B, {"name": "dtlv2-ls", **FOUR_FUSIONS}, 37_632),  # 0.04 M
+        (VIT_B, {"name": "dtlv2", **THREE_FUSIONS}, 70_656),
+        (VIT_B, {"name": "dtlv2-ls", **THREE_FUSIONS}, 39_936),
+        (VIT_G, {"name": "dtlv2", **TEN_READINGS}, 274_944),  # 0.27 M
+        (VIT_G, {"name": "dtlv2-ls", **TEN_READINGS}, 179_712),  # 0.18 M, two scaled and shifted
     ],
 )
 def test_budgets(shape, options, budget):
-    assert count(SIDES[options["name"]](shape, SideConfig(**options))) == budget
+    assert count(SIDES[options["name"]].build(shape, SideConfig(**options))) == budget
 
 
 def test_default_patterns():
@@ -48,11 +63,24 @@ def test_default_patterns():
     assert default_reads(6) == [1, 5, 6] and default_adds(4, 6) == [4, 6]
     # Swin's third stage as the paper lists it: blocks 13, 15, 17, 19 and 22 with readings at 13, 17
     assert shared_state([5, 9, 13, 17, 22], [13, 15, 17, 19, 22]) == [15, 19]
+    assert shared_state(default_reads(12), default_adds(7, 12)) == []  # LS scales nothing there
+
+
+def test_fusions_alone_set_m_and_the_last_reading(backbone):
+    side = build_side(backbone, SideConfig(name="dtlv2", dtl_adds=[1, 2]))
+    assert side.last_tap == 1 and list(side.reads) == ["1", "2"]
+
+
+def test_the_guides_patterns_are_those_of_the_budgets():
+    guide = (Path(__file__).parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
+    for pattern in (FOUR_FUSIONS, THREE_FUSIONS):
+        words = [f"side.{name}={value}".replace(" ", "") for name, value in pattern.items()]
+        assert f"`{' '.join(words)}`" in guide
 
 
 def test_blocks_that_read_one_state_share_it_scaled_and_shifted():
     config = SideConfig(name="dtlv2-ls", dtl_reads=[1, 7], dtl_adds=[7, 8, 9])
-    side = SIDES["dtlv2-ls"](VIT_B, config)
+    side = SIDES["dtlv2-ls"].build(VIT_B, config)
     assert sorted(side.affine) == ["8", "9"] and len(side.fusions) == 1
     assert count(side) == 2 * 3072 + 3072 + 25 * 768 + 2 * 2 * 768
 
@@ -79,30 +107,49 @@ def test_at_the_start_the_logits_are_the_frozen_backbones(name, backbone):
         assert not torch.allclose(WithSide(backbone, side, head)(*inputs), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_blocks_up_to_m_never_enter_the_graph(name, backbone):
-    """Only blocks behind M run again, on a detached tap; with the readings frozen nothing flows."""
-    side = build_side(backbone, SideConfig(name=name))
-    for parameter in side.parameters():
+@pytest.mark.parametrize(
+    ("method", "name"), [*(("side", name) for name in NAMES), ("mdpd", "dtlv1")]
+)
+def test_a_step_keeps_no_graph_of_blocks_up_to_m(method, name, backbone):
+    """A real step: blocks 1..M run without a graph only; those behind M run again, with one."""
+    config = check_config({"method": method, "side": {"name": name}})
+    built = build_method(backbone, TaskSpec("classify", 3), config)
+    for parameter in built.side.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    inputs = backbone.example_inputs(2, 9)
-    mask = backbone.token_mask(inputs)
-    taps = [backbone.embed(inputs).detach()]
-    for index in range(side.last_tap):
-        taps.append(backbone.run_block(index, taps[-1], mask).detach())
-    ran = []
+    built.train_mode()
+    ran, phase = [], ["side pass"]
 
-    def run(index, x):
-        ran.append((index, x.requires_grad))
-        return backbone.run_block(index, x, mask, blocked=True)
+    def watch(index):
+        def hook(module, inputs, output):
+            x = output[0] if isinstance(output, tuple) else output
+            ran.append((phase[0], index, x.requires_grad))
 
-    side(taps, mask, run).tokens.square().sum().backward()
-    first = {"dtlv1": 2, "dtlv2": 3, "dtlv2-ls": 3}[name]  # of 3 blocks
-    assert side.last_tap == first
-    assert ran == [(index, True) for index in range(first, 3)]
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in side.parameters())
-    norms = backbone.norms().values()
-    assert all(p.grad is None for p in norms)
+        return hook
+
+    for index in range(backbone.depth):
+        backbone.block(index).register_forward_hook(watch(index))
+    if method == "mdpd":  # its backbone pass walks every block again, one at a time
+        walk = built.engine.backward
+
+        def backward(*rest):
+            phase[0] = "walk"
+            walk(*rest)
+
+        built.engine.backward = backward
+    inputs = backbone.example_inputs(4, 9)
+    labels = torch.arange(4) % 3
+    built.step(Batch(inputs, labels, np.arange(4), 0, 4.0, 4.0))
+    first = {"dtlv1": 2, "dtlv2": 3, "dtlv2-ls": 3}[name]  # M of 3 blocks
+    assert built.side.last_tap == first
+    taps = 3 if method == "mdpd" else first
+    side_pass = [(index, graph) for when, index, graph in ran if when == "side pass"]
+    assert side_pass == [
+        *((index, False) for index in range(taps)),
+        *((index, True) for index in range(first, 3)),
+    ]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in built.side.parameters())
+    trained = built.backbone_weights
+    assert all(p.grad is None for n, p in backbone.named_parameters() if n not in trained)
 
 
 def test_every_part_gets_a_gradient_at_the_start(backbone):
@@ -138,9 +185,14 @@ def test_mdpd_over_v2_is_refused_with_the_reason(name, backbone):
     ("options", "said"),
     [
         ({"dtl_first": 4}, r"side\.dtl_first=4 does not fit a backbone of 3 blocks: give 1 to 3"),
-        ({"dtl_adds": [1, 3]}, r"side\.dtl_adds=1,3 does not fit: blocks are numbered 2 to 3"),
+        ({"dtl_adds": [0, 3]}, r"side\.dtl_adds=0,3 does not fit: blocks are numbered 1 to 3"),
+        (
+            {"dtl_first": 2, "dtl_adds": [3]},
+            r"side\.dtl_first=2 does nothing beside side\.dtl_adds",
+        ),
+        ({"dtl_reads": [1, 3], "dtl_adds": [2]}, r"what block 3 is read for reaches no output"),
         ({"dtl_reads": [1, 4]}, r"side\.dtl_reads=1,4 does not fit: blocks are numbered 1 to 3"),
-        ({"reduction": 2}, r"side\.reduction=2 is read by --side unipt, sherl and lst only"),
+        ({"reduction": 2}, r"side\.reduction=2 is read by --side lst, sherl and unipt only"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, said, backbone):

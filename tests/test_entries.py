@@ -5,7 +5,7 @@ import pytest
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import Config, SideConfig, check_config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.sides import SIDES, WITHOUT_FEATURES, build_side, other_side
+from mdpd_deploy.sides import SIDES, build_side, other_side
 from mdpd_deploy.train import Entry, apply_entry, default_entries, parse_entry
 from mdpd_deploy.train.methods import METHODS, TaskSpec, build_method
 
@@ -66,7 +66,7 @@ def test_the_default_list_holds_every_method_and_side_network():
 def test_which_side_networks_have_features(name, tiny_vit):
     backbone = load_backbone(check_config({"backbone": {"name": str(tiny_vit)}}).backbone)
     side = build_side(backbone, other_side(SideConfig(reduction=2), name))
-    assert (name in WITHOUT_FEATURES) == (not side.feature_layers)
+    assert SIDES[name].has_features == bool(side.feature_layers)
 
 
 @pytest.mark.parametrize("label", [entry.label for entry in default_entries()])

@@ -1,5 +1,6 @@
 """Export end to end: real runs of tiny models, the command line, the gates, and what is left behind."""
 
+import itertools
 import json
 import os
 import resource
@@ -28,6 +29,8 @@ from mdpd_deploy.export.trt_profiles import profile_shapes
 from mdpd_deploy.onnx_graph import export_onnx
 from mdpd_deploy.parity import torch_outputs
 from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.train.methods import METHODS
+from mdpd_deploy.train.methods.direct import Direct
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
@@ -567,15 +570,11 @@ def test_constant_norms_do_not_confuse_the_identity_gate(method, images, tiny_vi
     np.testing.assert_allclose(OnnxRunner(bare)(arrays), expected, atol=1e-5)
 
 
+MERGED = [name for name, m in METHODS.items() if issubclass(m, Direct) and not m.deploys_added]
+
+
 @pytest.mark.parametrize(
-    ("method", "kind"),
-    [
-        ("bitfit", "pair"),
-        ("full", "image"),
-        ("lora", "image"),
-        ("adalora", "pair"),
-        ("ia3", "pair"),
-    ],
+    ("method", "kind"), list(zip(MERGED, itertools.cycle(["image", "pair"]), strict=False))
 )
 def test_rivals_that_change_more_than_norms_export_too(
     method, kind, images, pair_table, tiny_vit, tiny_bert, tmp_path

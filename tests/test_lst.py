@@ -14,6 +14,7 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides import build_side
 from mdpd_deploy.sides.lst import LST
 from mdpd_deploy.sides.pruning import copy_largest, largest
+from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.train.fisher import fisher, inherit_important
 from mdpd_deploy.train.setup import prepare
 
@@ -105,6 +106,70 @@ def test_the_most_important_units_are_inherited(kind, tiny_vit, tiny_bert):
                 assert torch.equal(new.weight.data, kept)
 
 
+# A block's layers in forward order; those in one group keep the same units.
+GROUPS = {
+    "bert": [
+        ["attention.self.query", "attention.self.key", "attention.self.value"],
+        ["attention.output.dense"], ["attention.output.LayerNorm"],
+        ["intermediate.dense"], ["output.dense"], ["output.LayerNorm"],
+    ],
+    "vit": [["norm1"], ["attn.qkv"], ["attn.proj"], ["norm2"], ["mlp.fc1"], ["mlp.fc2"]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_units_are_walked_in_forward_order_each_layer_after_the_one_before(
+    kind, tiny_vit, tiny_bert
+):
+    """The released "fisher-v2" by hand: random importances tell its rules from any others.
+
+    Query, key and value go by the elementwise product of their importances; a layer's inputs are
+    what the layer before kept, so that the residual stream differs from layer to layer.
+    """
+    backbone = load(kind, tiny_vit, tiny_bert)
+    random = torch.Generator().manual_seed(0)
+    importance = {
+        weight: torch.rand(weight.shape, generator=random) ** 4 for weight in backbone.parameters()
+    }
+    for weight in backbone.parameters():  # norms and biases too, which are 1 and 0
+        weight.data += 0.1 * torch.randn(weight.shape, generator=random)
+    side = build_side(backbone, SideConfig(name="lst", reduction=2))
+    copy_largest(backbone, side.blocks, side.up[0] if kind == "vit" else None, importance.get)
+
+    def half(scores):
+        return scores.argsort(descending=True)[: len(scores) // 2].sort().values
+
+    model = backbone.model
+    keep = half(
+        importance[model.patch_embed.proj.weight].sum((1, 2, 3))
+        if kind == "vit"
+        else importance[model.embeddings.word_embeddings.weight].sum(0)
+    )
+    stream = []
+    for index, thin in enumerate(side.blocks):
+        for paths in GROUPS[kind]:
+            olds = [backbone.block(index).get_submodule(path) for path in paths]
+            news = [thin.get_submodule(path) for path in paths]
+            if not isinstance(olds[0], nn.Linear):
+                assert torch.equal(news[0].weight, olds[0].weight[keep])
+                assert torch.equal(news[0].bias, olds[0].bias[keep])
+                continue
+            maps = [part for old in olds for part in importance[old.weight].chunk(
+                3 if paths == ["attn.qkv"] else 1)]  # fmt: skip
+            kept = half(torch.stack([part[:, keep] for part in maps]).prod(dim=0).sum(dim=1))
+            rows = kept
+            if paths == ["attn.qkv"]:
+                rows = torch.cat([kept, kept + 32, kept + 64])
+            for old, new in zip(olds, news, strict=True):
+                assert torch.equal(new.weight, old.weight[rows][:, keep]), (index, paths)
+                assert torch.equal(new.bias, old.bias[rows])
+            keep = kept
+        stream.append(keep.tolist())
+    assert len({tuple(units) for units in stream}) == backbone.depth, "tied would be one set"
+    if kind == "vit":
+        assert torch.equal(side.up[0].weight, model.norm.weight[keep])
+
+
 def test_importance_decides_not_size(tiny_vit):
     """With importance 1 / |w| the smallest units survive instead."""
     backbone = load_backbone(BackboneConfig(name=str(tiny_vit)))
@@ -149,30 +214,42 @@ def test_a_width_that_the_heads_do_not_divide_is_refused(tiny_vit):
         build_side(backbone, SideConfig(name="lst", reduction=8))
 
 
-def test_fisher_is_the_squared_gradient_of_single_examples(image_options, tmp_path):
-    options = {k: str(v) if k in ("data", "backbone") else v for k, v in image_options.items()}
-    setup = prepare(
-        check_config(
-            {
-                "task": "classify",
-                "method": "side",
-                "data": {"path": options["data"]},
-                "backbone": {"name": options["backbone"]},
-                "side": {"name": "lst", "reduction": 2, "init": "fisher"},
-            }
-        )
-    )
-    found = fisher(setup, 3)
-    state = {name: p.requires_grad for name, p in setup.backbone.named_parameters()}
-    assert not any(state.values())
-    weight = setup.backbone.block(1).mlp.fc1.weight
-    assert found[weight].shape == weight.shape and (found[weight] > 0).any()
-    again = fisher(setup, 2)
-    assert (found[weight] >= again[weight]).all() and not torch.equal(found[weight], again[weight])
-    before = setup.method.modules["side"].blocks[0].mlp.fc1.weight.detach().clone()
+@pytest.fixture
+def fisher_setup(image_options):
+    options = {
+        "data": {"path": str(image_options["data"])},
+        "backbone": {"name": str(image_options["backbone"])},
+        "side": {"name": "lst", "reduction": 2, "init": "fisher"},
+    }
+    return prepare(check_config({"task": "classify", "method": "side", **options}))
+
+
+def test_fisher_is_the_sum_of_squared_gradients_of_single_examples(fisher_setup):
+    """Against a loop by hand over all 36 examples, whose order then does not matter."""
+    backbone, train = fisher_setup.backbone, fisher_setup.data.train
+    found = fisher(fisher_setup, len(train))
+    assert not any(p.requires_grad for p in backbone.parameters()), "as it was before"
+    torch.manual_seed(fisher_setup.config.train.seed)
+    head = Head(backbone.width, 3)
+    backbone.requires_grad_(True).eval()
+    expected = {name: torch.zeros_like(p) for name, p in backbone.named_parameters()}
+    for picture, label in zip(train.inputs, train.labels, strict=True):
+        arrays = backbone.preprocess([picture])
+        logits = head.linear(backbone({name: torch.from_numpy(a) for name, a in arrays.items()}))
+        backbone.zero_grad()
+        nn.functional.cross_entropy(logits, torch.tensor([label])).backward()
+        for name, weight in backbone.named_parameters():
+            expected[name] += weight.grad**2
+    for name, weight in backbone.named_parameters():
+        torch.testing.assert_close(found[weight], expected[name], rtol=1e-3, atol=1e-9, msg=name)
+        assert expected[name].any(), name
+
+
+def test_a_side_network_is_built_anew_from_what_fisher_finds(fisher_setup):
+    before = fisher_setup.method.modules["side"].blocks[0].mlp.fc1.weight.detach().clone()
     said = []
-    inherit_important(setup, said.append)
-    assert not torch.equal(before, setup.method.modules["side"].blocks[0].mlp.fc1.weight)
+    inherit_important(fisher_setup, said.append)
+    assert not torch.equal(before, fisher_setup.method.modules["side"].blocks[0].mlp.fc1.weight)
     assert said == ["side.init=fisher: squared gradients of 36 examples"]
 
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from mdpd_deploy.backbones import load_backbone
-from mdpd_deploy.config import BackboneConfig, SideConfig
+from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.errors import ExportError, UserError
 from mdpd_deploy.machine import cpu_count, describe
-from mdpd_deploy.model import Deployed, WithSide
+from mdpd_deploy.model import Deployed
 from mdpd_deploy.onnx_graph import changed_weights, export_onnx, graph_signature, same_structure
 from mdpd_deploy.parity import compare_with_torch, shape_batches, torch_outputs
 from mdpd_deploy.runner import OnnxRunner, compute_nodes_on_cpu
-from mdpd_deploy.sides import SIDES, build_side, other_side
 from mdpd_deploy.tasks.head import Head
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="runs exported graphs")
@@ -121,21 +120,6 @@ def test_inputs_are_bound_by_name_not_by_order(graphs):
     arrays = model.backbone.preprocess(["a good film", "bad"])
     turned = dict(reversed(arrays.items()))
     np.testing.assert_allclose(runner(turned), torch_outputs(model, arrays), atol=1e-5)
-
-
-@pytest.mark.parametrize("side", sorted(SIDES))
-@pytest.mark.parametrize("kind", ["vit", "bert"])
-def test_rivals_with_their_side_network_export_too(kind, side, graphs, backbone_of, tmp_path):
-    backbone = backbone_of(kind)
-    torch.manual_seed(3)
-    config = other_side(SideConfig(reduction=2), side)
-    model = WithSide(backbone, build_side(backbone, config), Head(backbone.width, 3)).eval()
-    graph = export_onnx(model, tmp_path / "side.onnx")
-    parity = compare_with_torch(model, OnnxRunner(graph.path), list(shape_batches(model)))
-    assert parity.passed, parity
-    plain = graphs[kind][1]
-    assert graph.nodes > plain.nodes
-    assert same_structure(graph.path, plain.path)
 
 
 def test_regression_graph_returns_scores_in_the_labels_unit(backbone_of, tmp_path):

@@ -11,7 +11,7 @@ from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import BackboneConfig, SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides import SIDES, SideShape, build_side, other_side
-from mdpd_deploy.sides.dtl import DTL, Fusion, Plain, ScaleShift, Swish, TokenConv
+from mdpd_deploy.sides.dtl import DTLv1, Fusion, Plain, ScaleShift, Swish, TokenConv
 from mdpd_deploy.sides.lst import LST
 from mdpd_deploy.sides.sherl import SHERL, Aggregation, GatedMap
 from mdpd_deploy.sides.unipt import UniPT
@@ -250,7 +250,7 @@ def tanh_block(index: int, x: Tensor) -> Tensor:
 def test_tv4_v1(beta, out, state):
     conv = TokenConv(2, 3, (2, 2), 1)
     fusion = Plain(conv, Swish(beta))
-    side = DTL(2, 3, 2, [1, 2, 3], {2: 0, 3: 0}, [fusion], 1, has_features=True).double()
+    side = DTLv1(2, 3, 2, [1, 2, 3], {2: 0, 3: 0}, [fusion], 1).double()
     for index, read in enumerate(side.reads.values()):
         read.a.weight.data = fill(2 * index + 1, 1, 2)
         read.c.weight.data = fill(2 * index + 2, 2, 1)
@@ -326,19 +326,19 @@ def test_budget_unipt_bert():
 
 @pytest.mark.parametrize(("projection", "expected"), [("d-d", 4_293_505), ("auto", 4_736_641)])
 def test_budget_unipt_vit(projection, expected):
-    assert count(SIDES["unipt"](VIT_B, SideConfig(projection=projection))) == expected
+    assert count(SIDES["unipt"].build(VIT_B, SideConfig(projection=projection))) == expected
 
 
 def test_budget_sherl():
     assert count(GatedMap(768, 96)) == 92_448
-    assert count(SIDES["sherl"](VIT_B, SideConfig(name="sherl"))) == 7_387_778
-    eighth = SIDES["sherl"](VIT_B, SideConfig(name="sherl", reduction=8))
+    assert count(SIDES["sherl"].build(VIT_B, SideConfig(name="sherl"))) == 7_387_778
+    eighth = SIDES["sherl"].build(VIT_B, SideConfig(name="sherl", reduction=8))
     assert count(eighth.up) == 74_496
 
 
 def test_a_reduction_that_does_not_divide_is_refused_with_the_valid_ones():
     with pytest.raises(UserError, match=r"side.reduction=7 .* Valid values: 1, 2, 3, 4, 6, 8"):
-        SIDES["unipt"](VIT_B, SideConfig(reduction=7))
+        SIDES["unipt"].build(VIT_B, SideConfig(reduction=7))
 
 
 VARIANTS = [(name, "reference") for name in sorted(SIDES)] + [

@@ -1,6 +1,7 @@
 """`fit` end to end: what a run leaves behind, that it learns, and what it refuses."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,24 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from mdpd_deploy import export_run
-from mdpd_deploy.adapters import LAYERS, TOKENS
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.commands.train import build_config, plan
 from mdpd_deploy.config import load_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.run import Run
-from mdpd_deploy.sides import SIDES
-from mdpd_deploy.train.methods import METHODS
+from mdpd_deploy.train import check_options
 from mdpd_deploy.train.setup import prepare
-
-ROWS = [(method, "unipt") for method in ("probe", "norms", "bitfit", "full")]
-ROWS += [("side", side) for side in sorted(SIDES)]
-ROWS += [("mdpd", side) for side in sorted(SIDES) if not side.startswith("dtlv2")]
-
-
-def test_every_method_is_in_a_table():
-    """The adapters' and the tokens' is in test_adapters.py."""
-    assert {method for method, _ in ROWS} | {*LAYERS, *TOKENS} == set(METHODS)
 
 
 def test_a_run_directory_holds_the_contract(tiny_run):
@@ -64,41 +54,6 @@ def test_the_deployed_model_is_backbone_with_tuned_norms_and_head_alone(tiny_run
     ]  # fmt: skip
     assert set(changed) == set(bare.norms())
     assert not any("side" in name for name, _ in model.named_modules())
-
-
-def declared(method, backbone):
-    """The backbone's tensors that a method trains, said in other words than the method's."""
-    weights = [name for name, _ in backbone.named_parameters()]
-    if method == "bitfit":
-        kept = [name for name in weights if "embed" not in name]
-        return {name for name in kept if name.endswith(".bias")}
-    known = {"full": weights, "mdpd": backbone.norms(), "norms": backbone.norms()}
-    return set(known.get(method, ()))
-
-
-@pytest.mark.parametrize(
-    ("method", "side", "modality"),
-    [(*row, modality) for modality in ("image", "text") for row in ROWS],
-)
-def test_each_method_changes_only_what_it_declares_and_reloads_equal(
-    method, side, modality, tmp_path, image_options, text_options, fit_in
-):
-    options = dict(image_options if modality == "image" else text_options)
-    options["set"] = ["data.max_length=24"] if modality == "text" else []
-    if method in ("side", "mdpd") and not side.startswith("dtl"):
-        options["set"].append("side.reduction=2")
-    run = fit_in(tmp_path / "run", options, method=method, side=side, steps=2)
-    model = run.load_deployed()
-    fresh = load_backbone(run.config.backbone, max_length=24)
-    tuned = declared(method, fresh)
-    for name, value in model.backbone.state_dict().items():
-        assert torch.equal(value, fresh.state_dict()[name]) == (name not in tuned), name
-    reported = run.summary["metrics"]["deployed"]["accuracy"]
-    split = run.load_evaluation()["validation"]
-    arrays = run.preprocess(list(split.inputs))
-    with torch.no_grad():
-        logits = model(*(torch.from_numpy(arrays[name]) for name in model.backbone.input_names))
-    assert float((logits.argmax(-1).numpy() == split.labels).mean()) == pytest.approx(reported)
 
 
 def test_training_learns(tmp_path, text_options, many, fit_in):
@@ -263,12 +218,37 @@ def test_a_path_may_hold_what_a_config_would_interpolate(
         ("side", "optim.head_lr=1e-3"), ("norms", "train.student_task_weight=0"),
         ("probe", "distill.mask_ratio=0.1"), ("mdpd", "data.max_length=64"),
         ("mdpd", "peft.rank=4"), ("prompt", "peft.rank=4"), ("ia3", "peft.targets=all"),
-        ("lora", "peft.tokens=5"),
+        ("lora", "peft.tokens=5"), ("ia3", "peft.rank=4"), ("prompt", "optim.norm_lr=1e-3"),
     ],
 )  # fmt: skip
 def test_an_option_that_the_method_would_ignore_is_refused(method, option, image_options):
     with pytest.raises(UserError, match=option.split("=")[0].replace(".", r"\.")):
         plan(**image_options, method=method, set=[option])
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        (["optim.norm_lr=1e-3"], "optim.norm_lr=0.001 does nothing with train.norm_grad=none"),
+        (["optim.norms_after=0.5"], "optim.norms_after=0.5 does nothing with train.norm_grad=none"),
+        (["side.name=dtl", "distill.mask_ratio=0.1"], "distill.mask_ratio=0.1 does nothing with --side"
+         + " dtlv1 and loss.shallow and loss.deep at 0: leave it out"),
+        (["loss.deep=0", "loss.shallow=0", "distill.share_phi=true"], "distill.share_phi=True"),
+    ],
+)  # fmt: skip
+def test_an_option_that_another_option_silences_is_refused(sets, told, image_options):
+    without = [] if "norm_grad" not in told else ["train.norm_grad=none"]
+    with pytest.raises(UserError, match=re.escape(told)):
+        plan(**image_options, set=[*without, *sets])
+
+
+def test_what_still_counts_is_accepted(image_options):
+    for sets in (
+        ["side.name=dtl", "loss.deep=1e-5", "distill.mask_ratio=0.1"],
+        ["loss.deep=0", "distill.bottleneck=4"],
+        ["train.norm_grad=none", "optim.head_lr=1e-3"],
+    ):
+        check_options(build_config(None, sets, {"method": "mdpd"}))
 
 
 def test_the_summary_says_what_no_learning_at_all_scores(tiny_text_run):

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 from mdpd_deploy.config import SIDE_ALIASES, Config, SideConfig
 from mdpd_deploy.errors import UserError, unknown
-from mdpd_deploy.sides import SIDES, WITHOUT_FEATURES, other_side
+from mdpd_deploy.sides import SIDES, other_side
 from mdpd_deploy.sides.base import check_options as check_side_options
 from mdpd_deploy.train.methods import METHODS
 from mdpd_deploy.train.methods.base import check_options as check_method_options
-from mdpd_deploy.train.methods.base import ignored_options
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ def default_entries() -> list[Entry]:
         Entry(name, side)
         for name, method in METHODS.items()
         if method.uses_side
-        for side in SIDES
-        if not (method.distils and side in WITHOUT_FEATURES)
+        for side, network in SIDES.items()
+        if network.has_features or not method.distils
     ]
 
 
@@ -79,7 +78,7 @@ def apply_entry(config: Config, entry: Entry) -> Config:
     if entry.side is not None:
         config = config.model_copy(update={"side": other_side(config.side, entry.side)})
     plain = Config()
-    for option in ignored_options(METHODS[entry.method]):
+    for option in METHODS[entry.method].ignored_options(config):
         section, name = option.split(".")
         value = getattr(getattr(plain, section), name)
         reset = getattr(config, section).model_copy(update={name: value})

@@ -1,9 +1,9 @@
 """AdamW groups, schedule and clipping.
 
 Groups with their own learning rate and their own clip norm: `side` or `adapter`, `norms` or
-`backbone`, `head`. Norms, biases and an adapter's scales get no weight decay. Tensors that only the logits loss reaches (MDPD without a student
-task loss) see gradients scaled by 1e-4, which Adam undoes only down to its eps: they take 1e-12
-(D9).
+`backbone`, `head`. Norms, biases and what a method names as scales get no weight decay. Tensors
+that only the logits loss reaches (MDPD without a student task loss) see gradients scaled by 1e-4,
+which Adam undoes only down to its eps: they take 1e-12 (D9).
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mdpd_deploy.config import Config, OptimConfig
 from mdpd_deploy.train.methods import Method
+from mdpd_deploy.train.methods.base import Parameters
 
 
 def build_optimizer(method: Method) -> torch.optim.AdamW:
@@ -28,8 +29,8 @@ def build_optimizer(method: Method) -> torch.optim.AdamW:
         "head": optim.head_lr or student,
     }
     groups = []
-    for name, parameters in method.groups.items():
-        decayed, plain = _by_decay(name, parameters)
+    for name in method.groups:
+        decayed, plain = _by_decay(method, name)
         for decay, tensors in ((optim.weight_decay, decayed), (0.0, plain)):
             if tensors:
                 groups.append(
@@ -46,14 +47,11 @@ def build_optimizer(method: Method) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2))
 
 
-_SCALES = ("lora_E", "ia3_l")  # of AdaLoRA and IA3: vectors that peft keeps as columns
+def _by_decay(method: Method, group: str) -> tuple[Parameters, Parameters]:
+    parameters = method.groups[group]
 
-
-def _by_decay(
-    group: str, parameters: dict[str, nn.Parameter]
-) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     def scales(name: str, p: nn.Parameter) -> bool:
-        return group == "norms" or p.dim() < 2 or any(part in name for part in _SCALES)
+        return group == "norms" or p.dim() < 2 or any(part in name for part in method.scales)
 
     plain = {k: p for k, p in parameters.items() if scales(k, p)}
     return {k: p for k, p in parameters.items() if k not in plain}, plain

@@ -6,38 +6,72 @@ whatever runs it runs it adapted. Merging gives the weights back under their pla
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from mdpd_deploy.adapters.library import from_peft
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.config import PeftConfig
 from mdpd_deploy.registry import Registry
 
-if TYPE_CHECKING:
-    from peft.tuners.tuners_utils import BaseTuner
-
 ADAPTER = "default"  # peft's name of the only adapter
 
 
-class Inject(Protocol):
-    """Wraps linear layers of a backbone in place.
+class Adapter(ABC):
+    """Layers of peft that wrap linear layers of a backbone, in place.
 
-    The adapter's parameters are then the only ones that ask for a gradient. The first output is
-    the bare backbone's, unless `random` asks for values that change it, as a trained adapter does.
+    Their parameters are then the only ones of the backbone that ask for a gradient. The first
+    output is the bare backbone's, unless `random` asks for values that change it, as training does.
+
+    Attributes:
+        default_lr: Peak learning rate, unless `optim.lr` names one.
+        options: Those of the section `peft` that it reads.
+        scales: What is in the names of its scales; they get no weight decay, though peft keeps
+            them as columns.
+        penalty_names: Names of its `penalties`.
     """
 
-    def __call__(self, backbone: Backbone, config: PeftConfig, *, random: bool) -> "BaseTuner": ...
+    default_lr: ClassVar[float]
+    options: ClassVar[tuple[str, ...]] = ()
+    scales: ClassVar[tuple[str, ...]] = ()
+    penalty_names: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def __init__(self, backbone: Backbone, config: PeftConfig, *, random: bool) -> None: ...
+
+    # --- what training asks of it; most need none of this ---------------------------------------
+
+    def penalties(self) -> dict[str, Tensor]:
+        """Return losses of its own by name, each a scalar with its graph."""
+        return {}
+
+    def after_step(self, step: int, steps: int) -> None:  # noqa: B027
+        """Do what follows an optimiser step (0-based, of `steps`); gradients are still in place."""
+
+    def may_deploy(self, step: int, steps: int) -> bool:
+        """Whether the weights after `step` of `steps` steps can be the best ones."""
+        return True
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Return what training must know to go on and the backbone does not hold, by name."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Put `extra_state` of an equal adapter back."""
 
 
-LAYERS: Registry[Inject] = Registry("adapter")
+LAYERS: Registry[type[Adapter]] = Registry("adapter")
 
 
-def inject(
-    backbone: Backbone, name: str, config: PeftConfig, *, random: bool = False
-) -> "BaseTuner":
-    """Put the adapter `name` into a backbone, in place; returns peft's handle on it."""
+def inject(backbone: Backbone, name: str, config: PeftConfig, *, random: bool = False) -> Adapter:
+    """Put the adapter `name` into a backbone, in place.
+
+    Raises:
+        UserError: If the installed peft does not have it.
+    """
     return LAYERS.get_or_raise(name)(backbone, config, random=random)
 
 
@@ -111,8 +145,7 @@ def merged_weights(
 
 
 def _wrapped(backbone: Backbone) -> Iterator[tuple[str, Any]]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+    (wrapper,) = from_peft("BaseTunerLayer", module="peft.tuners.tuners_utils")
     for path, layer in backbone.named_modules():
-        if isinstance(layer, BaseTunerLayer):
+        if isinstance(layer, wrapper):
             yield path, layer

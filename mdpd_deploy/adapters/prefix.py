@@ -6,6 +6,7 @@ it has none of its own, so nothing of it is pooled.
 
 from torch import Tensor
 
+from mdpd_deploy.adapters.library import from_peft
 from mdpd_deploy.adapters.tokens import TOKENS, VirtualTokens
 from mdpd_deploy.backbones.base import Backbone, Inputs
 from mdpd_deploy.config import PeftConfig
@@ -14,7 +15,9 @@ from mdpd_deploy.errors import UserError
 
 @TOKENS.register("prefix")
 class Prefix(VirtualTokens):
-    """Keys and values [L, 2, heads, T, D / heads]."""
+    """Keys and values [L, 2, heads, T, D / heads] before those of every block; text only."""
+
+    default_lr = 1e-2  # of P-tuning v2 for BERT on RTE, and of peft's example on MRPC
 
     def __init__(self, backbone: Backbone, config: PeftConfig) -> None:
         if not backbone.takes_prefix:
@@ -22,15 +25,14 @@ class Prefix(VirtualTokens):
                 f"--method prefix: the attention of {backbone.source.name} takes no further keys "
                 "and values, as that of BERT and RoBERTa does; use --method prompt."
             )
-        from peft import PrefixEncoder, PrefixTuningConfig
-
-        super().__init__(config.tokens)
-        options = PrefixTuningConfig(
+        encoder, options = from_peft("PrefixEncoder", "PrefixTuningConfig")
+        super().__init__(backbone, config)
+        chosen = options(
             num_virtual_tokens=config.tokens,
             token_dim=backbone.width,
             num_layers=backbone.depth,
         )
-        self.prefix = PrefixEncoder(options)  # standard normal, as peft's default
+        self.prefix = encoder(chosen)  # standard normal, as peft's default
 
     def forward(self, backbone: Backbone, inputs: Inputs) -> Tensor:
         x, mask = backbone.embed(inputs), backbone.token_mask(inputs)

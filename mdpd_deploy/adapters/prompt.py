@@ -8,6 +8,7 @@ positions, which moves every real token by T.
 import torch
 from torch import Tensor
 
+from mdpd_deploy.adapters.library import from_peft
 from mdpd_deploy.adapters.tokens import TOKENS, VirtualTokens
 from mdpd_deploy.backbones.base import Backbone, Inputs
 from mdpd_deploy.config import PeftConfig
@@ -17,16 +18,17 @@ from mdpd_deploy.config import PeftConfig
 class Prompt(VirtualTokens):
     """Tokens [T, D] that pass through every block and are dropped before the pooling."""
 
-    def __init__(self, backbone: Backbone, config: PeftConfig) -> None:
-        from peft import PromptEmbedding, PromptTuningConfig
+    default_lr = 3e-2  # of peft's examples; the paper's 0.3 is Adafactor's
 
-        super().__init__(config.tokens)
-        options = PromptTuningConfig(
+    def __init__(self, backbone: Backbone, config: PeftConfig) -> None:
+        embedding, options = from_peft("PromptEmbedding", "PromptTuningConfig")
+        super().__init__(backbone, config)
+        chosen = options(
             num_virtual_tokens=config.tokens,
             token_dim=backbone.width,
             num_transformer_submodules=1,
         )
-        self.prompt = PromptEmbedding(options, None)  # standard normal, as peft's default
+        self.prompt = embedding(chosen, None)  # standard normal, as peft's default
 
     def forward(self, backbone: Backbone, inputs: Inputs) -> Tensor:
         x, mask = backbone.embed(inputs), backbone.token_mask(inputs)

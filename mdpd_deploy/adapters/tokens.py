@@ -1,7 +1,7 @@
 """Virtual tokens: trained vectors that a frozen backbone attends to, in training and afterwards."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,21 @@ class VirtualTokens(nn.Module, ABC):
     """T trained tokens beside the N of the input.
 
     Args:
-        count: T.
+        backbone: What they stand beside.
+        config: `tokens` is T.
+
+    Attributes:
+        default_lr: Peak learning rate, unless `optim.lr` names one.
+        options: Those of the section `peft` that it reads.
     """
 
+    default_lr: ClassVar[float]
+    options: ClassVar[tuple[str, ...]] = ("tokens",)
     positions: Tensor
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, backbone: Backbone, config: PeftConfig) -> None:
         super().__init__()
-        self.count = count
+        self.count = count = config.tokens
         self.register_buffer("positions", torch.arange(count), persistent=False)
 
     @abstractmethod
@@ -36,13 +43,14 @@ class VirtualTokens(nn.Module, ABC):
         return torch.cat([mask.new_ones(mask.shape[0], self.count), mask], dim=1)
 
 
-TOKENS: Registry[Callable[[Backbone, PeftConfig], VirtualTokens]] = Registry("virtual tokens")
+TOKENS: Registry[type[VirtualTokens]] = Registry("virtual tokens")
 
 
 def build_tokens(backbone: Backbone, name: str, config: PeftConfig) -> VirtualTokens:
     """Build the virtual tokens that `name` names, with random values.
 
     Raises:
-        UserError: If the backbone's attention cannot read them.
+        UserError: If the backbone's attention cannot read them, or the installed peft does not
+            have them.
     """
     return TOKENS.get_or_raise(name)(backbone, config)

@@ -1,4 +1,4 @@
-"""Side networks: one file each; adding one is a file, an import here, and a row in the tests."""
+"""Side networks: one file each; adding one is a file and an import here."""
 
 from torch import nn
 
@@ -8,7 +8,6 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides import dtl, lst, sherl, unipt
 from mdpd_deploy.sides.base import (
     SIDES,
-    WITHOUT_FEATURES,
     SideNetwork,
     SideOutput,
     SideShape,
@@ -18,7 +17,6 @@ from mdpd_deploy.sides.base import (
 
 __all__ = [
     "SIDES",
-    "WITHOUT_FEATURES",
     "SideNetwork",
     "SideOutput",
     "SideShape",
@@ -54,9 +52,9 @@ def build_side(
         prefix=backbone.prefix_tokens,
         backbone=backbone,
     )
-    builder = SIDES.get_or_raise(config.name)
+    kind = SIDES.get_or_raise(config.name)
     check_options(config)
-    side = builder(shape, config)
+    side = kind.build(shape, config)
     if last_feature:
         if side.feature_layers[-1] != backbone.depth or not hasattr(side, "up"):
             raise UserError(

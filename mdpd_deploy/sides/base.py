@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,17 +63,30 @@ class SideNetwork(nn.Module, ABC):
     """A trained network that reads detached backbone taps.
 
     Attributes:
+        options: The options of `SideConfig` that it reads, beside its name.
+        has_features: Whether it gives an s_l per layer, which MDPD teaches and pools.
+        distils_features: Whether MDPD imitates and generates the backbone's features from s_l
+            unless told otherwise.
         width: D_S.
         last_tap: The highest tap b_l that it reads; the backbone need not run past it (D23).
         feature_layers: The layers l that have an s_l, ascending (D6).
-        distils_features: Whether MDPD imitates and generates the backbone's features from s_l
-            unless told otherwise.
     """
 
+    options: ClassVar[tuple[str, ...]] = ()
+    has_features: ClassVar[bool] = True
+    distils_features: ClassVar[bool] = True
     width: int
     last_tap: int
     feature_layers: tuple[int, ...]
-    distils_features = True
+
+    @classmethod
+    @abstractmethod
+    def build(cls, shape: SideShape, config: SideConfig) -> "SideNetwork":
+        """Build it for a backbone, with fresh weights.
+
+        Raises:
+            UserError: If an option does not fit the backbone.
+        """
 
     @abstractmethod
     def forward(
@@ -103,32 +117,13 @@ class SideNetwork(nn.Module, ABC):
         return result
 
 
-SIDES: Registry[Callable[[SideShape, SideConfig], SideNetwork]] = Registry("side.name (--side)")
-
-_DTL = ("dtlv1", "dtlv2", "dtlv2-ls")
-
-# Options of `SideConfig` that only some side networks read, and which.
-OPTIONS = {
-    "reduction": ("unipt", "sherl", "lst"),
-    "variant": ("unipt", "sherl"),
-    "projection": ("unipt",),
-    "late_layers": ("sherl",),
-    "init": ("lst",),
-    "rank": _DTL,
-    "kernel": _DTL,
-    "dtl_first": _DTL,
-    "dtl_reads": _DTL[1:],
-    "dtl_adds": _DTL[1:],
-}
-
-
-# What these carry from block to block is the same over several: MDPD has no s_l to teach or pool.
-WITHOUT_FEATURES = _DTL[1:]
+SIDES: Registry[type[SideNetwork]] = Registry("side.name (--side)")
 
 
 def ignored_options(name: str) -> list[str]:
     """Return the options of `SideConfig` that a side network never reads."""
-    return [option for option, readers in OPTIONS.items() if name not in readers]
+    read = ("name", *SIDES.get_or_raise(name).options)
+    return [option for option in SideConfig.model_fields if option not in read]
 
 
 def check_options(config: SideConfig) -> None:
@@ -137,7 +132,7 @@ def check_options(config: SideConfig) -> None:
     for option in ignored_options(config.name):
         value = getattr(config, option)
         if value != getattr(plain, option):
-            *most, last = OPTIONS[option]
+            *most, last = sorted(name for name, side in SIDES.items() if option in side.options)
             names = f"{', '.join(most)} and {last}" if most else last
             raise UserError(
                 f"side.{option}={value} is read by --side {names} only; "

@@ -13,11 +13,21 @@ code for v1; the journal extension for v2 and v2-LS, which have no code. Layers 
 
 At the start h = 0 and the logits are the frozen backbone's. Read-out is the deployed model's own
 (D3), so that this holds exactly; the released code averages before the final norm. Prefix tokens
-skip g; texts, which the papers leave out, take a 1-D convolution along the words. The pattern of
-v2 on plain transformers is not reported and no literal one gives the reported sizes: the default
-follows the one for Swin's third stage, `side.dtl_reads` and `side.dtl_adds` replace it.
+skip g; texts, which the papers leave out, take a 1-D convolution along the words.
 
-Under MDPD s_l is h_{l+1}, the state that is added to block l's output.
+The pattern of v2 on plain transformers is not reported, and no literal one gives the sizes reported
+for ViT-B (v2 0.07 M, LS 0.04 M). The default follows the one for Swin's third stage: readings at
+1, 5, 9, 12 and fusions at 7, 9, 12 of 12 blocks, 0.079 and 0.035 M. No two of these fusions read
+the same h, so that LS has no scale or shift there. `side.kernel` (k), `side.dtl_reads` and
+`side.dtl_adds` replace it; k, readings, fusions and scaled fusions that give both reported sizes:
+
+    k = 3    7, 5, 3-4    8, 5, 1-4    9, 4, 0-2    10, 4, 0
+    k = 4    7, 3, 2      8, 3, 0-2    9, 3, 0-1
+
+Two of them as options are in docs/guide.md.
+
+Under MDPD s_l is h_{l+1}, the state that is added to block l's output. D6 names h_l: but h_1 = 0
+would have nothing to teach, and what block l is read for would be missing from its own feature.
 """
 
 from collections.abc import Sequence
@@ -138,9 +148,9 @@ class DTL(SideNetwork):
         fusions: F_i by index.
         rank: d'.
         affine: Blocks whose F_i is scaled and shifted (LS).
-        has_features: Whether h is an s_l for MDPD (v1 only).
     """
 
+    has_features = False  # h is the same over several blocks, but in v1
     distils_features = False
 
     def __init__(
@@ -154,13 +164,12 @@ class DTL(SideNetwork):
         rank: int,
         *,
         affine: Sequence[int] = (),
-        has_features: bool = False,
     ) -> None:
         super().__init__()
         self.width = width
         self.depth = depth
         self.last_tap = first
-        self.feature_layers = tuple(range(1, depth + 1)) if has_features else ()
+        self.feature_layers = tuple(range(1, depth + 1)) if self.has_features else ()
         self.reads = nn.ModuleDict({str(index): LowRank(width, rank) for index in reads})
         self.fusions = nn.ModuleList(fusions)
         self.adds = adds
@@ -191,9 +200,98 @@ class DTL(SideNetwork):
         return x + (self.affine[name](out) if name in self.affine else out)
 
 
-def default_reads(depth: int) -> list[int]:
-    """Return the blocks of v2 whose input is read: every fourth, and the last (D4)."""
-    return sorted({*range(1, depth + 1, 4), depth})
+@SIDES.register("dtlv1")
+class DTLv1(DTL):
+    """DTL as released ("DTL+"): every block is read, blocks M..L are adapted."""
+
+    options = ("rank", "kernel", "dtl_first")
+    has_features = True
+
+    @classmethod
+    def build(cls, shape: SideShape, config: SideConfig) -> "DTLv1":
+        first = first_adapted(shape, config)
+        layers = list(range(1, shape.depth + 1))
+        return cls(
+            shape.width,
+            shape.depth,
+            first,
+            layers,
+            dict.fromkeys(layers[first - 1 :], 0),
+            [Plain(token_conv(shape, config), Swish())],
+            config.rank,
+        )
+
+
+@SIDES.register("dtlv2")
+class DTLv2(DTL):
+    """Few readings, few adapted blocks, a fusion of its own for each."""
+
+    options = ("rank", "kernel", "dtl_first", "dtl_reads", "dtl_adds")
+
+    @classmethod
+    def build(cls, shape: SideShape, config: SideConfig) -> "DTLv2":
+        reads, adds = pattern(shape, config)
+        fusions = [fusion(shape, config) for _ in adds]
+        at = {block: index for index, block in enumerate(adds)}
+        return cls(shape.width, shape.depth, adds[0], reads, at, fusions, config.rank)
+
+
+@SIDES.register("dtlv2-ls")
+class DTLv2LS(DTLv2):
+    """One fusion for all adapted blocks, scaled and shifted where h is the same."""
+
+    @classmethod
+    def build(cls, shape: SideShape, config: SideConfig) -> "DTLv2LS":
+        reads, adds = pattern(shape, config)
+        return cls(
+            shape.width,
+            shape.depth,
+            adds[0],
+            reads,
+            dict.fromkeys(adds, 0),
+            [fusion(shape, config)],
+            config.rank,
+            affine=shared_state(reads, adds),
+        )
+
+
+def first_adapted(shape: SideShape, config: SideConfig) -> int:
+    """Return M: `side.dtl_first`, or L//2 + 1 (D4)."""
+    first = config.dtl_first or shape.depth // 2 + 1
+    if first > shape.depth:
+        raise UserError(
+            f"side.dtl_first={first} does not fit a backbone of {shape.depth} blocks: "
+            f"give 1 to {shape.depth}."
+        )
+    return first
+
+
+def pattern(shape: SideShape, config: SideConfig) -> tuple[list[int], list[int]]:
+    """Return the blocks that are read, and those that are adapted; the first of these is M."""
+    if config.dtl_first and config.dtl_adds:
+        raise UserError(
+            f"side.dtl_first={config.dtl_first} does nothing beside side.dtl_adds, whose first "
+            f"block is M: leave one of them out."
+        )
+    adds = sorted(set(config.dtl_adds or default_adds(first_adapted(shape, config), shape.depth)))
+    reads = sorted(set(config.dtl_reads or default_reads(adds[-1])))
+    for name, blocks in (("dtl_reads", reads), ("dtl_adds", adds)):
+        if blocks[0] < 1 or blocks[-1] > shape.depth:
+            raise UserError(
+                f"side.{name}={','.join(map(str, blocks))} does not fit: blocks are numbered "
+                f"1 to {shape.depth} here."
+            )
+    if reads[-1] > adds[-1]:
+        raise UserError(
+            f"side.dtl_reads: what block {reads[-1]} is read for reaches no output, the last block "
+            f"of side.dtl_adds being {adds[-1]}; read none behind it."
+        )
+    return reads, adds
+
+
+def default_reads(last: int) -> list[int]:
+    """Return the blocks of v2 whose input is read: every fourth up to the last fusion's, and it."""
+    return sorted({*range(1, last + 1, 4), last})
 
 
 def default_adds(first: int, depth: int) -> list[int]:
@@ -208,73 +306,6 @@ def shared_state(reads: Sequence[int], adds: Sequence[int]) -> list[int]:
         for before, block in pairwise(adds)
         if not any(before < read <= block for read in reads)
     ]
-
-
-@SIDES.register("dtlv1")
-def build_v1(shape: SideShape, config: SideConfig) -> DTL:
-    """Build DTL as released ("DTL+"): every block is read, blocks M..L are adapted."""
-    first = first_adapted(shape, config)
-    layers = list(range(1, shape.depth + 1))
-    return DTL(
-        shape.width,
-        shape.depth,
-        first,
-        layers,
-        dict.fromkeys(layers[first - 1 :], 0),
-        [Plain(token_conv(shape, config), Swish())],
-        config.rank,
-        has_features=True,
-    )
-
-
-@SIDES.register("dtlv2")
-def build_v2(shape: SideShape, config: SideConfig) -> DTL:
-    """Build DTLv2: few readings, few adapted blocks, a fusion of its own for each."""
-    first, reads, adds = pattern(shape, config)
-    fusions = [fusion(shape, config) for _ in adds]
-    at = {block: index for index, block in enumerate(adds)}
-    return DTL(shape.width, shape.depth, first, reads, at, fusions, config.rank)
-
-
-@SIDES.register("dtlv2-ls")
-def build_ls(shape: SideShape, config: SideConfig) -> DTL:
-    """Build DTLv2-LS: one fusion for all adapted blocks, scaled and shifted where h is the same."""
-    first, reads, adds = pattern(shape, config)
-    return DTL(
-        shape.width,
-        shape.depth,
-        first,
-        reads,
-        dict.fromkeys(adds, 0),
-        [fusion(shape, config)],
-        config.rank,
-        affine=shared_state(reads, adds),
-    )
-
-
-def first_adapted(shape: SideShape, config: SideConfig) -> int:
-    """Return M: `side.dtl_first`, or L//2 + 1 (D4)."""
-    first = config.dtl_first or shape.depth // 2 + 1
-    if first > shape.depth:
-        raise UserError(
-            f"side.dtl_first={first} does not fit a backbone of {shape.depth} blocks: "
-            f"give 1 to {shape.depth}."
-        )
-    return first
-
-
-def pattern(shape: SideShape, config: SideConfig) -> tuple[int, list[int], list[int]]:
-    """Return the first block that is adapted, those that are read, and those that are adapted."""
-    first = first_adapted(shape, config)
-    reads = sorted(set(config.dtl_reads or default_reads(shape.depth)))
-    adds = sorted(set(config.dtl_adds or default_adds(first, shape.depth)))
-    for name, blocks, low in (("dtl_reads", reads, 1), ("dtl_adds", adds, first)):
-        if blocks[0] < low or blocks[-1] > shape.depth:
-            raise UserError(
-                f"side.{name}={','.join(map(str, blocks))} does not fit: blocks are numbered "
-                f"{low} to {shape.depth} here."
-            )
-    return adds[0], reads, adds
 
 
 def token_conv(shape: SideShape, config: SideConfig) -> TokenConv:

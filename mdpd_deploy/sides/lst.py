@@ -6,6 +6,10 @@ side block. Following the released code the mix comes before the block and every
 keeps its ladder (D4). Text follows the CLIP-ViL flavour (maps without bias, no final norm,
 r = 4), vision the form that gives the 2.38 M parameters reported for ViT-B (maps with bias, a
 final norm, r = 8). The first weights are inherited from the backbone (`pruning.py`).
+
+The side output is pooled as the deployed model's is (D2, D3): on a vision transformer the
+up-projected tokens pass the backbone's own frozen final norm before the head, which the released
+code, of text only, does not have.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,6 +38,7 @@ TEMPERATURE = 0.1
 ApplyBlock = Callable[[Any, Tensor, Tensor | None], Tensor]  # (block, x, mask) → x
 
 
+@SIDES.register("lst")
 class LST(SideNetwork):
     """Taps b_0..b_L [B, N, D] → side output [B, N, E]; s_l is the output of side block l.
 
@@ -46,6 +51,8 @@ class LST(SideNetwork):
         bias: Of the first, the ladder's and the up map.
         norm: Applied to the last side feature before the up map; None for none.
     """
+
+    options = ("reduction", "init")
 
     def __init__(
         self,
@@ -90,28 +97,27 @@ class LST(SideNetwork):
         norm = self.up[0] if isinstance(self.up, nn.Sequential) else None
         copy_largest(backbone, self.blocks, norm, importance)
 
-
-@SIDES.register("lst")
-def build(shape: SideShape, config: SideConfig) -> LST:
-    """Build LST for a backbone: CLIP-ViL flavour beside text, ViT flavour beside vision."""
-    backbone = shape.backbone
-    if backbone is None:
-        raise UserError("side.name=lst is made of the backbone's own blocks: name a backbone.")
-    default = 4 if shape.text else 8
-    d = side_width(shape, config, default=default, heads=backbone.heads)
-    blocks = [backbone.thin_block(index, shape.width // d) for index in range(shape.depth)]
-    for block in blocks:
-        init_linears(block, 0.02)
-    norm = None if shape.text else nn.LayerNorm(d)
-    side = LST(
-        shape.width,
-        d,
-        blocks,
-        type(backbone).apply_block,
-        out_width=shape.width,
-        bias=not shape.text,
-        norm=norm,
-    )
-    if config.init != "random":  # fisher starts here too: its importance needs examples
-        side.inherit(backbone, importance=torch.abs)
-    return side
+    @classmethod
+    def build(cls, shape: SideShape, config: SideConfig) -> "LST":
+        """Build LST for a backbone: CLIP-ViL flavour beside text, ViT flavour beside vision."""
+        backbone = shape.backbone
+        if backbone is None:
+            raise UserError("side.name=lst is made of the backbone's own blocks: name a backbone.")
+        default = 4 if shape.text else 8
+        d = side_width(shape, config, default=default, heads=backbone.heads)
+        blocks = [backbone.thin_block(index, shape.width // d) for index in range(shape.depth)]
+        for block in blocks:
+            init_linears(block, 0.02)
+        norm = None if shape.text else nn.LayerNorm(d)
+        side = cls(
+            shape.width,
+            d,
+            blocks,
+            type(backbone).apply_block,
+            out_width=shape.width,
+            bias=not shape.text,
+            norm=norm,
+        )
+        if config.init != "random":  # fisher starts here too: its importance needs examples
+            side.inherit(backbone, importance=torch.abs)
+        return side

@@ -82,6 +82,7 @@ class Aggregation(nn.Module):
         return torch.relu(cosine).sum(dim=-1)
 
 
+@SIDES.register("sherl")
 class SHERL(SideNetwork):
     """Taps b_0..b_{L-k} → k × (aggregate → late block) → side output [B, N, D].
 
@@ -97,6 +98,8 @@ class SHERL(SideNetwork):
         epsilon: Of the aggregation.
         init_std: Standard deviation of the weights; None keeps PyTorch's default.
     """
+
+    options = ("reduction", "variant", "late_layers")
 
     def __init__(
         self,
@@ -161,18 +164,17 @@ class SHERL(SideNetwork):
             x = run_block(index, self.late_input(mapped, x, insertion))
         return SideOutput(x, dict(enumerate(mapped[1:], start=1)))
 
-
-@SIDES.register("sherl")
-def build(shape: SideShape, config: SideConfig) -> SHERL:
-    """Build SHERL for a backbone: VSE flavour beside text, CLIP-ViL flavour beside vision (D5)."""
-    paper = config.variant == "paper"
-    return SHERL(
-        shape.width,
-        shape.depth,
-        side_width(shape, config),
-        gated=paper or not shape.text,
-        late_layers=config.late_layers,
-        paper=paper,
-        epsilon=1e-8 if shape.text and not paper else 1e-6,
-        init_std=None if shape.text else 0.02,
-    )
+    @classmethod
+    def build(cls, shape: SideShape, config: SideConfig) -> "SHERL":
+        """Build SHERL for a backbone: VSE flavour beside text, CLIP-ViL beside vision (D5)."""
+        paper = config.variant == "paper"
+        return cls(
+            shape.width,
+            shape.depth,
+            side_width(shape, config),
+            gated=paper or not shape.text,
+            late_layers=config.late_layers,
+            paper=paper,
+            epsilon=1e-8 if shape.text and not paper else 1e-6,
+            init_std=None if shape.text else 0.02,
+        )

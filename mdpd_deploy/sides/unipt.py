@@ -20,6 +20,7 @@ from mdpd_deploy.config import SideConfig
 from mdpd_deploy.sides.base import SIDES, RunBlock, SideNetwork, SideOutput, SideShape, side_width
 
 
+@SIDES.register("unipt")
 class UniPT(SideNetwork):
     """Taps b_0..b_L [B, N, D] → side output [B, N, E].
 
@@ -37,6 +38,8 @@ class UniPT(SideNetwork):
             ONNX optimiser drops an added 1e-8 as a zero, so that a row of zeros became NaN.
         init_std: Standard deviation of the weights; None keeps PyTorch's default.
     """
+
+    options = ("reduction", "variant", "projection")
 
     def __init__(
         self,
@@ -114,6 +117,22 @@ class UniPT(SideNetwork):
         gates: Tensor = self.gate(query.unsqueeze(1) * means)
         return gates.squeeze(-1).softmax(dim=-1)
 
+    @classmethod
+    def build(cls, shape: SideShape, config: SideConfig) -> "UniPT":
+        """Build UniPT for a backbone: VSE flavour beside text, CLIP-ViL beside vision (D5)."""
+        deep = config.projection == "d-D-d" or (config.projection == "auto" and not shape.text)
+        return cls(
+            shape.width,
+            shape.depth,
+            side_width(shape, config),
+            out_width=shape.width,
+            paper=config.variant == "paper",
+            deep_projection=deep,
+            relu_up=shape.text,
+            epsilon=1e-8 if shape.text else 1e-6,
+            init_std=None if shape.text else 0.02,
+        )
+
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of x [B, N, d] over real tokens: [B, d]."""
@@ -138,20 +157,3 @@ def init_linears(module: nn.Module, std: float) -> None:
             nn.init.normal_(part.weight, std=std)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-
-
-@SIDES.register("unipt")
-def build(shape: SideShape, config: SideConfig) -> UniPT:
-    """Build UniPT for a backbone: VSE flavour beside text, CLIP-ViL flavour beside vision (D5)."""
-    deep = config.projection == "d-D-d" or (config.projection == "auto" and not shape.text)
-    return UniPT(
-        shape.width,
-        shape.depth,
-        side_width(shape, config),
-        out_width=shape.width,
-        paper=config.variant == "paper",
-        deep_projection=deep,
-        relu_up=shape.text,
-        epsilon=1e-8 if shape.text else 1e-6,
-        init_std=None if shape.text else 0.02,
-    )

@@ -1,14 +1,16 @@
-"""Adapters of the library peft, merged into the backbone when training ends: LoRA and IA3.
+"""Adapters of the library peft, merged into the backbone when training ends: a method for each.
 
 Trained by plain back-propagation, so with the activations of the whole backbone; what they deploy
 is backbone + head with other values.
 """
 
-from torch import nn
+from collections.abc import Mapping
 
-from mdpd_deploy.adapters import adapted_weights, inject, merged_weights
+from torch import Tensor, nn
+
+from mdpd_deploy.adapters import LAYERS, Adapter, adapted_weights, inject, merged_weights
 from mdpd_deploy.run import ADAPTER, DELTA
-from mdpd_deploy.train.methods.base import METHODS, Files, Parameters, Weights
+from mdpd_deploy.train.methods.base import METHODS, Batch, Files, Parameters, Parts, Weights
 from mdpd_deploy.train.methods.direct import Direct
 
 
@@ -18,7 +20,7 @@ class Adapted(Direct):
     backbone_group = "adapter"
 
     def build_modules(self) -> nn.ModuleDict:
-        self.tuner = inject(self.backbone, self.config.method, self.config.peft)
+        self.adapter = inject(self.backbone, self.config.method, self.config.peft)
         return super().build_modules()
 
     def tuned(self) -> Parameters:
@@ -29,6 +31,22 @@ class Adapted(Direct):
         for name, module in self.backbone.named_modules():
             if name.endswith(".lora_dropout"):
                 module.train()  # a trained part's, whatever `backbone.dropout_active` says
+
+    def step(self, batch: Batch) -> Parts:
+        raw = self.head("head").raw(self.pooled(batch.inputs))
+        return self.learn(raw, batch, self.adapter.penalties())
+
+    def after_step(self, step: int, steps: int) -> None:
+        self.adapter.after_step(step, steps)
+
+    def may_deploy(self, step: int, steps: int) -> bool:
+        return self.adapter.may_deploy(step, steps)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return self.adapter.extra_state()
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        self.adapter.load_extra_state(state)
 
     def model_files(self, original: Weights) -> Files:
         """Return the merged weights with the head, and the adapter as it was trained."""
@@ -45,16 +63,17 @@ class Adapted(Direct):
         return sum(weight.numel() for weight in merged) + self.parameter_counts["head"]
 
 
-@METHODS.register("lora")
-class Lora(Adapted):
-    """Low-rank updates of the blocks' linear maps."""
+def method_of(adapter: type[Adapter]) -> type[Adapted]:
+    """Return the method that trains an adapter."""
 
-    default_lr = 5e-4  # of the paper's RoBERTa-base on GLUE: 4e-4 to 5e-4
-    peft_options = ("rank", "alpha", "dropout", "targets")
+    class Trained(Adapted):
+        default_lr = adapter.default_lr
+        peft_options = adapter.options
+        scales = adapter.scales
+        loss_names = ("loss", "loss_task", *adapter.penalty_names)
+
+    return Trained
 
 
-@METHODS.register("ia3")
-class IA3(Adapted):
-    """Scales of keys, values and the MLP's inner units."""
-
-    default_lr = 3e-3  # T-Few's
+for name, adapter in LAYERS.items():
+    METHODS.register(name)(method_of(adapter))

@@ -62,6 +62,8 @@ class Batch:
     progress: float = 1.0
 
 
+NORM_OPTIONS = ("optim.norm_lr", "optim.norms_after")
+
 Parameters = dict[str, nn.Parameter]
 Parts = dict[str, Tensor]
 Files = dict[str, dict[str, Tensor]]
@@ -79,6 +81,7 @@ class Method(ABC):
     distils: ClassVar[bool] = False  # backbone and side network teach each other
     tunes_norms: ClassVar[bool] = False  # through the norm-gradient engine
     holds_frozen: ClassVar[bool] = True  # in bf16 the backbone is held in bfloat16
+    scales: ClassVar[tuple[str, ...]] = ()  # what is in the names of scales kept as columns
     peft_options: ClassVar[tuple[str, ...]] = ()  # those of the section `peft` that it reads
     backbone_group: ClassVar[str] = "norms"  # name of the group of the backbone's weights
     added_group: ClassVar[str] = "side"  # name of the group of modules beside it, and of their file
@@ -136,6 +139,29 @@ class Method(ABC):
 
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Put `extra_state` of an equal method back."""
+
+    @classmethod
+    def ignored_options(cls, config: Config) -> dict[str, str]:
+        """Return the options that it would not read in a run, `section.option`, and with what."""
+        ignored: list[str] = []
+        if not cls.uses_side:
+            ignored += [f"side.{name}" for name in SideConfig.model_fields]
+        if not cls.distils:
+            ignored += [f"distill.{name}" for name in DistillConfig.model_fields]
+            ignored += ["loss.task", "loss.logits", "loss.deep", "loss.shallow"]
+            ignored += ["loss.logits_form", "loss.logits_where", "loss.logits_after"]
+            ignored += ["loss.temperature", "loss.beta"]
+            ignored += ["train.student_task_weight", "train.late_norm_grad"]
+        if not cls.tunes_norms:
+            ignored += ["train.norm_grad", *NORM_OPTIONS]
+        ignored += [f"peft.{n}" for n in PeftConfig.model_fields if n not in cls.peft_options]
+        if cls.uses_side and cls.deploys_added:
+            ignored += ["optim.head_lr"]
+        still = NORM_OPTIONS if config.train.norm_grad == "none" else ()
+        return {
+            **dict.fromkeys(still, "with train.norm_grad=none"),
+            **dict.fromkeys(ignored, f"with --method {config.method}"),
+        }
 
     # --- what follows from it -----------------------------------------------------------------
 
@@ -200,11 +226,20 @@ class Method(ABC):
         added = {k: t for k, t in state.items() if k not in delta}
         return {DELTA: delta} | ({f"{self.added_group}.safetensors": added} if added else {})
 
-    def learn(self, raw: Tensor, batch: Batch) -> Parts:
-        """Back-propagate the task loss of raw outputs: the whole step where nothing teaches."""
-        loss = self.task_loss(raw, batch.labels) / batch.weight
+    def learn(self, raw: Tensor, batch: Batch, penalties: Parts | None = None) -> Parts:
+        """Back-propagate the task loss of raw outputs: the whole step where nothing teaches.
+
+        Args:
+            raw: Outputs of a head [B, C].
+            batch: Its labels.
+            penalties: Further losses by name, of a whole step; a batch counts its share of them.
+        """
+        share = len(batch.labels) / batch.count  # the parts of a step add up to one penalty
+        parts = {"loss_task": self.task_loss(raw, batch.labels) / batch.weight}
+        parts |= {name: share * value for name, value in (penalties or {}).items()}
+        loss = torch.stack(list(parts.values())).sum()
         loss.backward()
-        return {"loss": loss.detach(), "loss_task": loss.detach()}
+        return {name: value.detach() for name, value in {"loss": loss, **parts}.items()}
 
     def new_head(self) -> Head:
         """Return a fresh linear head for this task."""
@@ -247,35 +282,14 @@ class Method(ABC):
 METHODS: Registry[type[Method]] = Registry("method (--method)")
 
 
-def ignored_options(method: type[Method]) -> list[str]:
-    """Return the options that a method never reads, as `section.option`."""
-    ignored: list[str] = []
-    if not method.uses_side:
-        ignored += [f"side.{name}" for name in SideConfig.model_fields]
-    if not method.distils:
-        ignored += [f"distill.{name}" for name in DistillConfig.model_fields]
-        ignored += ["loss.task", "loss.logits", "loss.deep", "loss.shallow"]
-        ignored += ["loss.logits_form", "loss.logits_where", "loss.logits_after"]
-        ignored += ["loss.temperature", "loss.beta"]
-        ignored += ["train.student_task_weight", "train.late_norm_grad"]
-    if not method.tunes_norms:
-        ignored += ["train.norm_grad", "optim.norm_lr", "optim.norms_after"]
-    ignored += [f"peft.{n}" for n in PeftConfig.model_fields if n not in method.peft_options]
-    if method.uses_side and method.deploys_added:
-        ignored += ["optim.head_lr"]
-    return ignored
-
-
 def check_options(method: type[Method], config: Config) -> None:
     """Refuse an option that the method would ignore."""
     plain = Config()
-    for option in ignored_options(method):
+    for option, where in method.ignored_options(config).items():
         section, name = option.split(".")
         value = getattr(getattr(config, section), name)
         if value != getattr(getattr(plain, section), name):
-            raise UserError(
-                f"{option}={value} does nothing with --method {config.method}: leave it out."
-            )
+            raise UserError(f"{option}={value} does nothing {where}: leave it out.")
 
 
 def build_method(backbone: Backbone, task: TaskSpec, config: Config) -> Method:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone
-from mdpd_deploy.config import Config, LossConfig
+from mdpd_deploy.config import Config, DistillConfig, LossConfig
 from mdpd_deploy.distill import FeatureDistiller, weighted_distance
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.model import pool_side
-from mdpd_deploy.sides import SideNetwork, SideOutput, build_side
+from mdpd_deploy.sides import SIDES, SideNetwork, SideOutput, build_side
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.tasks.losses import logits_loss
 from mdpd_deploy.train.memory import part
@@ -31,7 +31,7 @@ from mdpd_deploy.train.norm_grad import LayerLoss, Trace, build_norm_gradient
 SHALLOW, DEEP = 4e-5, 6e-5  # supplementary B of the paper
 
 
-def feature_weights(loss: LossConfig, side: SideNetwork) -> tuple[float, float]:
+def feature_weights(loss: LossConfig, side: type[SideNetwork]) -> tuple[float, float]:
     """Return the weights of the shallow and the deep feature loss; 0 over DTL by default (D6)."""
     default = (SHALLOW, DEEP) if side.distils_features else (0.0, 0.0)
     return (
@@ -55,6 +55,16 @@ class MDPD(Method):
         self.engine = build_norm_gradient(config.train.norm_grad, backbone)
         super().__init__(backbone, task, config)
 
+    @classmethod
+    def ignored_options(cls, config: Config) -> dict[str, str]:
+        ignored = super().ignored_options(config)
+        if not any(feature_weights(config.loss, SIDES.get_or_raise(config.side.name))):
+            # Y_S is pooled all the same
+            unread = [name for name in DistillConfig.model_fields if name != "side_head"]
+            where = f"with --side {config.side.name} and loss.shallow and loss.deep at 0"
+            ignored |= {f"distill.{name}": where for name in unread}
+        return ignored
+
     def build_modules(self) -> nn.ModuleDict:
         backbone, config = self.backbone, self.config
         self.loss_names = ("loss", "loss_task", "loss_shallow", "loss_deep", "loss_logits")
@@ -62,13 +72,13 @@ class MDPD(Method):
             self.loss_names += ("loss_student",)
         self.last_feature = config.distill.side_head == "paper"
         self.side = build_side(backbone, config.side, last_feature=self.last_feature)
-        if not self.side.feature_layers:
+        if not self.side.has_features:
+            teachers = [name for name, side in SIDES.items() if side.has_features]
             raise UserError(
-                f"--method mdpd --side {config.side.name}: its state is the same over several "
-                "blocks, so there is no side feature per layer to teach or to pool; use "
-                f"--method side with it, or --side dtlv1."
+                f"--method mdpd --side {config.side.name}: it has no side feature per layer to "
+                f"teach or to pool; use --method side with it, or --side {' or '.join(teachers)}."
             )
-        self.shallow_weight, self.deep_weight = feature_weights(config.loss, self.side)
+        self.shallow_weight, self.deep_weight = feature_weights(config.loss, type(self.side))
         self.distiller = FeatureDistiller(
             width=backbone.width,
             side_width=self.side.width,

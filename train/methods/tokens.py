@@ -1,10 +1,10 @@
-"""Virtual tokens of the library peft: prompt and prefix tuning, paid for at every inference."""
+"""Virtual tokens of the library peft, paid for at every inference: a method for each of them."""
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from mdpd_deploy.adapters import build_tokens
+from mdpd_deploy.adapters import TOKENS, VirtualTokens, build_tokens
 from mdpd_deploy.train.methods.base import METHODS, Parameters
 from mdpd_deploy.train.methods.direct import Direct
 
@@ -14,7 +14,6 @@ class Tokens(Direct):
 
     added_group = "adapter"
     deploys_added = True
-    peft_options = ("tokens",)
 
     def build_modules(self) -> nn.ModuleDict:
         self.tokens = build_tokens(self.backbone, self.config.method, self.config.peft)
@@ -27,15 +26,15 @@ class Tokens(Direct):
         return self.tokens(self.backbone, inputs)
 
 
-@METHODS.register("prompt")
-class Prompt(Tokens):
-    """Tokens before those of the input."""
+def method_of(tokens: type[VirtualTokens]) -> type[Tokens]:
+    """Return the method that trains virtual tokens."""
 
-    default_lr = 3e-2  # of peft's examples; the paper's 0.3 is Adafactor's
+    class Trained(Tokens):
+        default_lr = tokens.default_lr
+        peft_options = tokens.options
+
+    return Trained
 
 
-@METHODS.register("prefix")
-class Prefix(Tokens):
-    """Keys and values before those of every block's attention; text only."""
-
-    default_lr = 1e-2  # of P-tuning v2 for BERT on RTE, and of peft's example on MRPC
+for name, tokens in TOKENS.items():
+    METHODS.register(name)(method_of(tokens))
