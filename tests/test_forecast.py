@@ -19,9 +19,9 @@ from mdpd_deploy.config import SideConfig, check_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides import SIDES, other_side
 from mdpd_deploy.train.forecast import (
-    _parts,
     _step,
-    _task,
+    example_batches,
+    example_task,
     forecast,
     measured_step,
     reason_against,
@@ -85,10 +85,10 @@ def config_of(folder, method="mdpd", side="unipt", data=None, **train):
 def real_peak(config, outputs=3, kind="classify"):
     """Measure the second step of real training on CPU."""
     backbone = load_backbone(config.backbone, max_length=config.data.max_length)
-    method = build_method(backbone, _task(config, outputs, kind), config)
+    method = build_method(backbone, example_task(config, outputs, kind), config)
     method.train_mode()
     optimizer = build_optimizer(method)
-    parts = _parts(backbone, method, config, config.data.max_length)
+    parts = example_batches(backbone, method, config, config.data.max_length)
     _step(method, optimizer, parts)
     with measured_step(method, optimizer, parts) as peak:
         _step(method, optimizer, parts)
