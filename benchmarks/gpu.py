@@ -52,7 +52,7 @@ DEFAULTS: dict[bool, dict[str, Any]] = {
         "precisions": "fp32",
         "runtimes": "eager,graphs,compile",
         "batches": "4",
-        "rivals": "bare,unipt,lora-unmerged",
+        "rivals": "bare,unipt",
         "steps": 5,
         "seconds": 1.0,
         "openings": 3,
@@ -107,7 +107,7 @@ def train_row(setting: Setting, precision: str, method: str, args: argparse.Name
     """Forecast a method's step, take it, and put both beside each other."""
     (row,) = setting.rows([method], precision)
     if row.forecast is None:
-        return {"reason": f"it does not fit: {row.reason}"}
+        return {"reason": _plain(f"it does not fit: {row.reason}", setting)}
     known: Row = {
         "forecast_bytes": row.forecast.peak_bytes,
         "forecast_parts": row.forecast.parts,
@@ -119,8 +119,13 @@ def train_row(setting: Setting, precision: str, method: str, args: argparse.Name
             measure_training, config, setting.outputs, args.device, args.steps, limit_s=LIMIT_S
         )
     except Failed as err:
-        return known | {"reason": str(err)}
+        return known | {"reason": _plain(str(err), setting)}
     return known | {"ratio": measured_bytes(known) / known["forecast_bytes"], "reason": None}
+
+
+def _plain(reason: str, setting: Setting) -> str:
+    """Return a reason without the temporary folder of a backbone."""
+    return reason.replace(setting.backbone, setting.title.partition(",")[0])
 
 
 def latency_rows(args: argparse.Namespace, shapes: dict[str, Setting], results: Results) -> None:
@@ -144,8 +149,9 @@ def latency_rows(args: argparse.Namespace, shapes: dict[str, Setting], results: 
         )
         try:
             row = run_apart(measure_cell, cell, limit_s=LIMIT_S) | {"reason": None}
+            row["failed"] = {k: _plain(why, setting) for k, why in row["failed"].items()}
         except Failed as err:
-            row = {"reason": str(err)}
+            row = {"reason": _plain(str(err), setting)}
         results.add("latency", key | row)
 
 
@@ -218,7 +224,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny backbones, a minute or two")
+    parser.add_argument("--small", action="store_true", help="tiny backbones, to try it")
     parser.add_argument("--parts", default="training,latency")
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--methods", help="as `mdpd compare` names them; default: all")
@@ -254,18 +260,20 @@ def main() -> None:
             choose_device(args.device, ["torch"])
     except UserError as err:
         raise SystemExit(str(err)) from None
+    shown = read_results(args.out) if args.show else None
+    small = args.small if shown is None else shown["settings"]["small"]
     with tempfile.TemporaryDirectory() as folder:
-        shapes = (small_shapes if args.small else full_shapes)(Path(folder))
-        if args.show:
-            content = read_results(args.out)
-        else:
-            results = Results(
-                args.out, settings_of(args), machine_of(args.device), retry=args.retry
-            )
-            for part in args.parts:
-                PARTS[part](args, shapes, results)
-            content = results.content
-        print(page(content, {name: setting.title for name, setting in shapes.items()}))
+        shapes = (small_shapes if small else full_shapes)(Path(folder))
+        content = measure(args, shapes) if shown is None else shown
+    print(page(content, {name: setting.title for name, setting in shapes.items()}))
+
+
+def measure(args: argparse.Namespace, shapes: dict[str, Setting]) -> Row:
+    """Measure what is asked for and not there yet; return the content of the file."""
+    results = Results(args.out, settings_of(args), machine_of(args.device), retry=args.retry)
+    for part in args.parts:
+        PARTS[part](args, shapes, results)
+    return results.content
 
 
 PARTS = {"training": train_rows, "latency": latency_rows}

@@ -74,7 +74,7 @@ def test_a_row_a_cell_and_going_on(run, tmp_path):
     assert again["training"][0] == row
     assert [found["method"] for found in again["training"]] == ["probe", "mdpd:unipt"]
     assert again["latency"] == content["latency"]
-    shown = run(out, "--small", "--show")[1]
+    shown = run(out, "--show")[1]
     assert "`mdpd:unipt`" in shown
 
     with pytest.raises(SystemExit, match="was measured with steps 3, not 4"):
