@@ -274,16 +274,21 @@ def keys(tmp_path_factory):
 def real_peak():
     """Measure the memory of the second step of real training on CPU."""
     from mdpd_deploy.backbones import load_backbone
-    from mdpd_deploy.train.forecast import _parts, _step, _task, measured_step
+    from mdpd_deploy.train.forecast import (
+        _step,
+        example_batches,
+        example_task,
+        measured_step,
+    )
     from mdpd_deploy.train.methods import build_method
     from mdpd_deploy.train.optim import build_optimizer
 
     def measure(config, outputs=3, kind="classify"):
         backbone = load_backbone(config.backbone, max_length=config.data.max_length)
-        method = build_method(backbone, _task(config, outputs, kind), config)
+        method = build_method(backbone, example_task(config, outputs, kind), config)
         method.train_mode()
         optimizer = build_optimizer(method)
-        parts = _parts(backbone, method, config, config.data.max_length)
+        parts = example_batches(backbone, method, config, config.data.max_length)
         _step(method, optimizer, parts)
         with measured_step(method, optimizer, parts) as peak:
             _step(method, optimizer, parts)

@@ -61,10 +61,10 @@ def forecast(
         backbone = load_backbone(
             config.backbone, max_length=config.data.max_length, pad=config.data.pad, fake=True
         )
-        method = build_method(backbone, _task(config, outputs, kind), config)
+        method = build_method(backbone, example_task(config, outputs, kind), config)
         method.train_mode()
         optimizer = build_optimizer(method)
-        parts = _parts(backbone, method, config, text_length or config.data.max_length)
+        parts = example_batches(backbone, method, config, text_length or config.data.max_length)
         _make_state(optimizer)
         with measured_step(method, optimizer, parts) as peak:
             _step(method, optimizer, parts)
@@ -83,7 +83,7 @@ def reason_against(config: Config) -> str | None:
             config.backbone, max_length=config.data.max_length, pad=config.data.pad, fake=True
         )
         try:
-            build_method(backbone, _task(config, 2, "classify"), config)
+            build_method(backbone, example_task(config, 2, "classify"), config)
         except UserError as err:
             return str(err)
     return None
@@ -126,7 +126,8 @@ def _step(method: Method, optimizer: torch.optim.Optimizer, parts: Sequence[Batc
     optimizer.zero_grad(set_to_none=True)
 
 
-def _task(config: Config, outputs: int, kind: str) -> TaskSpec:
+def example_task(config: Config, outputs: int, kind: str) -> TaskSpec:
+    """Return a task that no data have shaped: of unit scale, with equal class weights."""
     return TaskSpec(
         kind,
         outputs,
@@ -135,14 +136,25 @@ def _task(config: Config, outputs: int, kind: str) -> TaskSpec:
     )
 
 
-def _parts(backbone: Backbone, method: Method, config: Config, text_length: int) -> list[Batch]:
+def example_batches(
+    backbone: Backbone, method: Method, config: Config, text_length: int
+) -> list[Batch]:
+    """Return the batches of one optimiser step, random inputs of the config's sizes.
+
+    Args:
+        backbone: Gives the inputs, on its device; labels lie there too.
+        method: Knows the task.
+        config: `train.batch` examples, `train.accumulate` times.
+        text_length: Tokens; images ignore it.
+    """
     size, count = config.train.batch, config.train.batch * config.train.accumulate
     dtype = torch.float32 if method.task.kind == "regress" else torch.int64
     tokens = text_length if backbone.grid is None else None
+    device = next(backbone.parameters()).device
     return [
         Batch(
             inputs=backbone.example_inputs(size, tokens),
-            labels=torch.zeros(size, dtype=dtype),
+            labels=torch.zeros(size, dtype=dtype, device=device),
             keys=np.arange(size, dtype=np.int64) + size * index,
             step=0,
             count=float(count),
