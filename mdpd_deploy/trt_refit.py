@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.engine_parity import Case, compare_engine
+from mdpd_deploy.engine_parity import Case, Limits, compare_engine
 from mdpd_deploy.errors import UserError, VerificationError, WorkFailed
 from mdpd_deploy.trt_library import import_trt, said
 from mdpd_deploy.trt_runner import TrtRunner
@@ -72,7 +72,7 @@ def _attempt(
         _exchange(runner, values)
     except WorkFailed as err:  # some weights may have changed already
         return str(err)
-    parity = compare_engine(runner, [golden], tolerance=tolerance)
+    parity = compare_engine(runner, [golden], Limits(tolerance, tolerance, 1.0))
     if parity.passed:
         return None
     return (

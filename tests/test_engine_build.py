@@ -1,5 +1,6 @@
 """`mdpd export --fmt trt` and `mdpd build-engine`, driven with a stand-in for TensorRT (D17)."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -10,10 +11,12 @@ import pytest
 
 from mdpd_deploy import build_engine, export_run, load_bundle
 from mdpd_deploy.cli import main
+from mdpd_deploy.engine_parity import Case, Limits, compare_engine, limits
 from mdpd_deploy.errors import ExportError, UserError, VerificationError
 from mdpd_deploy.export.trt_layers import check_precision, read_report
 from mdpd_deploy.export.trt_profiles import profile_shapes
 from mdpd_deploy.manifest import replace_caches
+from mdpd_deploy.proof import prove
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 RELEASES = ("10.13.3.9", "10.16.1.11", "11.4.0.106")
@@ -502,21 +505,101 @@ def test_profiles_are_checked_at_the_door():
         profile_shapes(inputs, {"batch": {"min": 1, "opt": 8, "max": 4}})
 
 
-def test_classes_that_flip_fail_the_parity():
-    from mdpd_deploy.engine_parity import Case, compare_engine, policy
+# --- parity ---------------------------------------------------------------------------------------
 
-    class Flips:
-        max_batch = 2
 
-        def __call__(self, arrays):
-            return arrays["x"][:, ::-1]
+class Answers:
+    """Gives a changed form of its input."""
 
-    wanted = np.array([[1, 0], [0, 1], [3, 2]], dtype=np.float32)
-    parity = compare_engine(Flips(), [Case("a", {"x": wanted}, wanted)], tolerance=None)
-    assert parity.agreement == 1.0  # no margin exceeds the drift
-    tolerance, agreement = policy("int8-trt", tf32=True)
-    assert tolerance is None and agreement == 0.99
-    far = Case("b", {"x": np.float32([[np.nan, 1]])}, None)
-    assert not compare_engine(
-        Flips(), [Case("a", {"x": wanted}, wanted), far], tolerance=None
-    ).passed
+    def __init__(self, change):
+        self.max_batch, self.change = 2, change
+
+    def __call__(self, arrays):
+        return self.change(arrays["x"])
+
+
+WRONG = {
+    "five times the opposite": lambda outputs: -5 * outputs,
+    "a constant": lambda outputs: np.full_like(outputs, 100),
+    "classes exchanged": lambda outputs: outputs[:, ::-1],
+    "not finite": lambda outputs: outputs * np.float32(np.nan),
+    "infinite": lambda outputs: outputs + np.float32(np.inf),
+    "one more class": lambda outputs: np.concatenate([outputs, outputs[:, :1]], axis=1),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-trt"])
+@pytest.mark.parametrize("name", WRONG)
+def test_an_engine_that_answers_something_else_fails_in_every_precision(name, precision):
+    wanted = np.random.default_rng(0).standard_normal((9, 3), dtype=np.float32)
+    held_to = limits(precision, tf32=True, known=0.1)
+    cases = [Case("a", {"x": wanted}, wanted)]
+    assert compare_engine(Answers(lambda x: x), cases, held_to).passed
+    assert not compare_engine(Answers(WRONG[name]), cases, held_to).passed
+
+
+def test_int8_may_be_off_by_twice_what_its_graph_was():
+    wanted = np.random.default_rng(0).standard_normal((9, 3), dtype=np.float32)
+    cases = [Case("a", {"x": wanted}, wanted)]
+
+    def passes(share, known):
+        shift = np.float32([share * wanted.std(), 0, 0])
+        held_to = limits("int8-trt", tf32=True, known=known)
+        return compare_engine(Answers(lambda x: x + shift), cases, held_to).passed
+
+    assert passes(0.19, 0.1) and not passes(0.21, 0.1)
+    assert passes(0.029, 0) and not passes(0.031, 0)
+
+
+def test_clear_predictions_are_told_by_the_reference_alone():
+    """However far off an engine is, that makes no prediction unclear."""
+    wanted = np.float32([[1, 0], [0, 1], [3, 2], [0.01, 0]])
+    off = compare_engine(
+        Answers(lambda x: x[:, ::-1]), [Case("a", {"x": wanted}, wanted)], Limits(9, 0.1, 0.99)
+    )
+    assert off.agreement == 0 and not off.passed
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(tiny_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("int8") / "b"
+    words = dict(precision="int8-trt", fmt="trt", parity="warn", out=out, **SYNTHETIC)
+    return export_run(tiny_run.path, **words).path
+
+
+@pytest.mark.parametrize("name", ["five times the opposite", "a constant", "not finite"])
+def test_an_int8_engine_that_answers_something_else_is_not_kept(
+    int8_bundle, tmp_path, stand_in, name
+):
+    bundle = shutil.copytree(int8_bundle, tmp_path / "b")
+    trt, _ = stand_in()
+    trt._faults["outputs"] = WRONG[name]
+    with pytest.raises(VerificationError, match="engine parity: "):
+        build_engine(bundle)
+    assert not (bundle / "model.plan").exists()
+
+
+def test_an_engine_that_is_built_is_one_that_a_server_takes(int8_bundle, tmp_path, stand_in):
+    """Also where its batch is smaller than the number of golden inputs."""
+    bundle = shutil.copytree(int8_bundle, tmp_path / "b")
+    stand_in()
+    record = build_engine(bundle, static_batch=3)
+    replay = json.loads((bundle / "parity.json").read_text())["golden"]["output_diff"]
+    assert record["parity"]["tolerance"] == max(3e-2, 2 * replay)
+    prove(load_bundle(bundle), engine_of(bundle))
+
+
+def test_an_engine_that_a_server_would_refuse_is_not_kept(bundle, stand_in):
+    trt, _ = stand_in()
+    trt._faults["drift"] = 0.01  # fine by the spread over all shapes
+    build_engine(bundle)
+    parity = json.loads((bundle / "parity.json").read_text())
+    parity["parity"]["spread"] /= 10
+    (bundle / "parity.json").write_text(json.dumps(parity))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    raw = (bundle / "parity.json").read_bytes()
+    entry = {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
+    manifest["files"]["parity.json"] = entry
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(VerificationError, match="golden vectors come out wrong on this device"):
+        build_engine(bundle, rebuild=True)

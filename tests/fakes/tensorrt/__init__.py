@@ -408,6 +408,8 @@ class IExecutionContext(_Faithful):
             engine._session.run(None, feeds),
             strict=True,
         ):
+            if "outputs" in _faults:
+                result = _faults["outputs"](result)
             drift = _faults.get("drift", 0.0) * result.std()
             self._view(name, result.shape, result.dtype)[...] = result + result.dtype.type(drift)
 
