@@ -492,9 +492,68 @@ def test_the_layer_report_reads_both_forms():
         for asked in ("fp32", "bf16", "int8-trt"):
             with pytest.raises(VerificationError, match=f"{asked} was asked for"):
                 check_precision(report, asked)
-    with pytest.raises(VerificationError, match="no layer of the engine computes in it"):
+    with pytest.raises(VerificationError, match="only 0 of 1 layers compute in it"):
         check_precision(read_report(ten | {"Layers": ten["Layers"][2:]}, "fp16"), "fp16")
     assert read_report({"Layers": ["just a name"]}, "fp32").by_type == {"unknown": 1}
+
+
+def layer(kind, reads, writes, name="x"):
+    def tensors(types):
+        return [{"Name": "t", "Format/Datatype": told} for told in types.split()]
+
+    return {"Name": name, "LayerType": kind, "Inputs": tensors(reads), "Outputs": tensors(writes)}
+
+
+def refusal(precision, *layers):
+    """Return why an engine of these layers is refused; "" when it is taken."""
+    try:
+        check_precision(read_report({"Layers": list(layers)}, precision), precision)
+    except VerificationError as err:
+        return str(err)
+    return ""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8-trt"])
+@pytest.mark.parametrize(
+    "nothing", ["only a name", {"Name": "a"}, layer("gemm", "N/A", "N/A"), layer("a", "", "Int64")]
+)
+def test_an_engine_of_which_nothing_is_known_is_refused(precision, nothing):
+    told = refusal(precision, nothing, nothing)
+    assert f"any of the engine's 2 layers computes, so nothing shows that it is {precision}" in told
+
+
+def test_one_reduced_layer_among_many_is_not_the_precision():
+    few = [layer("gemm", "FP32 FP32", "FP32")] * 200
+    for precision, kind in (("fp16", "Half"), ("bf16", "BFloat16"), ("int8-trt", "INT8")):
+        one = layer("gemm", kind, kind)
+        told = refusal(precision, one, *few)
+        assert f"{precision} was asked for, but only 1 of 201 layers with matrix products" in told
+        assert not refusal(precision, *[one] * 200, *few)
+        assert refusal(precision, *[one] * 199, *few)
+
+
+def test_layers_without_products_do_not_count():
+    casts = [layer("Reformat", "FP32", "Half", name="Reformatting CopyNode for /MatMul")] * 50
+    assert "only 0 of 1 layers with" in refusal("fp16", layer("gemm", "FP32", "FP32"), *casts)
+    norms = [layer("kgen", "FP32", "FP32", name="norm")] * 50
+    assert not refusal("fp16", layer("gemm", "Half", "Half"), *norms)
+    fused = layer("kgen", "Half Half", "Float", name="__myl_MatmulAdd_0")
+    assert not refusal("fp16", fused, *norms)
+    silent = [layer("gemm", "", "")] * 2
+    assert "only 1 of 3" in refusal("fp16", layer("gemm", "Half", "Half"), *silent)
+
+
+def test_every_output_of_a_layer_is_read():
+    both = layer("kgen", "FP32", "FP32 Half")
+    assert "fp32 was asked for, but the engine has fp16 layers" in refusal("fp32", both)
+    assert not refusal("fp16", layer("kgen", "FP32", "Int64 Half"))
+    report = read_report({"Layers": [layer("TopK", "FP32", "Int32 FP32"), both]}, "fp16")
+    assert report.by_type == {"fp32": 1, "fp16": 1} and report.products == {}
+
+
+def test_an_eight_bit_product_may_write_floats():
+    assert not refusal("int8-trt", layer("CaskGemmConvolution", "INT8", "FP32"))
+    assert refusal("int8-trt", layer("CaskGemmConvolution", "FP32", "INT8"))
 
 
 def test_profiles_are_checked_at_the_door():
@@ -584,6 +643,11 @@ def test_an_engine_that_is_built_is_one_that_a_server_takes(int8_bundle, tmp_pat
     bundle = shutil.copytree(int8_bundle, tmp_path / "b")
     stand_in()
     record = build_engine(bundle, static_batch=3)
+    proto = onnx.load(bundle / "model.onnx")
+    kinds = [node.op_type for node in proto.graph.node]
+    attention = 2 * kinds.count("Softmax")  # products of two activations stay as they are
+    products = sum(kind in ("MatMul", "Gemm", "Conv") for kind in kinds)
+    assert record["layers"]["products"] == {"int8": products - attention, "fp32": attention}
     replay = json.loads((bundle / "parity.json").read_text())["golden"]["output_diff"]
     assert record["parity"]["tolerance"] == max(3e-2, 2 * replay)
     prove(load_bundle(bundle), engine_of(bundle))
