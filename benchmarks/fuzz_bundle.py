@@ -2,9 +2,10 @@
 
     python benchmarks/fuzz_bundle.py runs/RUN/bundles/onnx-fp32 --examples 10000 --out fuzz.json
 
+A bundle of several tasks is damaged in its base graph, its deltas and the table of its tasks too.
 Every example copies the bundle, damages the copy and opens and verifies it. Half of the damage is
-as a broken disk does it; after the other half the hashes in the manifest (and the notes in the
-graph) are made right again, as an attacker would, so that the parsers behind them are reached.
+as a broken disk does it; after the other half the hashes in the manifest (and the notes in graphs
+and deltas) are made right again, as an attacker would, so that the parsers behind them are reached.
 Allowed is a refusal by one sentence (`UserError`, `VerificationError`), a report of failed checks,
 or, for damage that changes nothing that counts, a report that all is well. Anything else ends the
 program with the smallest example that hypothesis finds, and exit code 1: another exception, more
@@ -29,13 +30,24 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from mdpd_deploy import verify_bundle
 from mdpd_deploy.errors import UserError, VerificationError
 from mdpd_deploy.machine import describe
-from mdpd_deploy.manifest import graph_notes
+from mdpd_deploy.manifest import (
+    BASE_FILE,
+    DELTA_FILE,
+    EXTERNAL_FILE,
+    TASKS,
+    graph_notes,
+    weights_note,
+)
+from mdpd_deploy.mixed_graph import TABLE
 
 JSON = st.recursive(
     st.none()
@@ -48,18 +60,50 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
     max_leaves=8,
 )  # fmt: skip
+GRAPHS = ("model.onnx", BASE_FILE)
 DTYPES = ("f4", "f8", "f2", "i8", "i4", "u1", "?")
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 8, 20, 641]), max_size=4).filter(
     lambda shape: np.prod(shape) < 2_000_000
 )
 
 
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str] | None]:
+    """Tensors and notes of a safetensors file."""
+    with safe_open(path, framework="np") as stream:
+        return {name: stream.get_tensor(name) for name in stream.keys()}, stream.metadata()  # noqa: SIM118
+
+
+def retie(folder: Path) -> None:
+    """Let the base graph of several tasks name the weights beside it, and deltas that base graph."""
+    base, weights = folder / BASE_FILE, folder / EXTERNAL_FILE
+    if not (base.is_file() and weights.is_file()):
+        return
+    try:
+        proto = onnx.load(base, load_external_data=False)
+        onnx.helper.set_model_props(proto, weights_note(sha256_of(weights)))
+        base.write_bytes(proto.SerializeToString())
+    except DecodeError:  # no graph any more
+        pass
+    for delta in folder.glob(f"{TASKS}/*/{DELTA_FILE}"):
+        try:
+            tensors, notes = read_tensors(delta)
+        except SafetensorError:
+            continue
+        delta.write_bytes(save(tensors, (notes or {}) | {"base_sha256": sha256_of(base)}))
+
+
 def relist(folder: Path) -> None:
-    """Bring the manifest up to date with the files, as someone who tampers would."""
+    """Bring notes and manifest up to date with the files, as someone who tampers would."""
+    retie(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {
         path.relative_to(folder).as_posix(): {
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "sha256": sha256_of(path),
             "bytes": path.stat().st_size,
         }
         for path in sorted(folder.rglob("*"))
@@ -133,11 +177,15 @@ def damage_json(draw: Callable, folder: Path) -> bool:
         path = folder / "parity.json"
         path.write_text(json.dumps(change(draw, json.loads(path.read_text()))))
         return True
-    path = folder / "preprocessor" / "preprocess.json"
-    manifest["preprocess"] = change(draw, json.loads(path.read_text()))
-    path.write_text(json.dumps(manifest["preprocess"]))
+    if "tasks" in manifest:
+        told = draw(st.sampled_from(manifest["tasks"]))
+        path = folder / TASKS / told["name"] / "preprocess.json"
+    else:
+        told, path = manifest, folder / "preprocessor" / "preprocess.json"
+    told["preprocess"] = change(draw, json.loads(path.read_text()))
+    path.write_text(json.dumps(told["preprocess"]))
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    proto = onnx.load(folder / "model.onnx")
+    proto = onnx.load(folder / "model.onnx", load_external_data=False)
     try:
         onnx.helper.set_model_props(proto, graph_notes(manifest))
     except UnicodeEncodeError:  # a graph cannot hold such text
@@ -147,11 +195,9 @@ def damage_json(draw: Callable, folder: Path) -> bool:
 
 
 def damage_tensors(draw: Callable, folder: Path) -> bool:
-    """Replace tensors of the golden vectors or the bare norms by others."""
-    from safetensors.numpy import load_file, save
-
-    path = folder / draw(st.sampled_from(["golden.safetensors", "bare_norms.safetensors"]))
-    tensors = load_file(path)
+    """Replace tensors of golden vectors, of the bare norms or of a task's delta by others."""
+    path = draw(st.sampled_from(sorted(folder.rglob("*.safetensors"))))
+    tensors, notes = read_tensors(path)
     for _ in range(draw(st.integers(1, 3))):
         name = draw(st.sampled_from([*tensors, "raw.0.text", "raw.0.first", "raw.9.rgb", "input."]))
         if draw(st.booleans()):
@@ -161,22 +207,34 @@ def damage_tensors(draw: Callable, folder: Path) -> bool:
             fill = draw(st.sampled_from([0, 1, 255, float("nan"), float("inf")]))
             with np.errstate(invalid="ignore"):
                 tensors[name] = np.full(shape, fill).astype(dtype)
-    path.write_bytes(save(tensors))
+    path.write_bytes(save(tensors, notes))
     return True
 
 
 def damage_graph(draw: Callable, folder: Path) -> bool:
-    """Rename, reshape, move out, multiply or drop parts of the graph."""
-    path = folder / "model.onnx"
-    proto = onnx.load(path)
+    """Rename, reshape, move out, multiply or drop parts of a graph."""
+    path = folder / draw(st.sampled_from([n for n in GRAPHS if (folder / n).is_file()]))
+    proto = onnx.load(path, load_external_data=False)
     graph = proto.graph
-    kind = draw(
-        st.sampled_from(["dims", "external", "name", "node", "copy", "input", "opset", "raw"])
-    )
+    kinds = ["dims", "flat", "external", "name", "twice", "gone", "node", "copy", "input"]
+    kind = draw(st.sampled_from([*kinds, "opset", "raw", "type", "no input"]))
     node = graph.node[draw(st.integers(0, len(graph.node) - 1))]
-    tensor = graph.initializer[draw(st.integers(0, len(graph.initializer) - 1))]
+    tables = [place for place, t in enumerate(graph.initializer) if t.name == TABLE]
+    tensor = graph.initializer[
+        draw(st.sampled_from(tables * 99 + [*range(len(graph.initializer))]))
+    ]
     if kind == "dims":
         tensor.dims.append(draw(st.sampled_from([-1, 0, 2, 2**40, 2**62])))
+    elif kind == "flat":
+        del tensor.dims[:]
+    elif kind == "twice":
+        graph.initializer.add().CopyFrom(tensor)
+    elif kind == "gone":
+        graph.initializer.remove(tensor)
+    elif kind == "type":
+        tensor.data_type = draw(st.sampled_from([0, 1, 6, 8, 10, 16, 99]))
+    elif kind == "no input":
+        graph.input.pop()
     elif kind == "external":
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key in ("location", "offset", "length"):

@@ -27,6 +27,7 @@ from mdpd_deploy.export.precision.forms import form_of
 from mdpd_deploy.export.precision.receipt import require_met, take_receipt
 from mdpd_deploy.files import write_json
 from mdpd_deploy.folders import atomic_folder, refuse_nonempty
+from mdpd_deploy.graph_signature import graph_signature
 from mdpd_deploy.manifest import (
     DELTA_FILE,
     GOLDEN_FILE,
@@ -122,7 +123,8 @@ def _write(members: Sequence[Member], folder: Path, scratch: Path, options: Expo
     for entry, gates in zip(facts["tasks"], passed, strict=True):
         entry["verification"] = {g.name: {"verdict": g.verdict, "note": g.note} for g in gates}
     facts["verification"] = _summary(passed)
-    details = [{gate.name: gate.details for gate in gates} for gates in passed]
+    written = {"graph": graph_signature(path).digests}
+    details = [written | {gate.name: gate.details for gate in gates} for gates in passed]
     write_json(folder / PARITY_FILE, {m.name: d for m, d in zip(members, details, strict=True)})
     seal(folder, facts)
 

@@ -53,6 +53,11 @@ class Candidate:
     gates: tuple[Gate, ...] = ()
     engine: Path | None = None
 
+    @property
+    def warned(self) -> bool:
+        """Whether a gate was missed, which `--parity warn` allows."""
+        return any(gate.verdict == "warned" for gate in self.gates)
+
     def gate(self, name: str) -> Gate | None:
         """Return a gate by name."""
         return next((gate for gate in self.gates if gate.name == name), None)

@@ -19,6 +19,7 @@ from mdpd_deploy.export.trial_engines import with_engine
 from mdpd_deploy.export.trials import TimeGraphs, try_all
 from mdpd_deploy.export.trt_profiles import Profiles
 from mdpd_deploy.golden import load_golden
+from mdpd_deploy.graph_signature import graph_signature
 from mdpd_deploy.manifest import GOLDEN_FILE
 from mdpd_deploy.model import TaskModel
 from mdpd_deploy.onnx_graph import OnnxGraph
@@ -122,6 +123,7 @@ def settle_precision(
     gates = _verdicts(passed, chosen)
     policy = {"mode": asked.parity, "precision": precision, **POLICIES[precision].to_json()}
     details = {gate.name: gate.details for gate in gates} | {"receipt": receipt, "policy": policy}
+    details["graph"] = graph_signature(subject.graph.path).digests
     if chosen.gates:
         renewed = {gate.name for gate in chosen.gates}
         details["before_conversion"] = {g.name: g.details for g in passed if g.name in renewed}

@@ -12,7 +12,7 @@ import onnx
 
 from mdpd_deploy.bundle import Bundle
 from mdpd_deploy.deltas import load_delta
-from mdpd_deploy.engine_parity import Case, policy
+from mdpd_deploy.engine_parity import Case, limits
 from mdpd_deploy.engine_swap import EngineSwap, SwapTask
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.export.engine_options import EngineOptions
@@ -50,8 +50,7 @@ def build_swap(bundle: Bundle, plan: Path, options: EngineOptions | None = None)
         profiles = swap_profiles(bundle, chosen.static_batch)
         plan.write_bytes(build_plan(graph, profiles, chosen, refit=sorted(shapes)).plan)
     runner = TrtRunner(plan, host_code=chosen.version_compatible)
-    tolerance, _ = policy(PRECISION, tf32=chosen.tf32)
-    assert tolerance is not None
+    tolerance = limits(PRECISION, tf32=chosen.tf32, known=0.0).tolerance
     return EngineSwap(runner, _tasks(bundle, shapes), tolerance=tolerance)
 
 

@@ -1,10 +1,12 @@
 """`--precision auto`: every valid precision is tried, timed against fp32, and the fastest is kept.
 
+Kept is only what passed its gates; with `--parity warn` one that missed some is a row of the table.
+
 Timing belongs to another room, so it is handed in as a function.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,9 +91,10 @@ def try_all(
             failed[form.precision] = str(err)
             logger.info("%s is out: %s", form.precision, err)
     race = time_graphs({name: made.engine or made.graph for name, made in candidates.items()})
-    chosen = choose(base.precision, race.timings)
+    warned = [name for name, made in candidates.items() if made.warned]
+    chosen = choose(base.precision, race.timings, barred=warned)
     rows = [_row(f, candidates.get(f.precision), failed.get(f.precision), race) for f in forms]
-    told = _recommendation(base.precision, chosen, race, list(failed))
+    told = _recommendation(base.precision, chosen, race, warned, list(failed))
     table = {
         "chosen": chosen,
         "recommendation": told,
@@ -101,9 +104,16 @@ def try_all(
     return Trials(candidates[chosen], table)
 
 
-def choose(base: str, timings: Mapping[str, Timing]) -> str:
-    """Return the fastest precision that is really faster than `base`, else `base`."""
-    faster = {n: t.median for n, t in timings.items() if n != base and t.verdict == FASTER}
+def choose(base: str, timings: Mapping[str, Timing], *, barred: Collection[str] = ()) -> str:
+    """Return the fastest precision that is really faster than `base`, else `base`.
+
+    Args:
+        base: What is kept otherwise.
+        timings: By precision.
+        barred: Those that missed a gate; `--parity warn` is no reason to prefer them.
+    """
+    open_to = {name: timing for name, timing in timings.items() if name not in {base, *barred}}
+    faster = {name: t.median for name, t in open_to.items() if t.verdict == FASTER}
     return min(faster, key=lambda name: faster[name], default=base)
 
 
@@ -114,10 +124,9 @@ def _row(
     if candidate is None:
         return row | {"verdict": "failed", "reason": failure}
     timing = race.timings[form.precision]
-    warned = any(gate.verdict == "warned" for gate in candidate.gates)
     parity, metric = candidate.gate("parity"), candidate.gate("metric")
     return row | {
-        "verdict": "warned" if warned else "passed",
+        "verdict": "warned" if candidate.warned else "passed",
         "bytes": candidate.graph.stat().st_size,
         "scaled_diff": parity.details["scaled_diff"] if parity else None,
         "drop": metric.details.get("drop") if metric else None,
@@ -129,10 +138,12 @@ def _row(
     }
 
 
-def _recommendation(base: str, chosen: str, race: Race, failed: Sequence[str]) -> str:
+def _recommendation(
+    base: str, chosen: str, race: Race, warned: Collection[str], failed: Sequence[str]
+) -> str:
     timing = race.timings[chosen]
     low, high = timing.ci95
-    others = " and ".join(name for name in race.timings if name != base)
+    others = " and ".join(name for name in race.timings if name not in {base, *warned})
     if chosen != base:
         told = (
             f"{chosen} is kept: the fastest that passes its gates, {timing.median:.2f} "
@@ -142,4 +153,6 @@ def _recommendation(base: str, chosen: str, race: Race, failed: Sequence[str]) -
         told = f"{others} did not pay here: {base} is kept"
     else:
         told = f"{base} is kept"
+    if warned:
+        told = f"{told}; {' and '.join(warned)} missed a gate and cannot be chosen"
     return f"{told}; {' and '.join(failed)} failed" if failed else told

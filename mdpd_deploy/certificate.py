@@ -31,6 +31,13 @@ class Numbers(_Record):
     model_numbers: int = Field(ge=0)
 
 
+class Graph(_Record):
+    """What the deployed graph is, in whatever precision: its operators and all of its weights."""
+
+    structure_sha256: Digest
+    values_sha256: Digest
+
+
 class Identity(_Record):
     """What the graph shares with the bare backbone's.
 
@@ -76,17 +83,25 @@ class Metric(_Record):
     allowed: dict[str, float] | None = None
 
 
+class Golden(_Record):
+    """How far the graph's golden outputs are from PyTorch's, in standard deviations."""
+
+    output_diff: float = Field(ge=0)
+
+
 def _none_if_empty(value: object) -> object:
     return value or None  # a gate that did not apply has no numbers
 
 
 class Certificate(_Record):
-    """`parity.json`; a part is None where its gate did not apply."""
+    """`parity.json`; a part is None where its gate did not apply, or before it was kept."""
 
+    graph: Graph | None = None
     side_free: Annotated[Numbers | None, BeforeValidator(_none_if_empty)] = None
     identity: Annotated[Identity | None, BeforeValidator(_none_if_empty)] = None
     parity: Annotated[Parity | None, BeforeValidator(_none_if_empty)] = None
     metric: Annotated[Metric | None, BeforeValidator(_none_if_empty)] = None
+    golden: Annotated[Golden | None, BeforeValidator(_none_if_empty)] = None
 
 
 def read_certificate(bundle: Path, task: str | None = None) -> Certificate:

@@ -76,6 +76,16 @@ class Signature:
         nodes = [node.structure for node in self.nodes]
         return _sha256_of([self.opset, self.inputs, self.outputs, nodes])
 
+    @property
+    def values_sha256(self) -> str:
+        """Hex SHA-256 of the values of all weights: equal where those of every use are."""
+        return values_sha256(weight.digest for weight in self.weights)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Both, as the fade certificate keeps them of the graph that is deployed."""
+        return {"structure_sha256": self.structure_sha256, "values_sha256": self.values_sha256}
+
 
 def graph_signature(path: Path) -> Signature:
     """Read a graph and return its signature; weights outside the file are read beside it."""

@@ -81,6 +81,7 @@ class TaskEntry(BaseModel):
     metrics: list[str] = Field(min_length=1)
     data: dict[str, Any]
     preprocess: dict[str, Any]
+    verification: dict[str, Any]
 
 
 class Manifest(BaseModel):

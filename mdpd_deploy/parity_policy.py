@@ -59,6 +59,20 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+# Of the outputs' spread: float32 on a CPU, and what TF32 or FP16 products on a GPU may differ by.
+CPU_TOLERANCE, GPU_TOLERANCE = 1e-4, 3e-2
+
+
+def allowed_again(known: float, *, on_cpu: bool) -> float:
+    """Return how far golden outputs may be off when a bundle is run again, in standard deviations.
+
+    Args:
+        known: How far they were off at the export, where a reduced precision was accepted.
+        on_cpu: Whether it runs on a CPU.
+    """
+    return max(CPU_TOLERANCE if on_cpu else GPU_TOLERANCE, 2 * known)
+
+
 def spread_of(outputs: NDArray[np.floating[Any]]) -> float:
     """Return what differences of outputs are scaled by: their standard deviation, never 0."""
     floor = SPREAD_FLOOR * float(np.abs(outputs).max())

@@ -52,6 +52,17 @@ class Runner(Forward, Protocol):
     failed: str | None
 
 
+def run_cut(runner: Runner, arrays: dict[str, NDArray[Any]], /) -> NDArray[np.float32]:
+    """Run a batch of any size in pieces that the runner takes; outputs [B, C]."""
+    rows = len(next(iter(arrays.values())))
+    size = runner.max_batch or rows
+    parts = [
+        runner({name: array[start : start + size] for name, array in arrays.items()})
+        for start in range(0, rows, size)
+    ]
+    return np.concatenate(parts)
+
+
 class OnnxRunner:
     """A batch of named arrays in, one array out.
 

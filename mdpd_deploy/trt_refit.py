@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.engine_parity import Case, compare_engine
+from mdpd_deploy.engine_parity import Case, Limits, compare_engine
 from mdpd_deploy.errors import UserError, VerificationError, WorkFailed
 from mdpd_deploy.trt_library import import_trt, said
 from mdpd_deploy.trt_runner import TrtRunner
@@ -73,7 +73,8 @@ def _attempt(
         _exchange(runner, values)
     except WorkFailed as err:  # some weights may have changed already
         return str(err)
-    parity = compare_engine(_Columns(runner, golden), [golden], tolerance=tolerance)
+    limits = Limits(tolerance, tolerance, 1.0)
+    parity = compare_engine(_Columns(runner, golden), [golden], limits)
     if parity.passed:
         return None
     return (

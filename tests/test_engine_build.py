@@ -1,5 +1,6 @@
 """`mdpd export --fmt trt` and `mdpd build-engine`, driven with a stand-in for TensorRT (D17)."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -10,10 +11,12 @@ import pytest
 
 from mdpd_deploy import build_engine, export_run, load_bundle
 from mdpd_deploy.cli import main
+from mdpd_deploy.engine_parity import Case, Limits, compare_engine, limits
 from mdpd_deploy.errors import ExportError, UserError, VerificationError
 from mdpd_deploy.export.trt_layers import check_precision, read_report
 from mdpd_deploy.export.trt_profiles import profile_shapes
 from mdpd_deploy.manifest import replace_caches
+from mdpd_deploy.proof import prove
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 RELEASES = ("10.13.3.9", "10.16.1.11", "11.4.0.106")
@@ -500,9 +503,68 @@ def test_the_layer_report_reads_both_forms():
         for asked in ("fp32", "bf16", "int8-trt"):
             with pytest.raises(VerificationError, match=f"{asked} was asked for"):
                 check_precision(report, asked)
-    with pytest.raises(VerificationError, match="no layer of the engine computes in it"):
+    with pytest.raises(VerificationError, match="only 0 of 1 layers compute in it"):
         check_precision(read_report(ten | {"Layers": ten["Layers"][2:]}, "fp16"), "fp16")
     assert read_report({"Layers": ["just a name"]}, "fp32").by_type == {"unknown": 1}
+
+
+def layer(kind, reads, writes, name="x"):
+    def tensors(types):
+        return [{"Name": "t", "Format/Datatype": told} for told in types.split()]
+
+    return {"Name": name, "LayerType": kind, "Inputs": tensors(reads), "Outputs": tensors(writes)}
+
+
+def refusal(precision, *layers):
+    """Return why an engine of these layers is refused; "" when it is taken."""
+    try:
+        check_precision(read_report({"Layers": list(layers)}, precision), precision)
+    except VerificationError as err:
+        return str(err)
+    return ""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8-trt"])
+@pytest.mark.parametrize(
+    "nothing", ["only a name", {"Name": "a"}, layer("gemm", "N/A", "N/A"), layer("a", "", "Int64")]
+)
+def test_an_engine_of_which_nothing_is_known_is_refused(precision, nothing):
+    told = refusal(precision, nothing, nothing)
+    assert f"any of the engine's 2 layers computes, so nothing shows that it is {precision}" in told
+
+
+def test_one_reduced_layer_among_many_is_not_the_precision():
+    few = [layer("gemm", "FP32 FP32", "FP32")] * 200
+    for precision, kind in (("fp16", "Half"), ("bf16", "BFloat16"), ("int8-trt", "INT8")):
+        one = layer("gemm", kind, kind)
+        told = refusal(precision, one, *few)
+        assert f"{precision} was asked for, but only 1 of 201 layers with matrix products" in told
+        assert not refusal(precision, *[one] * 200, *few)
+        assert refusal(precision, *[one] * 199, *few)
+
+
+def test_layers_without_products_do_not_count():
+    casts = [layer("Reformat", "FP32", "Half", name="Reformatting CopyNode for /MatMul")] * 50
+    assert "only 0 of 1 layers with" in refusal("fp16", layer("gemm", "FP32", "FP32"), *casts)
+    norms = [layer("kgen", "FP32", "FP32", name="norm")] * 50
+    assert not refusal("fp16", layer("gemm", "Half", "Half"), *norms)
+    fused = layer("kgen", "Half Half", "Float", name="__myl_MatmulAdd_0")
+    assert not refusal("fp16", fused, *norms)
+    silent = [layer("gemm", "", "")] * 2
+    assert "only 1 of 3" in refusal("fp16", layer("gemm", "Half", "Half"), *silent)
+
+
+def test_every_output_of_a_layer_is_read():
+    both = layer("kgen", "FP32", "FP32 Half")
+    assert "fp32 was asked for, but the engine has fp16 layers" in refusal("fp32", both)
+    assert not refusal("fp16", layer("kgen", "FP32", "Int64 Half"))
+    report = read_report({"Layers": [layer("TopK", "FP32", "Int32 FP32"), both]}, "fp16")
+    assert report.by_type == {"fp32": 1, "fp16": 1} and report.products == {}
+
+
+def test_an_eight_bit_product_may_write_floats():
+    assert not refusal("int8-trt", layer("CaskGemmConvolution", "INT8", "FP32"))
+    assert refusal("int8-trt", layer("CaskGemmConvolution", "FP32", "INT8"))
 
 
 def test_profiles_are_checked_at_the_door():
@@ -513,21 +575,106 @@ def test_profiles_are_checked_at_the_door():
         profile_shapes(inputs, {"batch": {"min": 1, "opt": 8, "max": 4}})
 
 
-def test_classes_that_flip_fail_the_parity():
-    from mdpd_deploy.engine_parity import Case, compare_engine, policy
+# --- parity ---------------------------------------------------------------------------------------
 
-    class Flips:
-        max_batch = 2
 
-        def __call__(self, arrays):
-            return arrays["x"][:, ::-1]
+class Answers:
+    """Gives a changed form of its input."""
 
-    wanted = np.array([[1, 0], [0, 1], [3, 2]], dtype=np.float32)
-    parity = compare_engine(Flips(), [Case("a", {"x": wanted}, wanted)], tolerance=None)
-    assert parity.agreement == 1.0  # no margin exceeds the drift
-    tolerance, agreement = policy("int8-trt", tf32=True)
-    assert tolerance is None and agreement == 0.99
-    far = Case("b", {"x": np.float32([[np.nan, 1]])}, None)
-    assert not compare_engine(
-        Flips(), [Case("a", {"x": wanted}, wanted), far], tolerance=None
-    ).passed
+    def __init__(self, change):
+        self.max_batch, self.change = 2, change
+
+    def __call__(self, arrays):
+        return self.change(arrays["x"])
+
+
+WRONG = {
+    "five times the opposite": lambda outputs: -5 * outputs,
+    "a constant": lambda outputs: np.full_like(outputs, 100),
+    "classes exchanged": lambda outputs: outputs[:, ::-1],
+    "not finite": lambda outputs: outputs * np.float32(np.nan),
+    "infinite": lambda outputs: outputs + np.float32(np.inf),
+    "one more class": lambda outputs: np.concatenate([outputs, outputs[:, :1]], axis=1),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-trt"])
+@pytest.mark.parametrize("name", WRONG)
+def test_an_engine_that_answers_something_else_fails_in_every_precision(name, precision):
+    wanted = np.random.default_rng(0).standard_normal((9, 3), dtype=np.float32)
+    held_to = limits(precision, tf32=True, known=0.1)
+    cases = [Case("a", {"x": wanted}, wanted)]
+    assert compare_engine(Answers(lambda x: x), cases, held_to).passed
+    assert not compare_engine(Answers(WRONG[name]), cases, held_to).passed
+
+
+def test_int8_may_be_off_by_twice_what_its_graph_was():
+    wanted = np.random.default_rng(0).standard_normal((9, 3), dtype=np.float32)
+    cases = [Case("a", {"x": wanted}, wanted)]
+
+    def passes(share, known):
+        shift = np.float32([share * wanted.std(), 0, 0])
+        held_to = limits("int8-trt", tf32=True, known=known)
+        return compare_engine(Answers(lambda x: x + shift), cases, held_to).passed
+
+    assert passes(0.19, 0.1) and not passes(0.21, 0.1)
+    assert passes(0.029, 0) and not passes(0.031, 0)
+
+
+def test_clear_predictions_are_told_by_the_reference_alone():
+    """However far off an engine is, that makes no prediction unclear."""
+    wanted = np.float32([[1, 0], [0, 1], [3, 2], [0.01, 0]])
+    off = compare_engine(
+        Answers(lambda x: x[:, ::-1]), [Case("a", {"x": wanted}, wanted)], Limits(9, 0.1, 0.99)
+    )
+    assert off.agreement == 0 and not off.passed
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(tiny_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("int8") / "b"
+    words = dict(precision="int8-trt", fmt="trt", parity="warn", out=out, **SYNTHETIC)
+    return export_run(tiny_run.path, **words).path
+
+
+@pytest.mark.parametrize("name", ["five times the opposite", "a constant", "not finite"])
+def test_an_int8_engine_that_answers_something_else_is_not_kept(
+    int8_bundle, tmp_path, stand_in, name
+):
+    bundle = shutil.copytree(int8_bundle, tmp_path / "b")
+    trt, _ = stand_in()
+    trt._faults["outputs"] = WRONG[name]
+    with pytest.raises(VerificationError, match="engine parity: "):
+        build_engine(bundle)
+    assert not (bundle / "model.plan").exists()
+
+
+def test_an_engine_that_is_built_is_one_that_a_server_takes(int8_bundle, tmp_path, stand_in):
+    """Also where its batch is smaller than the number of golden inputs."""
+    bundle = shutil.copytree(int8_bundle, tmp_path / "b")
+    stand_in()
+    record = build_engine(bundle, static_batch=3)
+    proto = onnx.load(bundle / "model.onnx")
+    kinds = [node.op_type for node in proto.graph.node]
+    attention = 2 * kinds.count("Softmax")  # products of two activations stay as they are
+    products = sum(kind in ("MatMul", "Gemm", "Conv") for kind in kinds)
+    assert record["layers"]["products"] == {"int8": products - attention, "fp32": attention}
+    replay = json.loads((bundle / "parity.json").read_text())["golden"]["output_diff"]
+    assert record["parity"]["tolerance"] == max(3e-2, 2 * replay)
+    prove(load_bundle(bundle), engine_of(bundle))
+
+
+def test_an_engine_that_a_server_would_refuse_is_not_kept(bundle, stand_in):
+    trt, _ = stand_in()
+    trt._faults["drift"] = 0.01  # fine by the spread over all shapes
+    build_engine(bundle)
+    parity = json.loads((bundle / "parity.json").read_text())
+    parity["parity"]["spread"] /= 10
+    (bundle / "parity.json").write_text(json.dumps(parity))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    raw = (bundle / "parity.json").read_bytes()
+    entry = {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
+    manifest["files"]["parity.json"] = entry
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(VerificationError, match="golden vectors come out wrong on this device"):
+        build_engine(bundle, rebuild=True)

@@ -1,10 +1,12 @@
 """Several tasks on one backbone: one bundle, one graph, mixed batches, swap, and what is refused."""
 
+import hashlib
 import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -25,13 +27,14 @@ from mdpd_deploy.export.multi import share_tokenizer
 from mdpd_deploy.export.multi_gates import check_mixed_rows
 from mdpd_deploy.manifest import graph_notes
 from mdpd_deploy.mixed import Swap, TaskRunner, mixed_batch
-from mdpd_deploy.mixed_graph import added_nodes, mixed_graph
+from mdpd_deploy.mixed_graph import TABLE, added_nodes, mixed_graph
 from mdpd_deploy.parity import FP32_TOLERANCE, Parity, torch_outputs
 from mdpd_deploy.run import Run
 from mdpd_deploy.runner import OnnxRunner
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
+FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz_bundle.py"
 GATES = ("side_free", "identity", "parity", "swap", "metric", "golden", "mixed")
 SHORT = {"steps": 6, "batch": 8, "quiet": True, "method": "norms"}
 
@@ -523,8 +526,6 @@ def rewrite(bundle, change):
 
 def relist(bundle, name):
     """Bring the manifest up to date, as someone who tampers would."""
-    import hashlib
-
     raw = (bundle / name).read_bytes()
     entry = {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
     rewrite(bundle, lambda plain: plain["files"].update({name: entry}))
@@ -570,6 +571,10 @@ DAMAGE = {
     "a name that leaves": (
         lambda b, _: rewrite(b, lambda p: p["tasks"][0].update(name="../../x")),
         "manifest.json is damaged at 'tasks.0.name'",
+    ),
+    "no verdicts": (
+        lambda b, _: rewrite(b, lambda p: p["tasks"][1].pop("verification")),
+        "manifest.json is damaged at 'tasks.1.verification'",
     ),
     "a name twice": (
         lambda b, _: rewrite(b, lambda p: p["tasks"][0].update(name="stars")),
@@ -696,6 +701,80 @@ def test_a_delta_that_the_graph_does_not_hold_is_found(damaged):
     report = verify_bundle(damaged)
     assert report.unsound[0] == "identity"
     assert "deltas" in {check.name: check.note for check in report.checks}["identity"]
+
+
+def drop_table(graph):
+    graph.initializer.remove(table_of(graph))
+
+
+def repeat_table(graph):
+    graph.initializer.add().CopyFrom(table_of(graph))
+
+
+def flatten_table(graph):
+    del table_of(graph).dims[:]
+
+
+def table_of(graph):
+    return next(tensor for tensor in graph.initializer if tensor.name == TABLE)
+
+
+def drop_weight(graph):
+    graph.initializer.remove(next(t for t in graph.initializer if "query.weight" in t.name))
+
+
+def shape_weight(graph):
+    next(t for t in graph.initializer if t.name == HEAD_BIAS).dims.append(2**40)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "check"),
+    [
+        ("model.onnx", drop_table, "parameters"),
+        ("model.onnx", repeat_table, "parameters"),
+        ("model.onnx", flatten_table, "parameters"),
+        ("base.onnx", drop_weight, "identity"),
+        ("base.onnx", shape_weight, "identity"),
+        ("base.onnx", lambda graph: graph.initializer.pop(), "identity"),
+        ("base.onnx", lambda graph: graph.node.pop(), "identity"),
+    ],
+)
+def test_a_damaged_graph_of_several_tasks_fails_its_checks(name, change, check, damaged):
+    """Hashes and the deltas' notes agree with the damage, so only the checks can see it."""
+    proto = onnx.load(damaged / name, load_external_data=False)
+    change(proto.graph)
+    (damaged / name).write_bytes(proto.SerializeToString())
+    relist(damaged, name)
+    if name == "base.onnx":
+        digest = hashlib.sha256((damaged / name).read_bytes()).hexdigest()
+        for path in damaged.glob("tasks/*/delta.safetensors"):
+            tensors = load_file(path)
+            Delta(digest, tensors).save(path)
+            relist(damaged, str(path.relative_to(damaged)))
+    found = {seen.name: seen for seen in verify_bundle(damaged).checks}
+    assert found[check].verdict == "failed" and "\n" not in found[check].note
+    assert all(found[f"golden of {task}"].verdict == "not run" for task in RAWS)
+
+
+def test_a_weight_of_the_mixed_graph_that_the_golden_vectors_miss_is_seen(damaged):
+    proto = onnx.load(damaged / "model.onnx", load_external_data=False)
+    table = table_of(proto.graph)
+    values = numpy_helper.to_array(table) * np.float32(1 + 1e-6)
+    table.CopyFrom(numpy_helper.from_array(values, TABLE))
+    (damaged / "model.onnx").write_bytes(proto.SerializeToString())
+    relist(damaged, "model.onnx")
+    assert {"graph", "identity"} <= set(verify_bundle(damaged).unsound)
+
+
+def test_fuzzed_bundles_of_several_tasks_are_only_ever_refused_or_fail_checks(
+    text_bundle, run_python, tmp_path
+):
+    """The same program makes 1,500 examples for docs/reliability.md."""
+    out = tmp_path / "fuzz.json"
+    done = run_python(str(FUZZ), str(text_bundle.path), "--examples", "100", "--out", str(out))
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcomes = json.loads(out.read_text())["outcomes"]
+    assert {"refused", "checks failed"} <= {what.split(": ")[1] for what in outcomes}
 
 
 def test_verify_of_several_tasks_takes_no_data_of_one(text_bundle):

@@ -566,7 +566,8 @@ def test_auto_tries_what_is_valid_and_keeps_by_measurement(tiny_run, tmp_path, c
     for row in tried["trials"]:
         low, high = row["ci95"]
         assert 0 < low <= row["ratio"] <= high
-    best = [r for r in tried["trials"] if r["timing"] == "faster"]
+    passed = [r for r in tried["trials"] if r["verdict"] == "passed"]
+    best = [r for r in passed if r["timing"] == "faster"]
     expected = min(best, key=lambda r: r["ratio"])["precision"] if best else "fp32"
     assert tried["chosen"] == expected
     shown = capsys.readouterr().out
@@ -583,6 +584,42 @@ def test_auto_keeps_fp32_unless_another_is_really_faster():
     assert choose("fp32", {"fp32": base, "fp16": Timed(0.9, "cannot-tell")}) == "fp32"
     both = {"fp32": base, "fp16": Timed(0.8, "faster"), "int8-cpu": Timed(0.5, "faster")}
     assert choose("fp32", both) == "int8-cpu"
+    assert choose("fp32", both, barred=["int8-cpu"]) == "fp16"
+    assert choose("fp32", both, barred=["int8-cpu", "fp16"]) == "fp32"
+
+
+@pytest.mark.parametrize("missed", ["parity", "metric"])
+def test_auto_does_not_keep_what_only_warned(fp32, fp16, missed):
+    """It is the fastest by far, and stays a row of the table."""
+    graph = fp32.path / "model.onnx"
+
+    def make(form):
+        if form.precision == "fp32":
+            return reduced.unconverted(form, graph)
+        gates = fp16.gates
+        if form.precision == "int8-cpu":
+            gates = [replace(g, verdict="warned") if g.name == missed else g for g in gates]
+        return replace(fp16, form=form, gates=tuple(gates))
+
+    def time_graphs(graphs):
+        faster = {"fp16": 0.9, "int8-cpu": 0.3}
+        found = {
+            name: GraphTiming(ratio, (ratio, ratio), 2.0, "faster", "faster")
+            for name, ratio in faster.items()
+        }
+        base = GraphTiming(1.0, (0.9, 1.1), 2.0, "control", "control")
+        return Race({"fp32": base} | {n: found[n] for n in graphs if n in found}, {"batch": 1})
+
+    forms = forms_for("cpu")
+    tried = try_all(forms, make, time_graphs)
+    assert tried.chosen.form.precision == "fp16"
+    row = tried.table["trials"][2]
+    assert (row["verdict"], row["ratio"]) == ("warned", 0.3)
+    told = tried.table["recommendation"]
+    assert told.startswith("fp16 is kept: the fastest that passes its gates, 0.90")
+    assert told.endswith("; int8-cpu missed a gate and cannot be chosen")
+    without = try_all([forms[0], forms[2]], make, time_graphs).table["recommendation"]
+    assert without == "fp32 is kept; int8-cpu missed a gate and cannot be chosen"
 
 
 @pytest.mark.parametrize(

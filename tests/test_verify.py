@@ -22,8 +22,8 @@ from mdpd_deploy.onnx_graph import export_onnx
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
-CHECKS = ["files", "schema", "signature", "side_free", "identity", "parameters", "parity"]
-CHECKS += ["golden", "metric"]
+CHECKS = ["files", "schema", "signature", "graph", "side_free", "identity", "parameters"]
+CHECKS += ["parity", "golden", "metric"]
 FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz_bundle.py"
 
 
@@ -132,7 +132,9 @@ TAMPERED = {
     "frozen weight": (
         with_graph(lambda g: move(g, "mlp.fc1.bias")), "identity", "beside the tuned norms"),
     "head": (with_graph(lambda g: move(g, "head.linear")), "identity", "beside the tuned norms"),
-    "tuned norm": (with_graph(lambda g: move(g, "norm1.weight")), "golden", "outputs are off"),
+    "tuned norm": (
+        with_graph(lambda g: move(g, "norm1.weight")), "graph", "a weight of the graph is not"),
+    "an operator": (with_graph(swap_nodes_operator), "graph", "node for node, the one that was"),
     "bare norm": (
         with_tensors("bare_norms.safetensors", swap_norms), "identity", "beside the tuned norms"),
     "bare norms of another shape": (
@@ -230,7 +232,7 @@ def test_a_failed_check_is_exit_code_1_after_the_table(bundle, capsys):
     assert main(["verify", str(bundle)]) == 1
     said = capsys.readouterr()
     assert "identity" in said.out and said.err.count("\n") == 1
-    assert said.err.endswith("did not pass: identity, golden.\n")
+    assert said.err.endswith("did not pass: graph, identity, golden.\n")
 
 
 def test_a_flipped_byte_is_refused_before_anything_is_read(bundle, capsys):
@@ -281,6 +283,91 @@ def test_a_converted_graph_keeps_the_record_of_its_identity(bundle):
     with_graph(lambda g: g.node.add().CopyFrom(onnx.helper.make_node("Constant", [], ["c"], value=big)))(bundle)  # fmt: skip
     relist(bundle)
     assert seen(bundle)["parameters"].verdict == "failed"
+
+
+@pytest.fixture(scope="module", params=["int8-cpu", "fp16"])
+def exported_low(request, tiny_text_run, tmp_path_factory):
+    """A real bundle of reduced precision; treat it as read-only."""
+    out = tmp_path_factory.mktemp("low") / "b"
+    options = dict(precision=request.param, metric_gate=False, golden="synthetic")
+    return export_run(tiny_text_run.path, out=out, **options).path
+
+
+@pytest.fixture
+def low(exported_low, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(exported_low, tmp_path / "low")
+
+
+def reverse_matrices(graph):
+    """Give every matrix other weights of the same shape and type."""
+    for tensor in graph.initializer:
+        if len(tensor.dims) == 2:
+            values = numpy_helper.to_array(tensor)[::-1].copy()
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+def forget_digests(bundle):
+    """Make it a bundle of before digests of the deployed graph were kept."""
+    with_json("parity.json", lambda plain: plain.pop("graph"))(bundle)
+    relist(bundle)
+
+
+def test_a_converted_graph_with_other_weights_is_seen(low):
+    found = seen(low)
+    assert found["graph"].verdict == found["golden"].verdict == "passed"
+    assert found["identity"].verdict == "recorded" and "weights as exported" in found["graph"].note
+    with_graph(reverse_matrices)(low)
+    relist(low)
+    found = seen(low)
+    assert found["graph"].verdict == "failed" and found["golden"].verdict == "not run"
+
+
+def test_one_scale_of_a_converted_graph_is_seen(low):
+    """A change far too small for the golden vectors."""
+
+    def nudge(graph):
+        floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+        tensor = next(t for t in graph.initializer if t.data_type in floats and t.dims)
+        values = numpy_helper.to_array(tensor).copy()
+        values.flat[0] = np.nextafter(values.flat[0], values.dtype.type(9))
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    with_graph(nudge)(low)
+    relist(low)
+    assert verify_bundle(low).unsound[0] == "graph"
+    forget_digests(low)
+    assert verify_bundle(low).unsound == []
+
+
+def test_golden_vectors_hold_a_bundle_without_digests(low, bundle):
+    """int8 has no tolerance of its own: what counts is how far off it was at the export."""
+    forget_digests(low)
+    found = seen(low)
+    assert found["graph"].verdict == "recorded" and not verify_bundle(low).unsound
+    with_graph(reverse_matrices)(low)
+    relist(low)
+    found = seen(low)["golden"]
+    assert found.verdict == "failed" and "outputs are off" in found.note
+
+    with_graph(lambda graph: move(graph, "norm1.weight"))(bundle)
+    forget_digests(bundle)
+    found = seen(bundle)["golden"]
+    assert found.verdict == "failed" and "outputs are off" in found.note
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda outputs: np.concatenate([outputs, outputs], axis=1),
+        lambda outputs: np.full_like(outputs, np.nan),
+    ],
+    ids=["another shape", "not finite"],
+)
+def test_golden_outputs_of_another_shape_or_not_finite_fail(low, change):
+    with_tensors("golden.safetensors", lambda t: t.update(output=change(t["output"])))(low)
+    relist(low)
+    assert verdicts(low)["golden"] == "failed"
 
 
 def test_a_foreign_device_is_bad_input(exported):

@@ -6,6 +6,7 @@ a kind with more to it gets one more function and one more line in a table below
 files       every file is the one that the manifest lists
 schema      the manifest can be read, and the graph's own notes agree with it
 signature   the files are those that the owner of a key signed
+graph       its operators and weights have the digests of the export
 side_free   no tensor of a side network, no weight that nothing reads
 identity    node for node the bare backbone's graph; with the bare norms put back, its weights too
 parameters  as many numbers as backbone and head have
@@ -19,7 +20,12 @@ from dataclasses import dataclass, replace
 
 from mdpd_deploy.errors import MdpdError, VerificationError, printable
 from mdpd_deploy.verification.behaviour import check_golden, check_metric, check_parity
-from mdpd_deploy.verification.graph import check_identity, check_parameters, check_side_free
+from mdpd_deploy.verification.graph import (
+    check_graph,
+    check_identity,
+    check_parameters,
+    check_side_free,
+)
 from mdpd_deploy.verification.integrity import check_files, check_schema, check_signature
 from mdpd_deploy.verification.subject import SOUND, Seen, Subject, Verdict
 
@@ -41,6 +47,7 @@ OF_THE_BUNDLE: Checks = {
     "files": check_files,
     "schema": check_schema,
     "signature": check_signature,
+    "graph": check_graph,
     "side_free": check_side_free,
     "identity": check_identity,
     "parameters": check_parameters,

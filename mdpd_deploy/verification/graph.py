@@ -1,4 +1,4 @@
-"""Is the graph that of the bare backbone and a head, and nothing more?"""
+"""Is the graph the export's: that of the bare backbone and a head, and nothing more?"""
 
 import math
 
@@ -16,6 +16,19 @@ _NUMBERS = frozenset(
     getattr(onnx.TensorProto, name)
     for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT8", "UINT8", "FLOAT8E4M3FN")
 )
+
+
+def check_graph(subject: Subject) -> Seen:
+    """Operators and weights have the digests that the export took of the graph it wrote."""
+    for record in subject.certificates.values():
+        if record.graph is None:
+            return Seen("recorded", "exported before digests of the deployed graph were kept")
+        if subject.signature.structure_sha256 != record.graph.structure_sha256:
+            raise VerificationError("the graph is not, node for node, the one that was exported")
+        if subject.signature.values_sha256 != record.graph.values_sha256:
+            raise VerificationError("a weight of the graph is not the one that was exported")
+    count = len(subject.signature.weights)
+    return Seen("passed", f"{len(subject.signature.nodes)} nodes and {count} weights as exported")
 
 
 def check_side_free(subject: Subject) -> Seen:

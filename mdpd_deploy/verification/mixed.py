@@ -6,27 +6,29 @@ from typing import get_args
 import onnx
 from onnx import numpy_helper
 
-from mdpd_deploy.certificate import read_certificate
 from mdpd_deploy.deltas import Delta, load_delta
 from mdpd_deploy.errors import VerificationError
-from mdpd_deploy.graph_signature import graph_signature, values_sha256
-from mdpd_deploy.manifest import BASE_FILE, DELTA_FILE, TASKS
+from mdpd_deploy.graph_signature import graph_signature
+from mdpd_deploy.manifest import BASE_FILE, DELTA_FILE, MODEL_FILE, TASKS
 from mdpd_deploy.mixed_graph import TABLE, Form, mixed_graph
-from mdpd_deploy.verification.subject import TOO_OLD, Seen, Subject
+from mdpd_deploy.verification.subject import TOO_OLD, Seen, Subject, sound_graph
 
 
 def check_mixed_identity(subject: Subject) -> Seen:
     """The base graph is the bare backbone's, and it and the deltas make the mixed graph again."""
-    base = graph_signature(subject.path / BASE_FILE)
-    for task in subject.bundle.tasks:
-        record = read_certificate(subject.path, task.name).identity
+    with sound_graph(BASE_FILE):
+        base = graph_signature(subject.path / BASE_FILE)
+    for certificate in subject.certificates.values():
+        record = certificate.identity
         if record is None or record.structure_sha256 is None:
             return TOO_OLD
         if record.structure_sha256 != base.structure_sha256:
             raise VerificationError(f"{BASE_FILE} is not, node for node, the bare backbone's graph")
-        if record.bare_values_sha256 != values_sha256(weight.digest for weight in base.weights):
+        if record.bare_values_sha256 != base.values_sha256:
             raise VerificationError(f"a weight of {BASE_FILE} is not the bare backbone's")
-    if not any(_same(subject.graph, made) for made in _made_again(subject)):
+    with sound_graph(MODEL_FILE):
+        same = any(_same(subject.graph, made) for made in _made_again(subject))
+    if not same:
         raise VerificationError("the graph is not what the base graph and the deltas make")
     count = len(subject.bundle.tasks)
     return Seen(
@@ -38,16 +40,18 @@ def check_mixed_identity(subject: Subject) -> Seen:
 
 def check_mixed_parameters(subject: Subject) -> Seen:
     """Count the numbers of the base graph and of each task."""
-    for task in subject.bundle.tasks:
-        record = read_certificate(subject.path, task.name).side_free
+    for name, certificate in subject.certificates.items():
+        record = certificate.side_free
         if record is None:
             return TOO_OLD
         if record.graph_numbers > record.model_numbers + subject.bundle.manifest["nodes"]:
-            raise VerificationError(f"the graph of {task.name} holds more than backbone and head")
+            raise VerificationError(f"the graph of {name} holds more than backbone and head")
     sizes = [sum(array.size for array in delta.tensors.values()) for delta in _deltas(subject)]
-    tables = [t for t in subject.graph.graph.initializer if t.name == TABLE]
-    rows, row = tables[0].dims[0], tables[0].dims[-1]
-    if len(tables) != 1 or rows != len(sizes) or max(sizes) > row:
+    tables = [t.dims for t in subject.graph.graph.initializer if t.name == TABLE]
+    if len(tables) != 1 or len(tables[0]) != 3:
+        raise VerificationError("the graph has no table of the tasks, or several")
+    rows, _, row = tables[0]
+    if rows != len(sizes) or max(sizes) > row:
         raise VerificationError("the table of the tasks holds other rows than their deltas")
     return Seen("passed", f"{min(sizes):,} to {max(sizes):,} numbers a task beside the backbone's")
 

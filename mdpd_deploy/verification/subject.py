@@ -1,5 +1,7 @@
 """What is checked, and what a check says of it. No torch here (D27)."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +12,24 @@ import onnx
 from mdpd_deploy.bundle import Bundle, Task
 from mdpd_deploy.certificate import Certificate, read_certificate
 from mdpd_deploy.data.examples import Split
-from mdpd_deploy.errors import VerificationError
+from mdpd_deploy.errors import MdpdError, VerificationError
 from mdpd_deploy.graph_signature import Signature, graph_signature
 from mdpd_deploy.manifest import MODEL_FILE
 from mdpd_deploy.runner import Forward, Runner
 
 Verdict = Literal["passed", "recorded", "not applicable", "not recorded", "not run", "failed"]
 SOUND = ("passed", "recorded", "not applicable")
+
+
+@contextlib.contextmanager
+def sound_graph(name: str) -> Iterator[None]:
+    """Turn what protobuf, onnx and numpy stumble on in a broken graph into `VerificationError`."""
+    try:
+        yield
+    except MdpdError:
+        raise
+    except Exception as err:
+        raise VerificationError(f"{name} is no sound graph ({err!r:.200})") from err
 
 
 class Seen(NamedTuple):
@@ -89,6 +102,12 @@ class Subject:
         """The numbers of the export's gates."""
         return read_certificate(self.path, self.task.name if self.bundle.mixed else None)
 
+    @property
+    def certificates(self) -> dict[str, Certificate]:
+        """The numbers of every task's gates, by its name."""
+        tasks, mixed = self.bundle.tasks, self.bundle.mixed
+        return {t.name: read_certificate(self.path, t.name if mixed else None) for t in tasks}
+
     @cached_property
     def graph(self) -> onnx.ModelProto:
         """The graph without weights that lie outside its file."""
@@ -97,10 +116,8 @@ class Subject:
     @cached_property
     def signature(self) -> Signature:
         """The graph's structure and the digests of its weights."""
-        try:
+        with sound_graph(MODEL_FILE):
             return graph_signature(self.path / MODEL_FILE)
-        except Exception as err:  # what protobuf, onnx and numpy stumble on in a broken graph
-            raise VerificationError(f"{MODEL_FILE} is no sound graph ({err!r:.200})") from err
 
     @property
     def runner(self) -> Runner:

@@ -24,8 +24,8 @@ A `RunnerFactory` opens the graph on a device; `open_runner` is the default.
     json_body.py     JSON from strangers                    tensors.py    what an input accepts
     protocol.py      bodies ↔ arrays                        graph_values.py   ranges of ids
     json_limit.py    how much JSON a model can take
-    model.py         one bundle, open and proven            proof.py      golden vectors, replayed
-    batcher.py       rows of many requests, one run         request_core.py   all of it together
+    model.py         one bundle, open and proven            batcher.py    rows of many requests
+    request_core.py  all of it together
 """
 
 from mdpd_deploy.serve.core.batcher import Batch, Done, MicroBatcher

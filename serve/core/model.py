@@ -12,11 +12,11 @@ from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.manifest import MODEL_FILE
-from mdpd_deploy.runner import PROVIDERS, TASK_ID, Runner
+from mdpd_deploy.proof import prove
+from mdpd_deploy.runner import TASK_ID, Runner
 from mdpd_deploy.serve.core.graph_values import read_value_ranges
 from mdpd_deploy.serve.core.json_limit import texts_limit
 from mdpd_deploy.serve.core.options import CoreOptions
-from mdpd_deploy.serve.core.proof import prove
 from mdpd_deploy.serve.core.refusal import Refusal, draining, invalid, not_found, shown
 from mdpd_deploy.serve.core.tensors import Arrays, Axis, TensorSpec, read_specs
 from mdpd_deploy.signing import check_signature
@@ -82,7 +82,7 @@ class ServedModel:
         self.max_batch = self._choose_max_batch(options.max_batch)
         self.texts_limit = texts_limit(self.max_batch, options.limits.text_bytes)
         self._pads = any(spec.name == MASK for spec in self.inputs)
-        prove(self.bundle, self.runner, on_cpu=self.runner.provider == PROVIDERS["cpu"])
+        prove(self.bundle, self.runner)
 
     @property
     def platform(self) -> str:
