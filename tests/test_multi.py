@@ -720,7 +720,7 @@ def table_of(graph):
 
 
 def drop_weight(graph):
-    graph.initializer.remove(next(t for t in graph.initializer if "query.weight" in t.name))
+    graph.initializer.remove(next(t for t in graph.initializer if "word_embeddings" in t.name))
 
 
 def shape_weight(graph):
