@@ -89,9 +89,6 @@ TABLES = {
         (f"{LONG} --lr-factors 1 --seeds 3 "
         f"--methods norms,mdpd:unipt,{KL},norms+loss.label_smoothing=0.1"),
         f"{LONG} --lr-factors 1 --methods {KL}+loss.logits_after=0.5",
-        f"{LONG} --lr-factors 0.1,0.3,1 --seeds 3 --methods norms,{KL}",
-    )),
-    "cifar10-repairs": Table("cifar10-repairs.json", (
         f"{LONG} --lr-factors 1 --seeds 3 --methods {DKD},norms+optim.norms_after=0.2",
     )),
     "logits-cifar10-better": Table("logits-cifar10-better.json", (
