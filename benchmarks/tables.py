@@ -75,10 +75,6 @@ TABLES = {
     "mrpc": Table("mrpc-250.json", (
         f"{SHORT} --steps 250 --set train.eval_every=250 --task glue/mrpc --methods all",
     )),
-    "mrpc-sweep": Table("mrpc-sweep.json", (
-        (f"{GLUE} --set data.max_length=64 --steps 400 --set train.eval_every=400 --task glue/mrpc "
-        "--lr-factors 0.3,1,3 --seeds 3 --methods norms,mdpd:unipt,lora"),
-    )),
     "rte": Table("rte-250.json", (
         f"{SHORT} --steps 250 --set train.eval_every=250 --task glue/rte --methods all",
     )),

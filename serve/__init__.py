@@ -9,6 +9,7 @@ if __name__ != "mdpd_deploy.serve":
 if TYPE_CHECKING:
     from mdpd_deploy.serve.benchmark import Grid, run_benchmark
     from mdpd_deploy.serve.core import CoreOptions, RequestCore
+    from mdpd_deploy.serve.core.options import usual_device
     from mdpd_deploy.serve.graph_race import race_graphs
     from mdpd_deploy.serve.latency import Plan
     from mdpd_deploy.serve.latency_chart import write_chart
@@ -52,6 +53,7 @@ _HOME = {
     "run_benchmark": "benchmark",
     "serve_bundles": "web.run",
     "serve_on_ray": "ray_app",
+    "usual_device": "core.options",
     "variants_of_bundle": "variants",
     "variants_of_methods": "variants",
     "variants_of_run": "variants",
@@ -82,6 +84,7 @@ __all__ = [
     "run_benchmark",
     "serve_bundles",
     "serve_on_ray",
+    "usual_device",
     "variants_of_bundle",
     "variants_of_methods",
     "variants_of_run",

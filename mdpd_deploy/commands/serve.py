@@ -72,8 +72,7 @@ def command(
         raise UserError(
             "--threads belongs to --runtime onnx: an engine runs on the GPU; leave it out."
         )
-    from mdpd_deploy.serve import CoreOptions, serve_bundles
-    from mdpd_deploy.serve.core.options import usual_device
+    from mdpd_deploy.serve import CoreOptions, serve_bundles, usual_device
 
     named = name_bundles(bundles)
     asked: dict[str, Any] = {
