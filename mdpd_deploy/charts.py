@@ -20,6 +20,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 SERIES_COLOURS = 4  # the page defines --series-1 … --series-4
+CROWD = 10  # dots with names, from which a chart is drawn larger
 MAX_POINTS = 300  # of a line; a longer one is averaged over equal runs of points
 MAX_DOTS = 1500  # of a scatter; of more, evenly spaced ones are drawn
 
@@ -121,7 +122,7 @@ class Dot:
 def trade_off_chart(dots: Sequence[Dot], *, x_label: str, y_label: str, log: bool = False) -> str:
     """Draw dots with their names and the line of those that nothing beats in both directions."""
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(5.4, 3.7)
+        figure, axes = _figure(6.6, 5.0) if len(dots) > CROWD else _figure(5.4, 3.7)
         front = pareto_front(dots)
         axes.plot(
             [dot.x for dot in front], [dot.y for dot in front],
@@ -154,7 +155,7 @@ def pareto_front(dots: Sequence[Dot]) -> list[Dot]:
 
 
 def _name_dots(axes: Axes, dots: Sequence[Dot]) -> None:
-    """Write each name beside its dot, where it covers no dot and no other name if that can be."""
+    """Write each name beside its dot, in its colour, where it covers no dot and no other name if that can be."""
     scale = axes.figure.dpi / 72
     spots = [tuple(axes.transData.transform((dot.x, dot.y))) for dot in dots]
     near = 4 * scale
@@ -191,8 +192,9 @@ def _name_dots(axes: Axes, dots: Sequence[Dot]) -> None:
         at_x, at_y = axes.transData.inverted().transform(middle)
         axes.annotate(
             dot.name, (dot.x, dot.y), xytext=(float(at_x), float(at_y)),
-            ha="center", va="center", color=_INK,
-            arrowprops=dict(arrowstyle="-", color=_LINE, linewidth=0.6, shrinkA=0, shrinkB=2),
+            ha="center", va="center", color=_SERIES[dot.colour - 1],
+            arrowprops=dict(arrowstyle="-", color=_SERIES[dot.colour - 1], linewidth=0.5,
+                            shrinkA=0, shrinkB=2),
         )  # fmt: skip
 
 
