@@ -51,7 +51,7 @@ def done(swept, options) -> dict:
 def test_every_method_has_its_row(done):
     rows = {row["method"]: row for row in done["rows"]}
     assert set(rows) == {"probe", "side:unipt", BAD}
-    assert rows["probe"]["seeds"] == [0, 1] and set(rows["probe"]["sweep"]) == {"1", "2"}
+    assert list(rows["probe"]["scores"]) == ["0", "1"] and set(rows["probe"]["sweep"]) == {"1", "2"}
     assert rows["probe"]["score"]["sd"] is not None and rows["side:unipt"]["score"]["sd"] is None
     for name in ("probe", "side:unipt"):
         row = rows[name]
