@@ -3,6 +3,7 @@
     python benchmarks/tables.py --list
     python benchmarks/tables.py mrpc --data DATA --encoder ENCODER --out runs/tables
     python benchmarks/tables.py mrpc --print
+    python benchmarks/tables.py --answer           # MDPD against norms and head, from docs/results
     python benchmarks/tables.py --overview         # every method on every task, from docs/results
 
 DATA holds `glue/` and `vtab-1k/` in their official layouts; ENCODER is a folder with a BERT-family
@@ -175,6 +176,44 @@ def overview(results: Path) -> str:
     return "\n".join(lines)
 
 
+NORMS = ("norms", TUNED)
+ANSWER = {  # row → file, task, MDPD's names (of compare, of transfer)
+    "SST-2": ("glue-200.json", "glue/sst2", ("mdpd:unipt", TASK)),
+    "STS-B": ("glue-200.json", "glue/stsb", ("mdpd:unipt", TASK)),
+    "MRPC": ("mrpc.jsonl", "glue/mrpc", ("mdpd:unipt", TASK)),
+    "CIFAR-10, 5 epochs": ("cifar10.jsonl", "vtab/cifar10", ("mdpd:unipt", TASK)),
+    "CIFAR-10, 20 epochs": ("cifar10-20-epochs.json", "vtab/cifar10", ("mdpd:unipt", TASK)),
+    "the same, KL": ("cifar10-20-epochs.json", "vtab/cifar10", (KL, KL)),
+}
+
+
+def answer(results: Path) -> str:
+    """Return MDPD − norms and head, seed by seed, as Markdown: points with Student's interval."""
+    from mdpd_deploy.intervals import student_interval
+
+    lines = ["| | seeds | MDPD over UniPT − norms and head |", "|---|---|---|"]
+    for name, (file, task, mdpd) in ANSWER.items():
+        place = NORMS[file.endswith("l")], mdpd[file.endswith("l")]
+        norms, found = (_scores(results / file, task, method) for method in place)
+        gaps = [100 * (found[seed] - norms[seed]) for seed in found if seed in norms]
+        mean, low, high = student_interval(gaps)
+        lines.append(f"| {name} | {len(gaps)} | {mean:+.1f} [{low:+.1f}, {high:+.1f}] |")
+    return "\n".join(lines)
+
+
+def _scores(file: Path, task: str, method: str) -> dict[str, float]:
+    """Return seed → score of a method, on test where there is a test split."""
+    if file.suffix == ".json":
+        rows = json.loads(file.read_text())["rows"]
+        return next(r["scores"] for r in rows if (r["task"], r["method"]) == (task, method))
+    runs = [json.loads(line) for line in file.read_text().splitlines()]
+    return {
+        str(run["seed"]): (run["test"] or run)["deployed"]
+        for run in runs
+        if (run["task"], run["variant"]) == (task, method)
+    }
+
+
 def _points(row: dict | None) -> str:
     if row is None or row["score"] is None:
         return "–"
@@ -201,7 +240,11 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="only show the commands")
     parser.add_argument("--list", action="store_true", help="only show the tables")
     parser.add_argument("--overview", action="store_true", help="only show docs/results together")
+    parser.add_argument("--answer", action="store_true", help="only show what MDPD adds to norms")
     args = parser.parse_args()
+    if args.answer:
+        print(answer(args.results or HERE.parent / "docs" / "results"))
+        return
     if args.overview:
         print(overview(args.results or HERE.parent / "docs" / "results"))
         return

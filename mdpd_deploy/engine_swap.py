@@ -7,6 +7,7 @@ constants: it is as fast as one task's, and asking another task than the last on
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,28 +80,19 @@ class EngineSwap(Mapping[str, Forward]):
             )
             self.in_place = name
 
-    def run(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def run(self, name: str, arrays: dict[str, NDArray[Any]], /) -> NDArray[np.float32]:
         """Answer a batch as a task, which is put in first if need be."""
         with self.runner.lock:
             self.put_in(name)
-            return self.runner(dict(arrays))[:, : self._tasks[name].width]
+            return self.runner(arrays)[:, : self._tasks[name].width]
 
     def __getitem__(self, name: str) -> Forward:
         if name not in self._tasks:
             raise KeyError(name)
-        return _Task(self, name)
+        return partial(self.run, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tasks)
 
     def __len__(self) -> int:
         return len(self._tasks)
-
-
-class _Task:
-    def __init__(self, swap: EngineSwap, name: str) -> None:
-        self._swap = swap
-        self._name = name
-
-    def __call__(self, arrays: dict[str, NDArray[Any]], /) -> NDArray[np.float32]:
-        return self._swap.run(self._name, arrays)

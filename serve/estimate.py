@@ -13,7 +13,8 @@ from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+
+from mdpd_deploy.intervals import student_interval
 
 P99_NEEDS = 1000  # calls; below that the 99th percentile is a handful of samples
 MARGIN = {"cpu": 0.05, "cuda": 0.02}  # how near 1 the whole interval must be for "same speed"
@@ -74,11 +75,10 @@ def paired_ratio(
     logs = np.log(times / over)
     parts = np.split(logs, np.cumsum(openings)[:-1]) if len(openings) > 1 else [logs]
     medians = np.array([np.median(part) for part in parts])
-    middle = float(medians.mean())
     if len(medians) > 1:
-        reach = float(stdtrit(len(medians) - 1, 0.975) * medians.std(ddof=1)) / len(medians) ** 0.5
-        low, high = middle - reach, middle + reach
+        middle, low, high = student_interval(medians.tolist())
     else:
+        middle = float(medians[0])
         low, high = _bootstrap_median(logs, seed, resamples)
     return Ratio(
         median=math.exp(middle),

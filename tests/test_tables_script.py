@@ -63,3 +63,12 @@ def test_the_commands_can_be_read_without_running_them(tmp_path):
         "--task glue/stsb --methods norms" in done.stdout and "mdpd_deploy compare" in done.stdout
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_holds_what_the_committed_results_say():
+    page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    results = ROOT / "docs" / "results"
+    assert tables.overview(results) in page
+    for line in tables.answer(results).splitlines()[2:]:
+        gap = line.split("|")[3].strip().replace("-", "−")
+        assert gap in page, line

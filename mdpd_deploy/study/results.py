@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from scipy.special import stdtrit
-
+from mdpd_deploy.intervals import student_interval
 from mdpd_deploy.study.schedule import CellOutcome
 from mdpd_deploy.study.suites import OTHER, group_means, group_of
 
@@ -51,9 +50,8 @@ class Gap:
         gaps = [score - best[seed] for seed, score in scores.items() if seed in best]
         if len(gaps) < FEWEST_PAIRS:
             return None
-        mean = statistics.mean(gaps)
-        reach = float(stdtrit(len(gaps) - 1, 0.975)) * statistics.stdev(gaps) / len(gaps) ** 0.5
-        return cls(mean, (mean - reach, mean + reach))
+        mean, low, high = student_interval(gaps)
+        return cls(mean, (low, high))
 
 
 @dataclass(frozen=True)
