@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,15 @@ class Scaling:
         min_replicas: Replicas that always run.
         max_replicas: With more than `min_replicas` Ray adds replicas under load and removes them.
         target_ongoing_requests: Requests in progress per replica that Ray aims at.
+        upscale_delay_s: How long there must be more before Ray adds a replica.
+        downscale_delay_s: How long there must be fewer before Ray removes one.
     """
 
     min_replicas: int = 1
     max_replicas: int = 1
     target_ongoing_requests: float = 16.0
+    upscale_delay_s: float = 30.0
+    downscale_delay_s: float = 600.0
 
 
 def build_ray_app(
@@ -90,13 +94,7 @@ def build_ray_app(
     resources = {"num_cpus": own.threads, "num_gpus": int(own.device == "cuda")}
     asked: dict[str, Any] = {"num_replicas": scaling.min_replicas}
     if scaling.max_replicas > scaling.min_replicas:
-        asked = {
-            "autoscaling_config": {
-                "min_replicas": scaling.min_replicas,
-                "max_replicas": scaling.max_replicas,
-                "target_ongoing_requests": scaling.target_ongoing_requests,
-            }
-        }
+        asked = {"autoscaling_config": asdict(scaling)}
     deployment = serve.deployment(
         serve.ingress(build)(_Replica),
         name=NAME,
@@ -138,6 +136,8 @@ class AppArguments(BaseModel):
         min_replicas: As in `Scaling`.
         max_replicas: As in `Scaling`.
         target_ongoing_requests: As in `Scaling`.
+        upscale_delay_s: As in `Scaling`.
+        downscale_delay_s: As in `Scaling`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -155,6 +155,8 @@ class AppArguments(BaseModel):
     min_replicas: int = Scaling.min_replicas
     max_replicas: int = Scaling.max_replicas
     target_ongoing_requests: float = Scaling.target_ongoing_requests
+    upscale_delay_s: float = Scaling.upscale_delay_s
+    downscale_delay_s: float = Scaling.downscale_delay_s
 
 
 def app(args: AppArguments) -> Any:
@@ -193,7 +195,7 @@ def serve_on_ray(
 
     Raises:
         UserError: If Ray, a bundle or a cluster is missing, the address cannot be used, or the
-            cluster's proxies listen on another one already.
+            cluster's proxies listen on another one or serve an application of ours already.
         WorkFailed: If no replica gets ready, or a bundle is not signed with `options.key`.
         KeyboardInterrupt: After an interrupt.
     """
@@ -207,6 +209,7 @@ def serve_on_ray(
     try:
         serve.start(http_options={"host": host, "port": port})
         _check_address(host, port)
+        _check_name(serve)
         begun = True
         try:
             serve.run(application, name=NAME)
@@ -244,6 +247,15 @@ def _check_address(host: str, port: int) -> None:
         raise UserError(
             f"--host {host} --port {port}: Ray Serve runs on this cluster already and listens on "
             f"--host {found.host} --port {found.port}: give these, or end it with `serve shutdown`."
+        )
+
+
+def _check_name(serve: Any) -> None:
+    """Refuse to take the place of an application that another process serves."""
+    if NAME in serve.status().applications:
+        raise UserError(
+            f"an application {NAME!r} runs on this cluster already: end its `mdpd serve`, or all "
+            "applications with `serve shutdown`; one command can serve several bundles."
         )
 
 

@@ -1,4 +1,4 @@
-"""The server on a Ray cluster of two nodes: replicas on both, batches, the same answers and errors.
+"""The server on a Ray cluster of two nodes: replicas, batches, more under load, answers and errors.
 
 Ray runs in a child process: importing its Serve library warns, and a cluster must end whatever
 happens to the test.
@@ -83,15 +83,19 @@ try:
         for kind in ("count", "sum"):
             found = re.search(rf'^(mdpd\\w*rows_{kind})\\{{.*digits.*\\}} (\\S+)$', text, re.M)
             rows.append((kind, float(found[2]) if found else 0.0))
+    def serve_too(*, port):
+        words[-3] = str(port)
+        done = subprocess.run(
+            [sys.executable, "-m", "mdpd_deploy", *words], capture_output=True, text=True,
+            env={**os.environ, "RAY_ADDRESS": cluster.address}, timeout=120,
+        )
+        return done.returncode, done.stdout, done.stderr
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        words[-3] = str(free.getsockname()[1])
-    second = subprocess.run(
-        [sys.executable, "-m", "mdpd_deploy", *words], capture_output=True, text=True,
-        env={**os.environ, "RAY_ADDRESS": cluster.address}, timeout=120,
-    )
+        elsewhere = free.getsockname()[1]
     print(json.dumps({
-        "second": [second.returncode, second.stdout, second.stderr],
+        "elsewhere": serve_too(port=elsewhere),
+        "beside": serve_too(port=port),
         "port": port,
         "statuses": sorted({status for status, _ in answers}),
         "off": off,
@@ -105,8 +109,32 @@ try:
 finally:
     server.send_signal(signal.SIGTERM)
     code = server.wait(60)
-    cluster.shutdown()
+    if code:
+        cluster.shutdown()
 assert code == 0, log.read_text()
+
+# Ray adds a replica under load: 16 at a time where one is aimed at.
+import ray
+from ray import serve
+from mdpd_deploy.serve.ray_app import AppArguments, app
+
+ray.init(cluster.address, log_to_driver=False)
+try:
+    few = {"min_replicas": 1, "max_replicas": 2}
+    soon = {"target_ongoing_requests": 1, "upscale_delay_s": 0}
+    serve.run(app(AppArguments(bundles=f"digits={bundle.path}", max_delay_ms=50, **few, **soon)))
+    def count():
+        made = serve.status().applications["default"].deployments["mdpd"]
+        return made.replica_states.get("RUNNING", 0)
+    statuses, before, end = set(), count(), time.monotonic() + 90
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        while count() < 2 and time.monotonic() < end:
+            statuses |= {status for status, _ in pool.map(infer, [0] * 64)}
+    print(json.dumps({"statuses": sorted(statuses), "replicas": [before, count()]}))
+finally:
+    serve.shutdown()
+    ray.shutdown()
+    cluster.shutdown()
 """
 
 
@@ -119,7 +147,7 @@ def bundle(tiny_bundle):
 def test_replicas_on_two_nodes_answer_alike_in_batches(bundle, tmp_path, run_python):
     done = run_python("-W", "ignore", "-c", CLUSTER, str(bundle.path), str(tmp_path / "log"))
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found, scaled = map(json.loads, done.stdout.splitlines()[-2:])
     assert found["statuses"] == [200]
     assert found["off"] < 1e-3
     assert (found["replicas"], found["raylets"]) == (2, 2)
@@ -130,10 +158,14 @@ def test_replicas_on_two_nodes_answer_alike_in_batches(bundle, tmp_path, run_pyt
     assert found["unknown"][0] == 404
     assert found["invalid"][0] == 400
     assert isinstance(found["invalid"][1]["error"], str)
-    code, out, err = found["second"]  # on another port, which Ray Serve would have ignored
+    code, out, err = found["elsewhere"]  # a port which Ray Serve would have ignored
     assert (code, out) == (2, "")
     assert "Ray Serve runs on this cluster already" in err
     assert f"--host 127.0.0.1 --port {found['port']}:" in err
+    code, out, err = found["beside"]  # it would have taken the first one's place
+    assert (code, out) == (2, "")
+    assert "an application 'mdpd' runs on this cluster already" in err
+    assert scaled == {"statuses": [200], "replicas": [1, 2]}
 
 
 def test_replicas_are_asked_for_in_one_form(bundle, capsys):
