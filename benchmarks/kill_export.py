@@ -1,6 +1,7 @@
 """Does a killed export ever leave half a bundle, or stand in the way of the next one?
 
     python benchmarks/kill_export.py runs/RUN --kills 10 --out kill_export.json
+    python benchmarks/kill_export.py runs/A runs/B --kills 10 --multi      # other words are export's
 
 `mdpd export` is killed (SIGKILL, the whole process group) at moments drawn evenly over the time
 that an undisturbed export takes; every second one was replacing a bundle (`--overwrite`). After each
@@ -60,10 +61,10 @@ def stage_of(folder: Path) -> str:
     return "before model.onnx"
 
 
-def kill_one(run: Path, target: Path, after_s: float, *, overwrite: bool) -> dict | None:
+def kill_one(words: list[str], target: Path, after_s: float, *, overwrite: bool) -> dict | None:
     """Kill an export, look at what is left, and export again; None if it ended before."""
-    words = [run, "--out", target, *(["--overwrite"] if overwrite else [])]
-    child = start("export", *words)
+    words = [*words, "--out", target]
+    child = start("export", *words, *(["--overwrite"] if overwrite else []))
     try:
         child.wait(timeout=after_s)
         return None
@@ -72,7 +73,7 @@ def kill_one(run: Path, target: Path, after_s: float, *, overwrite: bool) -> dic
         child.wait()
     stage = stage_of(target.parent)
     left = state_of(target)
-    again = start("export", run, "--out", target, *(["--overwrite"] if left == "sound" else []))
+    again = start("export", *words, *(["--overwrite"] if left == "sound" else []))
     exported = again.wait() == 0
     verified = start("verify", target).wait() == 0
     others = sorted(path.name for path in target.parent.iterdir() if path != target)
@@ -91,25 +92,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", nargs="+")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options, of_export = parser.parse_known_args()
+    words = [*options.runs, *of_export]
     chance = random.Random(options.seed)
     kills = []
     with tempfile.TemporaryDirectory(prefix="mdpd-kill-") as place:
         target = Path(place, "bundle")
         begin = time.monotonic()
-        if start("export", options.run, "--out", target).wait():
-            parser.error(f"{options.run} cannot be exported")
+        if start("export", *words, "--out", target).wait():
+            parser.error(f"`mdpd export {' '.join(words)}` fails")
         whole = time.monotonic() - begin
         while len(kills) < options.kills:
             overwrite = len(kills) % 2 == 1
             if not overwrite:
                 shutil.rmtree(target)
             moment = chance.uniform(0, whole)
-            kill = kill_one(options.run, target, moment, overwrite=overwrite)
+            kill = kill_one(words, target, moment, overwrite=overwrite)
             if kill is not None:
                 kills.append(kill)
                 print(json.dumps(kill), flush=True)

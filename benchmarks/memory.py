@@ -8,7 +8,7 @@ Forecasts only (`train/forecast.py`): no data, no weights, no GPU, and the same 
 import argparse
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import fill
@@ -20,23 +20,6 @@ COMMAND = "python benchmarks/memory.py"
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 PRECISIONS = ("fp32", "bf16")
 
-# The papers' GB, training a ViT-B/16 on VTAB-1K at batch 32; millions trained, and the source.
-PAPERS = {
-    "full": "6.1 at 85.8 M (MDPD, Tab. 3)",
-    "bitfit": "3.8 (MDPD), 2.9 (DTL)",
-    "probe": "0.6 (MDPD)",
-    "side:dtlv1": "1.8 at 0.06 M (DTL, Tab. 4)",
-    "side:dtlv2": "1.8 at 0.07 M (DTL, Tab. 4)",
-    "side:dtlv2-ls": "1.8 at 0.04 M (DTL, Tab. 4)",
-}
-WIDE_PAPERS = {  # their sizes are near ours at r = 2
-    **PAPERS,
-    "mdpd:unipt": "2.1 at 5.50 M (MDPD, Tab. 3)",
-    "side:unipt": "2.1 at 5.19 M (MDPD, Tab. 3)",
-    "side:sherl": "2.0 at 5.08 M (MDPD, Tab. 3)",
-}
-NARROW_PAPERS = {**PAPERS, "side:lst": "2.7 at 2.38 M (DTL, Tab. 4)"}  # and at r = 8
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -47,14 +30,12 @@ class Setting:
         backbone: `backbone.name`.
         reduction: r.
         outputs: C.
-        papers: The papers' figures by method.
     """
 
     title: str
     backbone: str
     reduction: int
     outputs: int
-    papers: dict[str, str] = field(default_factory=dict)
 
     @property
     def heading(self) -> str:
@@ -87,8 +68,8 @@ def settings(folder: Path) -> list[Setting]:
     bert_base = str(write_bert(folder / "base"))
     bert_large = str(write_bert(folder / "large", **wide, intermediate_size=4096))
     return [
-        Setting(vit, "timm:vit_base_patch16_224", 2, 100, WIDE_PAPERS),
-        Setting(vit, "timm:vit_base_patch16_224", 8, 100, NARROW_PAPERS),
+        Setting(vit, "timm:vit_base_patch16_224", 2, 100),
+        Setting(vit, "timm:vit_base_patch16_224", 8, 100),
         Setting(base, bert_base, 8, 2),
         Setting(large, bert_large, 8, 2),
     ]
@@ -120,7 +101,8 @@ def table(setting: Setting, words: Sequence[str]) -> str:
     """Return the table of a setting, least memory first, and why some methods are not in it."""
     columns = [setting.rows(words, precision) for precision in PRECISIONS]
     names = " | ".join(f"{precision}, GB" for precision in PRECISIONS)
-    papers = [" papers, GB |", "---|"] if setting.papers else ["", ""]
+    known = any(row.papers for row in columns[0])
+    papers = [" papers, GB |", "---|"] if known else ["", ""]
     lines = [
         f"| method | trained | changed or added when deployed | {names} |{papers[0]}",
         f"|---|--:|--:|{'--:|' * len(PRECISIONS)}{papers[1]}",
@@ -132,8 +114,8 @@ def table(setting: Setting, words: Sequence[str]) -> str:
         assert need is not None
         measures = " | ".join(f"{gigabytes(cell):.2f}" for cell in cells)
         line = f"| `{cells[0].method}` | {need.trained:,} | {need.deployed_delta:,} | {measures} |"
-        if setting.papers:
-            line += f" {setting.papers.get(cells[0].method, '–')} |"
+        if known:
+            line += f" {cells[0].papers or '–'} |"
         lines.append(line)
     unfit = {cell.method: cell.reason for cells in rows for cell in cells if cell.reason}
     lines += ["", *(f"`{name}` does not fit: {reason}" for name, reason in unfit.items())]
@@ -208,7 +190,7 @@ def page(tables: Sequence[Setting], words: Sequence[str]) -> str:
     parts = ["# Training memory, method by method", how, summary(*tables[:2]), words_of_tables]
     for setting in tables:
         parts += [setting.heading, table(setting, words)]
-        if setting.papers:
+        if setting in tables[:2]:
             parts.append(
                 "The papers measured on CUDA, each in a harness of its own; on BitFit they differ "
                 "from one another. Compare within a column."

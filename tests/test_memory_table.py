@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from mdpd_deploy.cli import main
 from mdpd_deploy.commands.train import _print_plan, plan
 from mdpd_deploy.config import check_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.train import default_entries, entry_configs, forecast_methods
 from mdpd_deploy.train.forecast import forecast
+from mdpd_deploy.train.papers import paper_figure
 
 ROOT = Path(__file__).parents[1]
 LABELS = [entry.label for entry in default_entries()]
@@ -51,6 +53,42 @@ def test_counts_are_those_of_a_run(tiny_run, tiny_side_run):
         assert row.forecast.peak_bytes == run.summary["memory"]["forecast_bytes"]
 
 
+VIT_B = {"name": "timm:vit_base_patch16_224.augreg_in21k", "pretrained": False}
+
+
+@pytest.mark.parametrize(
+    ("method", "side", "batch", "wanted"),
+    [
+        ("probe", {}, 32, "0.6 (MDPD)"),
+        ("side:lst", {"name": "lst"}, 32, "2.7 at 2.38 M (DTL, Tab. 4)"),
+        ("side:lst", {"name": "lst", "reduction": 2}, 32, None),
+        ("mdpd:unipt", {}, 32, "2.1 at 5.50 M (MDPD, Tab. 3)"),
+        ("mdpd:unipt", {"reduction": 8}, 32, None),
+        ("mdpd:sherl", {"name": "sherl"}, 32, None),
+        ("probe", {}, 16, None),
+    ],
+)
+def test_the_papers_figures_stand_beside_their_own_setting_only(method, side, batch, wanted):
+    given = {"backbone": VIT_B, "side": side, "train": {"batch": batch}}
+    assert paper_figure(method, check_config(given)) == wanted
+    given["backbone"] = {"name": "timm:vit_large_patch16_224", "pretrained": False}
+    assert paper_figure(method, check_config(given)) is None
+
+
+def test_a_forecast_of_the_papers_setting_shows_their_figures(capsys):
+    words = ["compare", "--forecast", "--backbone", VIT_B["name"], "--methods", "probe,norms"]
+    words += ["--set", "backbone.pretrained=false"]
+    assert main([*words, "--json"]) == 0
+    probe, norms = json.loads(capsys.readouterr().out)
+    assert (probe["papers"], norms["papers"]) == ("0.6 (MDPD)", None)
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "papers, GB" in printed and "0.6 (MDPD)" in printed
+    assert "The papers measured on CUDA" in printed
+    assert main([*words, "--batch", "16"]) == 0
+    assert "papers" not in capsys.readouterr().out
+
+
 def test_what_does_not_fit_says_why(config):
     config = config.model_copy(update={"side": config.side.model_copy(update={"reduction": 5})})
     configs = entry_configs(config, ["probe", "unipt"])
@@ -88,15 +126,14 @@ def rows_of(markdown):
 
 
 def test_a_table_of_the_page(script, tiny_vit):
-    setting = script.Setting("tiny", str(tiny_vit), 3, 5, {"probe": "0.6 (there)"})
+    setting = script.Setting("tiny", str(tiny_vit), 3, 5)
     text = script.table(setting, ["side:dtlv2", "probe", "side:unipt"])
     assert text == script.table(setting, ["side:dtlv2", "probe", "side:unipt"])
     rows = rows_of(text)
     assert list(rows) == ["probe", "side:dtlv2"]  # least memory first
     both = [setting.rows(["probe"], precision)[0].forecast for precision in ("fp32", "bf16")]
     peaks = [f"{found.peak_bytes / 1e9:.2f}" for found in both]
-    assert rows["probe"] == ["165", "165", *peaks, "0.6 (there)"]
-    assert rows["side:dtlv2"][-1] == "–"
+    assert rows["probe"] == ["165", "165", *peaks]
     assert "`side:unipt` does not fit: side.reduction=3 does not fit" in text
 
 

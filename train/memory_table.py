@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.train.forecast import MemoryForecast, forecast
+from mdpd_deploy.train.papers import paper_figure
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,13 @@ class MemoryRow:
         method: Its word, e.g. `mdpd:unipt`.
         forecast: What a step needs; None where the method does not fit.
         reason: Why it does not fit, else None.
+        papers: What the papers say of it at this backbone and batch; None where they say nothing.
     """
 
     method: str
     forecast: MemoryForecast | None
     reason: str | None = None
+    papers: str | None = None
 
 
 def forecast_methods(
@@ -38,6 +41,7 @@ def forecast_methods(
 
 def _row(name: str, config: Config, outputs: int, kind: str) -> MemoryRow:
     try:
-        return MemoryRow(name, forecast(config, outputs=outputs, kind=kind))
+        need = forecast(config, outputs=outputs, kind=kind)
+        return MemoryRow(name, need, papers=paper_figure(name, config))
     except UserError as err:
         return MemoryRow(name, None, str(err))

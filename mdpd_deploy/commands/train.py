@@ -304,16 +304,22 @@ def print_memory(
     table.add_column("method")
     for name in ("MB", "trained", "changed or added when deployed"):
         table.add_column(name, justify="right")
-    fitting = [(row.method, row.forecast) for row in rows if row.forecast is not None]
-    for name, need in sorted(fitting, key=lambda row: row[1].peak_bytes):
+    known = any(row.papers for row in rows)
+    if known:
+        table.add_column("papers, GB")
+    fitting = [(row, row.forecast) for row in rows if row.forecast is not None]
+    for row, need in sorted(fitting, key=lambda pair: pair[1].peak_bytes):
         table.add_row(
-            f"{name} (this run)" if name == own else name,
+            f"{row.method} (this run)" if row.method == own else row.method,
             f"{need.peak_bytes / 1e6:,.1f}",
             f"{need.trained:,}",
             f"{need.deployed_delta:,}",
-            style="bold" if name == own else None,
+            *([row.papers or "–"] if known else []),
+            style="bold" if row.method == own else None,
         )
     console.print(table)
+    if known:
+        console.print("The papers measured on CUDA, each in a harness of its own.")
     for row in rows:
         if row.reason is not None:
             console.print(f"{row.method} does not fit: {row.reason}", highlight=False)

@@ -48,6 +48,7 @@ def run_trials(
     total = sum(len(cell.factors) + len(cell.seeds) - 1 for cell in cells)
     outcomes: dict[tuple[str, str, float, int], Outcome] = {}
     waiting: dict[Future[Outcome], tuple[Trial, Cell]] = {}
+    already: set[Future[Outcome]] = set()
 
     def submit(trial: Trial, cell: Cell) -> None:
         found = find_outcome(study, trial)
@@ -57,6 +58,7 @@ def run_trials(
         else:
             future = Future()
             future.set_result(found)
+            already.add(future)
         waiting[future] = trial, cell
 
     try:
@@ -68,7 +70,8 @@ def run_trials(
             for future in ended:
                 trial, cell = waiting.pop(future)
                 outcome = outcomes[_key(trial)] = _ended(future, study / TRIALS / trial.folder)
-                say(f"[{len(outcomes)}/{total}] {trial}: {_words(outcome)}")
+                words = f"{_words(outcome)}{' (found)' if future in already else ''}"
+                say(f"[{len(outcomes)}/{total}] {trial}: {words}")
                 if trial.seed != cell.seeds[0]:
                     continue
                 if all(_key(other) in outcomes for other in plan.sweep(cell)):
@@ -125,5 +128,4 @@ def _words(outcome: Outcome) -> str:
         return f"FAILED, {outcome.reason}"
     metric = outcome.summary["primary_metric"]
     seconds = outcome.summary["time"]["train_s"]
-    found = " (found)" if outcome.repeated else ""
-    return f"{metric} {outcome.score():.4f}, {seconds:.0f} s{found}"
+    return f"{metric} {outcome.score():.4f}, {seconds:.0f} s"

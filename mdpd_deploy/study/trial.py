@@ -33,13 +33,11 @@ class Outcome:
         folder: The trial's folder.
         summary: The run's summary.json; None when it failed.
         reason: Why it failed, one sentence; empty when it did not.
-        repeated: Whether it was found finished.
     """
 
     folder: Path
     summary: dict[str, Any] | None
     reason: str = ""
-    repeated: bool = False
 
     @property
     def run(self) -> Path:
@@ -64,9 +62,9 @@ def find_outcome(study: Path, trial: Trial) -> Outcome | None:
             _refuse_difference(read_config(run / "config.yaml"), trial.config)
         if not (run / "summary.json").is_file():
             return None
-        return Outcome(folder, Run.open(run).summary, repeated=True)
+        return Outcome(folder, Run.open(run).summary)
     except MdpdError as err:
-        return Outcome(folder, None, str(err), repeated=True)
+        return Outcome(folder, None, str(err))
 
 
 def _refuse_difference(before: Config, now: Config) -> None:
