@@ -163,7 +163,7 @@ def _name_dots(axes: Axes, dots: Sequence[Dot]) -> None:
     frame = axes.get_window_extent()
     for dot, (x, y) in sorted(zip(dots, spots, strict=True), key=lambda pair: pair[1]):
         lines = dot.name.split("\n")
-        width = 4.6 * scale * max(map(len, lines))
+        width = 5.0 * scale * max(map(len, lines))
         height = 9.5 * scale * len(lines)
         best, least = None, math.inf
         for reach in (6, 14, 24, 36):
@@ -185,16 +185,20 @@ def _name_dots(axes: Axes, dots: Sequence[Dot]) -> None:
                 outside |= box[1] < frame.y0 or box[3] > frame.y1
                 cost = sum(_overlap(box, other) for other in taken) + 1e6 * outside + reach
                 if cost < least:
-                    best, least = box, cost
+                    best, least = (box, side), cost
         assert best is not None
-        taken.append(best)
-        middle = ((best[0] + best[2]) / 2, (best[1] + best[3]) / 2)
-        at_x, at_y = axes.transData.inverted().transform(middle)
+        box, side = best
+        taken.append(box)
+        # Held at the end near its dot: a reader's font may be wider than the one assumed here.
+        held = {1: ("left", box[0], 0.0), 0: ("center", (box[0] + box[2]) / 2, 0.5),
+                -1: ("right", box[2], 1.0)}  # fmt: skip
+        align, place, end = held[side]
+        at_x, at_y = axes.transData.inverted().transform((place, (box[1] + box[3]) / 2))
         axes.annotate(
             dot.name, (dot.x, dot.y), xytext=(float(at_x), float(at_y)),
-            ha="center", va="center", color=_SERIES[dot.colour - 1],
+            ha=align, va="center", color=_SERIES[dot.colour - 1],
             arrowprops=dict(arrowstyle="-", color=_SERIES[dot.colour - 1], linewidth=0.5,
-                            shrinkA=0, shrinkB=2),
+                            relpos=(end, 0.5), shrinkA=0, shrinkB=2),
         )  # fmt: skip
 
 
