@@ -49,7 +49,7 @@ def prove(bundle: Bundle, runner: Runner) -> None:
         run = TaskRunner(cut, task) if bundle.mixed else cut
         found = replay(load_golden(task.golden), task.preprocess, run, spread)
         where = f"bundle {bundle.path}, task {task.name}"
-        if found.preprocessing_diff > 0:
+        if not found.preprocessing_diff == 0:  # also true for NaN
             raise VerificationError(
                 f"{where}: the preprocessing gives other arrays here than where it was exported; "
                 "use the versions of tokenizers and pillow that the manifest names."
