@@ -3,8 +3,10 @@
     python benchmarks/tables.py --list
     python benchmarks/tables.py mrpc --data DATA --encoder ENCODER --out runs/tables
     python benchmarks/tables.py mrpc --print
-    python benchmarks/tables.py --answer           # MDPD against norms and head, from docs/results
-    python benchmarks/tables.py --overview         # every method on every task, from docs/results
+    python benchmarks/tables.py answer             # MDPD against norms and head, from docs/results
+    python benchmarks/tables.py overview           # every method on every task, from docs/results
+    python benchmarks/tables.py rates              # every method at the best of three rates
+    python benchmarks/tables.py picture > stsb.svg # the same against training memory
 
 DATA holds `glue/` and `vtab-1k/` in their official layouts; ENCODER is a folder with a BERT-family
 encoder (the tables are of MiniLM, 6 layers, 384 wide). Interrupted, the same command goes on: every
@@ -23,11 +25,17 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 BF16 = "--set train.precision=bf16"
-COMPARE = f"compare --jobs 2 --threads 1 --latency-seconds 0 {BF16} --set train.keep=last"
+STUDY = f"compare --jobs 2 --threads 1 {BF16}"
+BEST = f"{STUDY} --latency-seconds 0"  # keeps the best weights
+COMPARE = f"{BEST} --set train.keep=last"
 GLUE = f"{COMPARE} --data {{data}}/glue --backbone {{encoder}} --batch 16"
 SHORT = f"{GLUE} --lr-factors 1 --set data.max_length=64"
-VTAB = f"{COMPARE} --data {{data}}/vtab-1k --task vtab/cifar10"
-LONG = f"{VTAB} --batch 32 --steps 500 --set data.augment=flip --set train.eval_every=500"
+CIFAR = "--data {data}/vtab-1k --task vtab/cifar10"
+VTAB = f"{COMPARE} {CIFAR}"
+SWEEP = (f"{GLUE} --lr-factors 0.3,1,3 --set data.max_length=64 --steps 200 "
+         "--set train.eval_every=200 --task glue/stsb")  # fmt: skip
+EPOCHS20 = "--batch 32 --steps 500 --set data.augment=flip"
+LONG = f"{VTAB} {EPOCHS20} --set train.eval_every=500"
 KL = "mdpd:unipt+loss.logits_form=kl+loss.logits=1"
 DKD = "mdpd:unipt+loss.logits_form=dkd+loss.logits=1"
 BETTER = f"{KL}+loss.logits_where=better"
@@ -82,11 +90,23 @@ TABLES = {
     "cifar10": Table("cifar10-250.json", (
         f"{VTAB} --batch 16 --steps 250 --set train.eval_every=250 --lr-factors 1 --methods all",
     )),
+    "cifar10-rates": Table("cifar10-sweep.json", (
+        (f"{STUDY} --latency-seconds 20 --set train.keep=last {CIFAR} --batch 16 --steps 250 "
+        "--set train.eval_every=250 --lr-factors 0.3,1,3 --methods all"),
+    )),
+    "stsb-rates": Table("stsb-sweep.json", (
+        f"{SWEEP} --methods all",
+        f"{SWEEP} --seeds 3 --methods norms,mdpd:unipt,lora,full,mdpd:lst,bitfit",
+    )),
     "cifar10-20-epochs": Table("cifar10-20-epochs.json", (
         (f"{LONG} --lr-factors 1 --seeds 3 "
         f"--methods norms,mdpd:unipt,{KL},norms+loss.label_smoothing=0.1"),
         f"{LONG} --lr-factors 1 --methods {KL}+loss.logits_after=0.5",
         f"{LONG} --lr-factors 1 --seeds 3 --methods {DKD},norms+optim.norms_after=0.2",
+    )),
+    "cifar10-20-epochs-stopped": Table("cifar10-20-epochs-stopped.json", (
+        (f"{BEST} {CIFAR} {EPOCHS20} --set train.eval_every=50 --seeds 3 --lr-factors 0.1,0.3,1 "
+        f"--methods norms,mdpd:unipt,{KL}"),
     )),
     "logits-cifar10-better": Table("logits-cifar10-better.json", (
         ("compare --jobs 2 --threads 1 --latency-seconds 0 --data {data}/vtab-1k --task vtab/cifar10 "
@@ -184,6 +204,8 @@ ANSWER = {  # row → file, task, MDPD's names (of compare, of transfer)
     "CIFAR-10, 5 epochs": ("cifar10.jsonl", "vtab/cifar10", ("mdpd:unipt", TASK)),
     "CIFAR-10, 20 epochs": ("cifar10-20-epochs.json", "vtab/cifar10", ("mdpd:unipt", TASK)),
     "the same, KL": ("cifar10-20-epochs.json", "vtab/cifar10", (KL, KL)),
+    "the same, stopped": ("cifar10-20-epochs-stopped.json", "vtab/cifar10", ("mdpd:unipt", TASK)),
+    "the same, stopped, KL": ("cifar10-20-epochs-stopped.json", "vtab/cifar10", (KL, KL)),
 }
 
 
@@ -199,6 +221,52 @@ def answer(results: Path) -> str:
         mean, low, high = student_interval(gaps)
         lines.append(f"| {name} | {len(gaps)} | {mean:+.1f} [{low:+.1f}, {high:+.1f}] |")
     return "\n".join(lines)
+
+
+RATES = {
+    "STS-B": ("stsb-sweep.json", "glue/stsb"),
+    "CIFAR-10": ("cifar10-sweep.json", "vtab/cifar10"),
+}
+
+
+def rates(results: Path) -> str:
+    """Return the sweep of every method as Markdown: points, the factor that was best, and costs."""
+    rows: dict[str, dict[str, dict]] = {}
+    latency: dict[str, dict] = {}
+    for column, (file, task) in RATES.items():
+        content = json.loads((results / file).read_text())
+        latency = content["latency"] or latency
+        for row in content["rows"]:
+            if row["task"] == task:
+                rows.setdefault(row["method"], {})[column] = row
+    heads = [f"{name} | ×" for name in RATES] + [f"MB, {name}" for name in RATES]
+    lines = [f"| method | {' | '.join(heads)} | inference |", "|---" * (3 * len(RATES) + 2) + "|"]
+    for method, found in sorted(rows.items(), key=_from_best):
+        cells = [method]
+        for column in RATES:
+            row = found.get(column)
+            cells += [_points(row), "–" if row is None else f"{row['factor']:g}"]
+        for column in RATES:
+            row = found.get(column)
+            cells.append("–" if row is None else f"{row['peak_live_bytes'] / 1e6:.0f}")
+        cells.append(_times(latency.get(method)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _times(latency: dict | None) -> str:
+    if latency is None:
+        return "–"
+    if latency["ci95"] is None:
+        return "1"
+    low, high = latency["ci95"]
+    return f"{latency['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _from_best(item: tuple[str, dict[str, dict]]) -> tuple[int, float]:
+    """Sort by the mean score, the best first, and what lacks a task last."""
+    scores = [row["score"]["mean"] for row in item[1].values() if row["score"]]
+    return -len(scores), -sum(scores)
 
 
 def _scores(file: Path, task: str, method: str) -> dict[str, float]:
@@ -221,6 +289,40 @@ def _points(row: dict | None) -> str:
     return f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
 
 
+def picture(results: Path) -> str:
+    """Return STS-B at the best rate against training memory, as an SVG of its own."""
+    from mdpd_deploy.charts import Dot, trade_off_chart
+    from mdpd_deploy.page import CSS
+    from mdpd_deploy.study.study_page import kind_of
+
+    file, task = RATES["STS-B"]
+    rows = [row for row in json.loads((results / file).read_text())["rows"] if row["task"] == task]
+    dots = [
+        Dot(
+            row["method"],
+            row["peak_live_bytes"] / 1e6,
+            100 * row["score"]["mean"],
+            100 * (row["score"]["sd"] or 0),
+            kind_of(row["method"]),
+        )
+        for row in rows
+        if row["score"]
+    ]
+    chart = trade_off_chart(
+        dots,
+        x_label="peak training memory (MB)",
+        y_label="mean of Pearson and Spearman on STS-B (×100)",
+        log=True,
+    )
+    own = "svg { background: var(--panel); } text { font-family: var(--font); }"
+    style = f"<style>{CSS.partition('* {')[0]}{own}</style>"
+    start, end, rest = chart.partition(">")
+    return f'{start} xmlns="http://www.w3.org/2000/svg"{end}{style}{rest}'
+
+
+VIEWS = {"answer": answer, "overview": overview, "rates": rates, "picture": picture}
+
+
 def words_of(table: Table, command: str, places: dict[str, str]) -> list[str]:
     """Return one command with its places filled in, ready to run."""
     program, *words = shlex.split(command)
@@ -232,29 +334,24 @@ def words_of(table: Table, command: str, places: dict[str, str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", nargs="?", choices=TABLES)
+    parser.add_argument("name", nargs="?", choices=[*TABLES, *VIEWS], help="a table, or a view")
     parser.add_argument("--data", default="DATA")
     parser.add_argument("--encoder", default="ENCODER")
     parser.add_argument("--out", type=Path, default=Path("runs/tables"))
-    parser.add_argument("--results", type=Path, help="folder for the table's JSON")
+    parser.add_argument("--results", type=Path, help="folder that a table's JSON is copied to")
     parser.add_argument("--print", action="store_true", help="only show the commands")
     parser.add_argument("--list", action="store_true", help="only show the tables")
-    parser.add_argument("--overview", action="store_true", help="only show docs/results together")
-    parser.add_argument("--answer", action="store_true", help="only show what MDPD adds to norms")
     args = parser.parse_args()
-    if args.answer:
-        print(answer(args.results or HERE.parent / "docs" / "results"))
+    if args.name in VIEWS:
+        print(VIEWS[args.name](args.results or HERE.parent / "docs" / "results"))
         return
-    if args.overview:
-        print(overview(args.results or HERE.parent / "docs" / "results"))
-        return
-    if args.list or args.table is None:
+    if args.list or args.name is None:
         for name, table in TABLES.items():
             print(f"{name:24}docs/results/{table.file}")
         return
-    table = TABLES[args.table]
+    table = TABLES[args.name]
     study = table.commands[0].startswith("compare")
-    out = args.out / (args.table if study else table.file)
+    out = args.out / (args.name if study else table.file)
     places = {"data": args.data, "encoder": args.encoder}
     for command in table.commands:
         words = [*words_of(table, command, places), "--out", str(out)]

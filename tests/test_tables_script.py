@@ -69,6 +69,9 @@ def test_the_page_holds_what_the_committed_results_say():
     page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
     results = ROOT / "docs" / "results"
     assert tables.overview(results) in page
+    assert tables.rates(results) in page
+    picture = (results / "stsb-rates.svg").read_text(encoding="utf-8")
+    assert tables.picture(results).strip() == picture.strip()
     for line in tables.answer(results).splitlines()[2:]:
         gap = line.split("|")[3].strip().replace("-", "−")
         assert gap in page, line
