@@ -150,9 +150,14 @@ def test_the_page_is_complete(script):
         assert shown <= set(LABELS)
 
 
-@pytest.mark.parametrize("word", ["probe", "side:dtlv2-ls"])
-def test_the_page_is_up_to_date(script, tmp_path, word):
+@pytest.mark.parametrize(
+    ("word", "papers"), [("probe", "0.6 (MDPD)"), ("side:dtlv2-ls", "1.8 at 0.04 M (DTL, Tab. 4)")]
+)
+def test_the_page_is_up_to_date(script, tmp_path, word, papers):
     """Two quick rows of the first table, as they would be written now."""
     setting = script.settings(tmp_path)[0]
     first = script.PAGE.read_text(encoding="utf-8").split(setting.heading)[1]
-    assert rows_of(script.table(setting, [word]))[word] == rows_of(first.split("\n## ")[0])[word]
+    row = rows_of(script.table(setting, [word]))[word]
+    shown = rows_of(first.split("\n## ")[0])
+    assert row == shown[word]
+    assert (row[-1], shown["norms"][-1]) == (papers, "–")
