@@ -197,7 +197,7 @@ def overview(results: Path) -> str:
 
 
 NORMS = ("norms", TUNED)
-ANSWER = {  # row → file, task, MDPD's names (of compare, of transfer)
+ANSWER = {  # row → file, task, the method's names (of compare, of transfer)
     "SST-2": ("glue-200.json", "glue/sst2", ("mdpd:unipt", TASK)),
     "STS-B": ("glue-200.json", "glue/stsb", ("mdpd:unipt", TASK)),
     "MRPC": ("mrpc.jsonl", "glue/mrpc", ("mdpd:unipt", TASK)),
@@ -206,16 +206,20 @@ ANSWER = {  # row → file, task, MDPD's names (of compare, of transfer)
     "the same, KL": ("cifar10-20-epochs.json", "vtab/cifar10", (KL, KL)),
     "the same, stopped": ("cifar10-20-epochs-stopped.json", "vtab/cifar10", ("mdpd:unipt", TASK)),
     "the same, stopped, KL": ("cifar10-20-epochs-stopped.json", "vtab/cifar10", (KL, KL)),
+    **{
+        f"STS-B at the best rate, {method}": ("stsb-sweep.json", "glue/stsb", (method, method))
+        for method in ("mdpd:unipt", "mdpd:lst", "lora", "full")
+    },
 }
 
 
 def answer(results: Path) -> str:
-    """Return MDPD − norms and head, seed by seed, as Markdown: points with Student's interval."""
+    """Return a method − norms and head, seed by seed, as Markdown: points with Student's interval."""
     from mdpd_deploy.intervals import student_interval
 
-    lines = ["| | seeds | MDPD over UniPT − norms and head |", "|---|---|---|"]
-    for name, (file, task, mdpd) in ANSWER.items():
-        place = NORMS[file.endswith("l")], mdpd[file.endswith("l")]
+    lines = ["| MDPD over UniPT, or the method named | seeds | − norms and head |", "|---|---|---|"]
+    for name, (file, task, names) in ANSWER.items():
+        place = NORMS[file.endswith("l")], names[file.endswith("l")]
         norms, found = (_scores(results / file, task, method) for method in place)
         gaps = [100 * (found[seed] - norms[seed]) for seed in found if seed in norms]
         mean, low, high = student_interval(gaps)
