@@ -1,11 +1,12 @@
 """The models a run can be turned into: backbone and head, alone or with what stays beside them."""
 
-from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
 from mdpd_deploy.adapters.tokens import VirtualTokens
 from mdpd_deploy.backbones.base import Backbone, Inputs
+from mdpd_deploy.backbones.wrap import Trace
 from mdpd_deploy.sides.base import SideNetwork, SideOutput
 from mdpd_deploy.tasks.head import Head
 
@@ -63,22 +64,15 @@ class WithSide(TaskModel):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         batch = named(self.backbone, inputs)
-        mask = self.backbone.token_mask(batch)
-        return self.answer(plain_taps(self.backbone, batch, mask, self.side.last_tap), mask)
+        return self.answer(self.backbone.trace(batch, last=self.side.last_tap))
 
-    def answer(self, taps: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-        """Return the task's outputs [B, C] from the backbone's taps b_0..b_{side.last_tap}."""
-        backbone = self.backbone
-        output = self.side(taps, mask, lambda index, x: backbone.run_block(index, x, mask))
-        return self.head(pool_side(backbone, output, mask, last_feature=self.last_feature))
-
-
-def plain_taps(backbone: Backbone, batch: Inputs, mask: Tensor | None, last: int) -> list[Tensor]:
-    """Return b_0..b_last of the plain backbone, each [B, N, D]."""
-    taps = [backbone.embed(batch)]
-    for index in range(last):
-        taps.append(backbone.run_block(index, taps[-1], mask))
-    return taps
+    def answer(self, trace: Trace) -> Tensor:
+        """Return the task's outputs [B, C] from a trace that reaches b_{side.last_tap}."""
+        taps = trace.taps[: self.side.last_tap + 1]
+        output = self.side(taps, trace.mask, partial(self.backbone.run_block, trace))
+        return self.head(
+            pool_side(self.backbone, output, trace.mask, last_feature=self.last_feature)
+        )
 
 
 def pool_side(

@@ -84,7 +84,7 @@ def export_onnx(
 
 def axes_of(model: TaskModel) -> dict[str, dict[int, str]]:
     """Return the named axes of each input, e.g. `{"input_ids": {0: "batch", 1: "sequence"}}`."""
-    text = model.backbone.grid is None
+    text = model.backbone.takes == "text"
     axes = {0: "batch", 1: "sequence"} if text else {0: "batch"}
     return {name: axes for name in model.backbone.input_names}
 
@@ -106,7 +106,7 @@ def _checked_bytes(name: str, tensor: torch.Tensor) -> int:
 
 def _trace(model: TaskModel) -> Any:
     backbone = model.backbone
-    text = backbone.grid is None
+    text = backbone.takes == "text"
     example = backbone.example_inputs(EXAMPLE_BATCH, EXAMPLE_TOKENS if text else None)
     axes = axes_of(model)
     names = list(axes)

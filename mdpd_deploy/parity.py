@@ -113,7 +113,7 @@ def shape_batches(model: TaskModel, *, max_batch: int = 8) -> Iterator[tuple[str
     and several, the latter with padded rows.
     """
     backbone = model.backbone
-    if backbone.grid is not None:
+    if backbone.takes == "image":
         for batch in (1, 5, max_batch):
             yield f"batch {batch}", _numpy(backbone.example_inputs(batch))
         return

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.model import WithSide, named, plain_taps
+from mdpd_deploy.model import WithSide, named
 from mdpd_deploy.run import Run
 
 
@@ -35,12 +35,11 @@ class SharedTasks(nn.Module):
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Return task name → outputs [B, C]; inputs in the order of `backbone.input_names`."""
         batch = named(self.backbone, inputs)
-        mask = self.backbone.token_mask(batch)
-        taps = plain_taps(self.backbone, batch, mask, self.last_tap)
+        trace = self.backbone.trace(batch, last=self.last_tap)
         found = {}
         for name, model in zip(self.names, self.models, strict=True):
             assert isinstance(model, WithSide)
-            found[name] = model.answer(taps[: model.side.last_tap + 1], mask)
+            found[name] = model.answer(trace)
         return found
 
 

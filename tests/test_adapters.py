@@ -116,7 +116,7 @@ def test_prompt_tokens_are_seen_by_every_block_and_never_pooled(backbones):
     backbone = backbones("text")
     tokens = build_tokens(backbone, "prompt", SMALL)
     inputs = backbone.example_inputs(2)
-    mask, start = inputs["attention_mask"], backbone.embed(inputs)
+    mask, start = inputs["attention_mask"], backbone.trace(inputs).taps[0]
     prompt = tokens.prompt.embedding.weight.expand(2, -1, -1)
     wide = torch.cat([torch.ones(2, 4), mask], dim=1)
     added = (1 - wide[:, None, None]) * torch.finfo(torch.float32).min
@@ -133,9 +133,9 @@ def test_a_prefix_is_keys_and_values_before_the_blocks_own(backbones):
     backbone = backbones("text")
     tokens = build_tokens(backbone, "prefix", SMALL)
     inputs = backbone.example_inputs(2)
-    mask, x = inputs["attention_mask"], backbone.embed(inputs)
+    mask, x = inputs["attention_mask"], backbone.trace(inputs).taps[0]
     first = tokens.prefix.embedding.weight[:, : 2 * 32].view(4, 2, 4, 8)  # T, k and v, heads, D/h
-    block = backbone.block(0)
+    block = backbone.blocks()[0]
     attention = block.attention.self
 
     def heads(y):
@@ -150,9 +150,7 @@ def test_a_prefix_is_keys_and_values_before_the_blocks_own(backbones):
     mixed = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
     middle = block.attention.output(mixed.transpose(1, 2).reshape(2, -1, 32), x)
     expected = block.output(block.intermediate(middle), middle)
-    pairs = (first[:, i].transpose(0, 1) for i in range(2))
-    found = backbone.run_block_after(0, x, tokens.extend(mask), *pairs)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(tokens.trace(backbone, inputs).taps[1], expected)
 
 
 @pytest.mark.parametrize(

@@ -130,11 +130,7 @@ class Calls(TorchFunctionMode):
 
 
 def tokens_of(backbone, inputs):
-    mask = backbone.token_mask(inputs)
-    x = backbone.embed(inputs)
-    for index in range(backbone.depth):
-        x = backbone.run_block(index, x, mask)
-    return x
+    return backbone.trace(inputs).taps[-1]
 
 
 # --- vision: the same numbers as timm -------------------------------------------------------------
@@ -315,11 +311,12 @@ def test_text_equals_transformers(texts, kind, attention):
 
 def test_no_mask_means_no_padding(texts):
     backbone = load(texts["bert"][0])
-    x = torch.randn(2, 5, 32)
+    inputs = backbone.example_inputs(1, 5)
+    assert inputs["attention_mask"].all()
+    ids = {"input_ids": inputs["input_ids"]}
     for attention in ("sdpa", "eager"):
         backbone.set_attention(attention)
-        masked = backbone.run_block(0, x, torch.ones(2, 5, dtype=torch.int64))
-        torch.testing.assert_close(backbone.run_block(0, x, None), masked)
+        torch.testing.assert_close(tokens_of(backbone, ids), tokens_of(backbone, inputs))
 
 
 @pytest.mark.parametrize("kind", TEXT_CONFIGS)
@@ -411,10 +408,11 @@ def test_blocked_runs_give_the_same_values_and_no_gradient_to_norms(texts, tmp_p
         norms = backbone.norms()
         for parameter in norms.values():
             parameter.requires_grad_(True)
-        x = torch.randn(2, 17, backbone.width, requires_grad=True)
-        mask = torch.ones(2, 17, dtype=torch.int64) if backbone.family == "bert" else None
-        free = backbone.finish(backbone.run_block(0, x, mask), mask)
-        held = backbone.finish(backbone.run_block(0, x, mask, blocked=True), mask, blocked=True)
+        trace = backbone.trace(backbone.example_inputs(2))
+        x = torch.randn_like(trace.taps[0]).requires_grad_()
+        free = backbone.finish(backbone.run_block(trace, 0, x), trace.mask)
+        held = backbone.run_block(trace, 0, x, blocked=True)
+        held = backbone.finish(held, trace.mask, blocked=True)
         assert torch.equal(free, held)
         held.square().sum().backward()
         assert x.grad is not None

@@ -111,42 +111,46 @@ def test_at_the_start_the_logits_are_the_frozen_backbones(name, backbone):
     ("method", "name"), [*(("side", name) for name in NAMES), ("mdpd", "dtlv1")]
 )
 def test_a_step_keeps_no_graph_of_blocks_up_to_m(method, name, backbone):
-    """A real step: blocks 1..M run without a graph only; those behind M run again, with one."""
+    """A real step: the side network's own graph holds the blocks behind M and no other."""
     config = check_config({"method": method, "side": {"name": name}})
     built = build_method(backbone, TaskSpec("classify", 3), config)
     for parameter in built.side.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     built.train_mode()
-    ran, phase = [], ["side pass"]
+    ran, phase = [], ["taps"]
 
     def watch(index):
         def hook(module, inputs, output):
-            x = output[0] if isinstance(output, tuple) else output
-            ran.append((phase[0], index, x.requires_grad))
+            ran.append((phase[0], index, output.requires_grad))
 
         return hook
 
-    for index in range(backbone.depth):
-        backbone.block(index).register_forward_hook(watch(index))
-    if method == "mdpd":  # its backbone pass walks every block again, one at a time
-        walk = built.engine.backward
+    def enter(name, owner, function):
+        plain = getattr(owner, function)
 
-        def backward(*rest):
-            phase[0] = "walk"
-            walk(*rest)
+        def entered(*rest, **more):
+            phase[0] = name
+            return plain(*rest, **more)
 
-        built.engine.backward = backward
+        setattr(owner, function, entered)
+
+    for index, block in enumerate(backbone.blocks()):  # parts: a block that is skipped is entered
+        part = block.mlp if backbone.family == "vit" else block.output
+        part.register_forward_hook(watch(index))
+    enter("side pass", built.side, "forward")
+    if method == "mdpd":  # its backbone pass runs every block again, one at a time
+        enter("backbone pass", built.engine, "backward")
     inputs = backbone.example_inputs(4, 9)
     labels = torch.arange(4) % 3
     built.step(Batch(inputs, labels, np.arange(4), 0, 4.0, 4.0))
     first = {"dtlv1": 2, "dtlv2": 3, "dtlv2-ls": 3}[name]  # M of 3 blocks
     assert built.side.last_tap == first
     taps = 3 if method == "mdpd" else first
+    assert [index for when, index, _ in ran if when == "taps"] == list(range(taps))
+    if method == "side":
+        assert not any(graph for when, _, graph in ran if when == "taps")
     side_pass = [(index, graph) for when, index, graph in ran if when == "side pass"]
-    assert side_pass == [
-        *((index, False) for index in range(taps)),
-        *((index, True) for index in range(first, 3)),
-    ]
+    assert side_pass == [(index, True) for index in range(first, 3)]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in built.side.parameters())
     trained = built.backbone_weights
     assert all(p.grad is None for n, p in backbone.named_parameters() if n not in trained)

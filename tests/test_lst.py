@@ -51,9 +51,7 @@ def test_budget_bert():
         nn.Module.__init__(backbone)
         backbone.model, backbone.layout = model, bert_layout()
         blocks = [backbone.thin_block(index, 4) for index in range(12)]
-        side = LST(
-            768, 192, blocks, BertBackbone.apply_block, out_width=1024, bias=False, norm=None
-        )
+        side = LST(768, 192, blocks, out_width=1024, bias=False, norm=None)
     assert count(side) == 7_465_644 - 13_728
 
 
@@ -74,11 +72,10 @@ def test_without_reduction_the_blocks_are_the_backbones_own(kind, tiny_vit, tiny
     backbone = load(kind, tiny_vit, tiny_bert).eval()
     side = build_side(backbone, SideConfig(name="lst", reduction=1)).eval()
     inputs = backbone.example_inputs(2, 9)
-    x, mask = backbone.embed(inputs), backbone.token_mask(inputs)
+    trace = backbone.trace(inputs)
     for index, block in enumerate(side.blocks):
-        expected = backbone.run_block(index, x, mask)
-        torch.testing.assert_close(side.apply_block(block, x, mask), expected)
-        x = expected
+        x, expected = trace.taps[index : index + 2]
+        torch.testing.assert_close(backbone.run_block(trace, index, x, block=block), expected)
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert"])
@@ -91,7 +88,7 @@ def test_the_most_important_units_are_inherited(kind, tiny_vit, tiny_bert):
     for index in range(backbone.depth):
         for layer in backbone.layers(index):
             for path in layer.paths:
-                module = backbone.block(index).get_submodule(path)
+                module = backbone.blocks()[index].get_submodule(path)
                 rows = torch.arange(0, len(module.weight), 2)
                 module.weight.data[rows] += torch.sign(module.weight.data[rows]) * 5
                 module.bias.data.copy_(torch.arange(len(module.bias)).float())
@@ -99,7 +96,7 @@ def test_the_most_important_units_are_inherited(kind, tiny_vit, tiny_bert):
     for index, block in enumerate(side.blocks):
         for layer in backbone.layers(index):
             for path in layer.paths:
-                old, new = backbone.block(index).get_submodule(path), block.get_submodule(path)
+                old, new = backbone.blocks()[index].get_submodule(path), block.get_submodule(path)
                 units = torch.arange(0, len(old.weight), 2)
                 assert torch.equal(new.bias.data, units.float())
                 kept = old.weight[units][:, ::2] if layer.linear else old.weight[units]
@@ -148,7 +145,7 @@ def test_units_are_walked_in_forward_order_each_layer_after_the_one_before(
     stream = []
     for index, thin in enumerate(side.blocks):
         for paths in GROUPS[kind]:
-            olds = [backbone.block(index).get_submodule(path) for path in paths]
+            olds = [backbone.blocks()[index].get_submodule(path) for path in paths]
             news = [thin.get_submodule(path) for path in paths]
             if not isinstance(olds[0], nn.Linear):
                 assert torch.equal(news[0].weight, olds[0].weight[keep])
@@ -201,9 +198,9 @@ def test_thin_blocks_of_every_plain_vision_transformer(options):
     backbone = VitBackbone(model, "made up")
     side = build_side(backbone, SideConfig(name="lst", reduction=2))
     taps = [torch.randn(2, 5, 32) for _ in range(backbone.depth + 1)]
-    out = side(taps, None, no_block)
+    out = side(taps, None, lambda index, x, block: block(x))
     assert out.tokens.shape == (2, 5, 32) and out.tokens.isfinite().all()
-    own = sum(p.numel() for p in backbone.block(0).mlp.fc1.parameters())
+    own = sum(p.numel() for p in backbone.blocks()[0].mlp.fc1.parameters())
     thin = sum(p.numel() for p in side.blocks[0].mlp.fc1.parameters())
     assert 3 < own / thin < 4
 

@@ -99,10 +99,10 @@ def test_the_walk_leaves_the_random_state_as_the_forward_left_it(backbone):
     backbone.train()
     batch = batch_for(backbone)
     torch.manual_seed(0)
-    trace = engine.forward(batch.inputs)
-    before = torch.get_rng_state()
     for parameter in engine.trained(()).values():
         parameter.requires_grad_(True)
+    trace = engine.forward(batch.inputs)
+    before = torch.get_rng_state()
     engine.backward(trace, lambda top: top.square().sum(), None)
     assert torch.equal(torch.get_rng_state(), before)
 

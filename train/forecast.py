@@ -149,7 +149,7 @@ def example_batches(
     """
     size, count = config.train.batch, config.train.batch * config.train.accumulate
     dtype = torch.float32 if method.task.kind == "regress" else torch.int64
-    tokens = text_length if backbone.grid is None else None
+    tokens = text_length if backbone.takes == "text" else None
     device = next(backbone.parameters()).device
     return [
         Batch(

@@ -7,46 +7,41 @@ bfloat16 steps are 0.4 %, so the tuned norms stay float32 and compute in float32
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mdpd_deploy.backbones.base import Backbone
-from mdpd_deploy.errors import UserError
-
-
-class Float32Norm(nn.LayerNorm):
-    """A LayerNorm of float32 parameters that takes and returns another dtype."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        normed = F.layer_norm(
-            input.float(), self.normalized_shape, self.weight, self.bias, self.eps
-        )
-        return normed.to(input.dtype)
 
 
 def hold_in_bfloat16(backbone: Backbone, trained: Iterable[nn.Parameter] = ()) -> None:
-    """Convert the frozen weights in place; norms keep their values in float32.
+    """Convert the frozen weights in place; norms keep theirs, and compute, in float32.
 
     Args:
-        backbone: Its norms and frozen weights become new tensors.
+        backbone: Its frozen weights become new tensors.
         trained: Further parameters of it that stay as they are.
     """
-    kept = {name: p.detach().clone() for name, p in backbone.norms().items()}
-    _convert(backbone, torch.bfloat16, {id(parameter) for parameter in trained})
-    for path in sorted({name.rpartition(".")[0] for name in kept}):
+    norms = backbone.norms()
+    kept = {id(parameter) for parameter in (*trained, *norms.values())}
+    for path in sorted({name.rpartition(".")[0] for name in norms}):
         norm = backbone.get_submodule(path)
-        if not isinstance(norm, nn.LayerNorm):
-            raise UserError(
-                f"train.precision=bf16: the norm {path} is a {type(norm).__name__}, and only "
-                "LayerNorm is known here; use train.precision=fp32."
-            )
-        wide = Float32Norm(list(norm.normalized_shape), norm.eps, bias=norm.bias is not None)
-        wide.weight = nn.Parameter(kept[f"{path}.weight"], requires_grad=False)
-        if norm.bias is not None:
-            wide.bias = nn.Parameter(kept[f"{path}.bias"], requires_grad=False)
-        backbone.set_submodule(path, wide)
+        kept |= {id(buffer) for buffer in norm.buffers(recurse=False)}
+        norm.__class__ = _in_float32(type(norm))
+    _convert(backbone, torch.bfloat16, kept)
+
+
+@cache
+def _in_float32(kind: type[Any]) -> type[Any]:
+    """Return a kind of norm that computes in float32 and returns the dtype that it was given."""
+
+    class Float32(kind):  # type: ignore[misc]  # the base is known when it runs
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            out: Tensor = super().forward(x.float(), *args, **kwargs)
+            return out.to(x.dtype)
+
+    return Float32
 
 
 def _convert(backbone: nn.Module, dtype: torch.dtype, kept: set[int]) -> None:
@@ -60,7 +55,7 @@ def _convert(backbone: nn.Module, dtype: torch.dtype, kept: set[int]) -> None:
                     fresh[id(parameter)] = nn.Parameter(value, requires_grad=False)
                 setattr(module, name, fresh[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_floating_point():
+            if buffer.is_floating_point() and id(buffer) not in kept:
                 setattr(module, name, buffer.to(dtype))
 
 

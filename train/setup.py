@@ -107,7 +107,7 @@ def process_state(device: str) -> PartialState:
 
 def check_modality(backbone: Backbone, data: TaskData, config: Config) -> None:
     """Refuse a vision backbone for text and the reverse."""
-    takes = "image" if backbone.grid is not None else "text"
+    takes = backbone.takes
     plain = DataConfig()
     if takes == "image" and (config.data.max_length, config.data.pad) != (
         plain.max_length,

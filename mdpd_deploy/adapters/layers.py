@@ -84,7 +84,7 @@ def linear_layers(backbone: Backbone) -> list[tuple[tuple[str, ...], ...]]:
     names = {id(module): name for name, module in backbone.named_modules()}
     return [
         tuple(
-            tuple(f"{names[id(backbone.block(index))]}.{path}" for path in layer.paths)
+            tuple(f"{names[id(backbone.blocks()[index])]}.{path}" for path in layer.paths)
             for layer in backbone.layers(index)
             if layer.linear
         )

@@ -4,11 +4,15 @@ peft's `PrefixEncoder` without its reparameterising MLP. Queries of the real tok
 it has none of its own, so nothing of it is pooled.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from mdpd_deploy.adapters.library import from_peft
 from mdpd_deploy.adapters.tokens import TOKENS, VirtualTokens
 from mdpd_deploy.backbones.base import Backbone, Inputs
+from mdpd_deploy.backbones.wrap import Call, Forward, Trace
 from mdpd_deploy.config import PeftConfig
 from mdpd_deploy.errors import UserError
 
@@ -35,11 +39,37 @@ class Prefix(VirtualTokens):
         self.prefix = encoder(chosen)  # standard normal, as peft's default
 
     def forward(self, backbone: Backbone, inputs: Inputs) -> Tensor:
-        x, mask = backbone.embed(inputs), backbone.token_mask(inputs)
-        wide = self.extend(mask)
+        trace = self.trace(backbone, inputs)
+        return backbone.finish(trace.ends[-1], trace.mask)
+
+    def trace(self, backbone: Backbone, inputs: Inputs) -> Trace:
+        """Run the backbone with the prefix."""
         shape = (self.count, backbone.depth, 2, backbone.heads, backbone.width // backbone.heads)
         pairs = self.prefix(self.positions).view(shape).permute(1, 2, 3, 0, 4)
-        for index in range(backbone.depth):
+
+        def run(index: int, forward: Forward, call: Call) -> Any:
             keys, values = pairs[index].unbind()
-            x = backbone.run_block_after(index, x, wide, keys, values)
-        return backbone.finish(x, mask)
+            call = call.replaced(forward, past_key_values=Before(keys, values))
+            return call.of(forward, call.x)
+
+        return backbone.trace(inputs, run=run, mask=self.extend(backbone.token_mask(inputs)))
+
+
+class Before:
+    """What a block's attention asks of a transformers cache: keys and values from before.
+
+    Args:
+        keys: [heads, T, D / heads], the same for every example.
+        values: As `keys`.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.before = (keys, values)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
+        """Put the given keys and values before the block's own [B, heads, N, D / heads]."""
+        wide = [
+            torch.cat([first.to(own.dtype).expand(own.shape[0], -1, -1, -1), own], dim=2)
+            for first, own in zip(self.before, (keys, values), strict=True)
+        ]
+        return wide[0], wide[1]

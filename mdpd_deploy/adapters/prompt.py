@@ -5,12 +5,15 @@ norm and positions, so that real tokens keep theirs; peft itself puts them befor
 positions, which moves every real token by T.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mdpd_deploy.adapters.library import from_peft
 from mdpd_deploy.adapters.tokens import TOKENS, VirtualTokens
 from mdpd_deploy.backbones.base import Backbone, Inputs
+from mdpd_deploy.backbones.wrap import Call, Forward
 from mdpd_deploy.config import PeftConfig
 
 
@@ -31,10 +34,13 @@ class Prompt(VirtualTokens):
         self.prompt = embedding(chosen, None)  # standard normal, as peft's default
 
     def forward(self, backbone: Backbone, inputs: Inputs) -> Tensor:
-        x, mask = backbone.embed(inputs), backbone.token_mask(inputs)
+        def run(index: int, forward: Forward, call: Call) -> Any:
+            return call.of(forward, self._before(call.x) if index == 0 else call.x)
+
+        trace = backbone.trace(inputs, run=run, mask=self.extend(backbone.token_mask(inputs)))
+        return backbone.finish(trace.ends[-1][:, self.count :], trace.mask)
+
+    def _before(self, x: Tensor) -> Tensor:
+        """Put the tokens before x [B, N, D]: [B, T + N, D]."""
         prompt = self.prompt(self.positions).to(x.dtype)
-        x = torch.cat([prompt.expand(x.shape[0], -1, -1), x], dim=1)  # [B, T + N, D]
-        wide = self.extend(mask)
-        for index in range(backbone.depth):
-            x = backbone.run_block(index, x, wide)
-        return backbone.finish(x[:, self.count :], mask)
+        return torch.cat([prompt.expand(x.shape[0], -1, -1), x], dim=1)

@@ -6,15 +6,16 @@ Shapes: B batch, N tokens (prefix tokens included), D width, L depth. Taps follo
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mdpd_deploy.data.preprocess import Preprocess
+from mdpd_deploy.backbones.wrap import Run, Trace, first_of, plainly, record
+from mdpd_deploy.data.preprocess import Preprocess, TextPreprocess
 from mdpd_deploy.errors import UserError
 
 Inputs = Mapping[str, Tensor]
@@ -51,7 +52,6 @@ class Backbone(nn.Module, ABC):
     Attributes:
         family: The registry name of the family, e.g. "vit" or "bert".
         width: D.
-        depth: L.
         prefix_tokens: Leading tokens that are no patch (class and register tokens); 0 for text.
         has_cls: Whether token 0 is a class token.
         grid: (rows, columns) of the patch tokens, or None for text.
@@ -59,12 +59,12 @@ class Backbone(nn.Module, ABC):
         pooling: "mean" over real tokens without prefix tokens, or "cls" (D3).
         heads: Attention heads of each block.
         preprocess: Raw inputs → arrays named `input_names`.
-        takes_prefix: Whether `run_block_after` works.
+        takes_prefix: Whether blocks take keys and values from before their tokens.
+        has_taps: Whether its traces have taps, for side networks to read.
     """
 
     family: str
     width: int
-    depth: int
     prefix_tokens: int
     has_cls: bool
     grid: tuple[int, int] | None
@@ -74,21 +74,22 @@ class Backbone(nn.Module, ABC):
     preprocess: Preprocess
     source: BackboneSource
     takes_prefix: bool = False
+    has_taps: bool = True
 
     # --- what a family provides ---------------------------------------------------------------
 
     @abstractmethod
-    def embed(self, inputs: Inputs) -> Tensor:
-        """Return b_0 [B, N, D]."""
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return the modules that run one after the other: block i maps b_i to b_{i+1}."""
 
     @abstractmethod
-    def block(self, index: int) -> nn.Module:
-        """Return the module of block `index` (0-based: it maps b_index to b_{index+1})."""
+    def run_library(self, inputs: Inputs, mask: Tensor | None) -> Any:
+        """Call the library's own forward, which runs every block in order.
 
-    @staticmethod
-    @abstractmethod
-    def apply_block(module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Run a block (or a stand-in, or a thin copy of it) on x [B, N, D] → [B, N, D]."""
+        Args:
+            inputs: Named tensors.
+            mask: What blocks shall take for `token_mask(inputs)`.
+        """
 
     @abstractmethod
     def final_norm(self) -> nn.Module | None:
@@ -132,28 +133,64 @@ class Backbone(nn.Module, ABC):
         """Return [B, N], 1 for real tokens and 0 for padding; None when there is no padding."""
         return None
 
-    def run_block_after(
-        self, index: int, x: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """Run block `index`, whose attention also reads T given keys and values.
-
-        Args:
-            index: 0-based.
-            x: [B, N, D].
-            mask: [B, T + N] or None.
-            keys: [heads, T, D / heads], the same for every example.
-            values: As `keys`.
-        """
-        raise NotImplementedError(f"takes_prefix is False for {self.family}")
-
     # --- what follows from it -----------------------------------------------------------------
 
+    @property
+    def takes(self) -> Literal["text", "image"]:
+        """What its inputs are made from."""
+        return "text" if isinstance(self.preprocess, TextPreprocess) else "image"
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        return len(self.blocks())
+
+    def trace(
+        self,
+        inputs: Inputs,
+        *,
+        last: int | None = None,
+        run: Run = plainly,
+        mask: Tensor | None = None,
+    ) -> Trace:
+        """Run the backbone and return its taps.
+
+        Args:
+            inputs: Named tensors.
+            last: The highest tap that is needed; nothing runs past it. None means L.
+            run: How blocks are run, see `wrap.py`.
+            mask: Another token mask for the blocks than the inputs' own, e.g. of longer states.
+        """
+        own = self.token_mask(inputs)
+        shown = own if mask is None else mask
+        trace = Trace(own)
+        last = self.depth if last is None else last
+        record(trace, self.blocks(), last, run, lambda: self.run_library(inputs, shown))
+        return trace
+
     def run_block(
-        self, index: int, x: Tensor, mask: Tensor | None, *, blocked: bool = False
+        self,
+        trace: Trace,
+        index: int,
+        x: Tensor,
+        *,
+        blocked: bool = False,
+        block: nn.Module | None = None,
     ) -> Tensor:
-        """Run block `index`; `blocked` uses the current norm values without their gradient (D1)."""
-        module = self.block(index)
-        return self.apply_block(_WithoutGrad(module) if blocked else module, x, mask)
+        """Run block `index` on another state, with the arguments it was called with in a trace.
+
+        Args:
+            trace: Of the same inputs; its taps need not reach the block.
+            index: 0-based.
+            x: The state [B, N, D].
+            blocked: Use the current norm values without their gradient.
+            block: A thinner copy to run in the block's place, with its gradients.
+        """
+        call = trace.calls[index]
+        if block is not None:
+            return first_of(call.of(block, x))
+        own: Any = self.blocks()[index]
+        return first_of(call.of(_WithoutGrad(own) if blocked else own, x))
 
     def finish(self, x: Tensor, mask: Tensor | None, *, blocked: bool = False) -> Tensor:
         """Final norm and pooling: [B, N, D] → [B, D]."""
@@ -179,11 +216,16 @@ class Backbone(nn.Module, ABC):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Return the pooled features [B, D]."""
-        mask = self.token_mask(inputs)
-        x = self.embed(inputs)
-        for index in range(self.depth):
-            x = self.run_block(index, x, mask)
-        return self.finish(x, mask)
+        trace = self.trace(inputs)
+        return self.finish(trace.ends[-1], trace.mask)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch dropout; the statistics of batch norms stay frozen."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def norms(self) -> dict[str, nn.Parameter]:
         """Return every tuned norm parameter by full name: block norms and the final norm (D3)."""

@@ -5,6 +5,7 @@ is never tuned (D3). The pooler is not loaded; texts are pooled over their real 
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,6 @@ class BertBackbone(Backbone):
         self.model = model
         self.layout = LAYOUTS[model.config.model_type]
         self.width = getattr(model.config, self.layout.width)
-        self.depth = len(self._blocks())
         self.heads = model.config.num_attention_heads
         self.input_names = preprocess.input_names
         self.preprocess = preprocess
@@ -105,38 +105,27 @@ class BertBackbone(Backbone):
         self.takes_prefix = self.layout.prefix
         self.set_attention("sdpa")
 
-    def embed(self, inputs: Inputs) -> Tensor:
-        """Return b_0 [B, N, D]: the normalised sum of word, position and segment embeddings."""
-        ids = inputs["input_ids"]
-        segments = inputs.get("token_type_ids")
-        if self.layout.segments:
-            segments = torch.zeros_like(ids) if segments is None else segments
-            x: Tensor = self.model.get_submodule("embeddings")(ids, token_type_ids=segments)
-        else:
-            x = self.model.get_submodule("embeddings")(ids)
-        return x
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return transformers' layers."""
+        blocks = self.model.get_submodule(self.layout.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return list(blocks)
 
-    def block(self, index: int) -> nn.Module:
-        """Return the module of block `index` (0-based)."""
-        return self._blocks()[index]
+    def run_library(self, inputs: Inputs, mask: Tensor | None) -> Any:
+        """Run transformers' forward.
 
-    @staticmethod
-    def apply_block(module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Run a block on x [B, N, D]; tokens with mask 0 are never attended to.
-
-        The mask becomes an additive one [B, 1, 1, N], which means the same to "sdpa" and "eager".
+        The token mask becomes the additive one [B, 1, 1, N], which the library hands to its blocks
+        as it is and which means the same to "sdpa" and "eager".
         """
-        out: Tensor = module(x, attention_mask=_added(mask, x))
-        return out
-
-    def run_block_after(
-        self, index: int, x: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """Run a block whose attention also reads T given keys and values, through its cache."""
-        module: Any = self.block(index)
-        cache = _Prefix(keys, values)
-        out: Tensor = module(x, attention_mask=_added(mask, x), past_key_values=cache)
-        return out
+        given: dict[str, Tensor] = {"input_ids": inputs["input_ids"]}
+        if self.layout.segments and "token_type_ids" in inputs:
+            given["token_type_ids"] = inputs["token_type_ids"]
+        if mask is not None:
+            dtype = self.embedding_weight()[0].dtype
+            given["attention_mask"] = (1 - mask[:, None, None, :].to(dtype)) * torch.finfo(
+                dtype
+            ).min
+        return self.model(**given)
 
     def final_norm(self) -> nn.Module | None:
         """Return None: the last block ends in its own norm."""
@@ -148,7 +137,7 @@ class BertBackbone(Backbone):
 
     def block_norms(self, index: int) -> dict[str, nn.Parameter]:
         """Return scale and shift of the block's two LayerNorms."""
-        block = self.block(index)
+        block = self.blocks()[index]
         norms = [block.get_submodule(path) for path in self.layout.norms]
         return norm_parameters_of(block, f"model.{self.layout.blocks}.{index}.", norms)
 
@@ -157,19 +146,7 @@ class BertBackbone(Backbone):
 
         The global random state is untouched.
         """
-        count = tokens or min(self.max_length, 16)
-        generator = torch.Generator().manual_seed(0)
-        words = torch.randint(self.model.config.vocab_size - 1, (batch, count), generator=generator)
-        words = words + (words >= self.pad_id)  # every id but the padding one
-        lengths = count - (torch.arange(batch) % 2) * (count // 4)
-        real = torch.arange(count) < lengths[:, None]
-        made = {
-            "input_ids": torch.where(real, words, self.pad_id),
-            "attention_mask": real.long(),
-            "token_type_ids": torch.zeros_like(words),
-        }
-        device = next(self.parameters()).device
-        return {name: made[name].to(device) for name in self.input_names}
+        return random_texts(self, self.model.config.vocab_size, batch, tokens)
 
     def thin_block(self, index: int, reduction: int) -> nn.Module:
         """Return a fresh transformers layer of width D / reduction with as many heads."""
@@ -178,7 +155,7 @@ class BertBackbone(Backbone):
         for name in (layout.width, layout.hidden):
             setattr(config, name, getattr(config, name) // reduction)
         config._attn_implementation = "sdpa"
-        make: Any = type(self.block(index))
+        make: Any = type(self.blocks()[index])
         made: nn.Module = make(config)
         return made
 
@@ -210,29 +187,26 @@ class BertBackbone(Backbone):
                 attention: Any = part
                 attention.config._attn_implementation = kind
 
-    def _blocks(self) -> nn.ModuleList:
-        blocks = self.model.get_submodule(self.layout.blocks)
-        assert isinstance(blocks, nn.ModuleList)
-        return blocks
 
+def random_texts(
+    backbone: Backbone, vocabulary: int, batch: int, tokens: int | None
+) -> dict[str, Tensor]:
+    """Return random texts of `tokens` tokens, every second one padded by a quarter.
 
-def _added(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return a token mask [B, N] as the one that attention adds to its scores [B, 1, 1, N]."""
-    if mask is None:
-        return None
-    return (1 - mask[:, None, None, :].to(x.dtype)) * torch.finfo(x.dtype).min
-
-
-class _Prefix:
-    """What a block's attention asks of a transformers cache: keys and values from before."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.before = (keys, values)
-
-    def update(self, keys: Tensor, values: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
-        """Put the given keys and values [heads, T, D / heads] before the block's own."""
-        wide = [
-            torch.cat([first.to(own.dtype).expand(own.shape[0], -1, -1, -1), own], dim=2)
-            for first, own in zip(self.before, (keys, values), strict=True)
-        ]
-        return wide[0], wide[1]
+    The global random state is untouched.
+    """
+    preprocess = backbone.preprocess
+    assert isinstance(preprocess, TextPreprocess)
+    count = tokens or min(preprocess.max_length, 16)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(vocabulary - 1, (batch, count), generator=generator)
+    words = words + (words >= preprocess.pad_id)  # every id but the padding one
+    lengths = count - (torch.arange(batch) % 2) * (count // 4)
+    real = torch.arange(count) < lengths[:, None]
+    made = {
+        "input_ids": torch.where(real, words, preprocess.pad_id),
+        "attention_mask": real.long(),
+        "token_type_ids": torch.zeros_like(words),
+    }
+    device = next(backbone.parameters()).device
+    return {name: made[name].to(device) for name in backbone.input_names}

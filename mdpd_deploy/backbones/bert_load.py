@@ -18,6 +18,7 @@ from mdpd_deploy.backbones.family import (
 )
 from mdpd_deploy.backbones.hub import cached_commit, check_hub
 from mdpd_deploy.backbones.weights import load_exactly, read_state
+from mdpd_deploy.backbones.whole import WholeText
 from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError
@@ -47,16 +48,24 @@ class BertFamily(Family):
         preprocess = source.read_tokenizer(facts, request)
         build = partial(_build, facts)
         if request.weights is not None:
-            backbone = BertBackbone(skeleton(build), preprocess)
+            backbone = _backbone(skeleton(build), preprocess, request.config)
             state = read_state(request.weights, "the run's backbone")
             load_exactly(backbone, state, str(request.weights))
         elif request.fake:
-            backbone = BertBackbone(skeleton(build), preprocess)
+            backbone = _backbone(skeleton(build), preprocess, request.config)
         elif request.config.pretrained:
-            backbone = BertBackbone(source.read_model(facts), preprocess)
+            backbone = _backbone(source.read_model(facts), preprocess, request.config)
         else:
-            backbone = BertBackbone(build(), preprocess)
+            backbone = _backbone(build(), preprocess, request.config)
         return backbone, source.revision
+
+
+def _backbone(
+    model: "PreTrainedModel", preprocess: TextPreprocess, config: BackboneConfig
+) -> Backbone:
+    if model.config.model_type in LAYOUTS:
+        return BertBackbone(model, preprocess)
+    return WholeText(model, preprocess, config.name)
 
 
 class _Source:
@@ -85,7 +94,7 @@ class _Source:
         """Read the architecture; refuse types and variants that the blocks would not fit."""
         from transformers import AutoConfig
 
-        mend = f"Supported model types: {', '.join(LAYOUTS)}."
+        mend = "Name a text encoder of the library transformers."
         if self.local:
             _check_type(folder_config(Path(self.where)).get("model_type"), self.option)
         with quiet_libraries(), explaining(f"{self.option} cannot be read", mend):
@@ -94,7 +103,9 @@ class _Source:
         if not self.local:
             self.revision = cached_commit(self.where, ("config.json",), self.revision)
         kind = getattr(facts, "position_embedding_type", None)
-        if getattr(facts, "is_decoder", False) or kind not in (None, "absolute"):
+        if getattr(facts, "is_decoder", False) or (
+            facts.model_type in LAYOUTS and kind not in (None, "absolute")
+        ):
             raise UserError(
                 f"{self.option} is no plain encoder (is_decoder="
                 f"{getattr(facts, 'is_decoder', False)}, position_embedding_type={kind}): "
@@ -172,22 +183,31 @@ def _build(facts: "PreTrainedConfig") -> "PreTrainedModel":
 
 
 def _pooler(facts: "PreTrainedConfig") -> dict[str, bool]:
-    return {"add_pooling_layer": False} if LAYOUTS[facts.model_type].pooler else {}
+    layout = LAYOUTS.get(facts.model_type)
+    return {"add_pooling_layer": False} if layout is not None and layout.pooler else {}
 
 
 def _check_type(model_type: object, option: str) -> None:
-    if model_type not in LAYOUTS:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
+
+    encoders = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *LAYOUTS}
+    if model_type not in encoders & {*MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, *LAYOUTS}:
         raise UserError(
-            f"{option} is of the model type {model_type!r}. Supported: {', '.join(LAYOUTS)} "
-            "(MiniLM is one of these); vision transformers load as timm:NAME."
+            f"{option} is of the model type {model_type!r}, no text encoder that transformers "
+            f"classifies texts with, such as {', '.join(LAYOUTS)}, modernbert or deberta-v2; vision "
+            "models load as timm:NAME."
         )
 
 
 def _check_length(facts: "PreTrainedConfig", max_length: int, option: str) -> None:
-    positions = facts.max_position_embeddings
-    if LAYOUTS[facts.model_type].offset:
+    positions = getattr(facts, "max_position_embeddings", None) or max_length
+    layout = LAYOUTS.get(facts.model_type)
+    if layout is not None and layout.offset:
         positions -= facts.pad_token_id + 1
-    if max_length > positions:
+    if max_length > positions > 0:
         raise UserError(
             f"data.max_length={max_length} is more than the {positions} positions of "
             f"{option}: choose at most {positions}."

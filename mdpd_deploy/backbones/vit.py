@@ -6,7 +6,7 @@ kept where the weights have it (D3): before the pooling (`norm`), or, for weight
 timm's average pooling, after it (`fc_norm`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,34 +15,26 @@ from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone, Inputs, Layer, norm_parameters_of
 from mdpd_deploy.data.preprocess import ImagePreprocess
-from mdpd_deploy.errors import UserError, unknown
+from mdpd_deploy.errors import unknown
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
-
-FITTING = "a ViT, DeiT or DINOv2, e.g. vit_small_patch16_224 or vit_small_patch14_reg4_dinov2"
 
 
 class VitBackbone(Backbone):
     """A timm `VisionTransformer` without its classifier.
 
     Args:
-        model: As `timm.create_model(..., num_classes=0)` returns it.
-        name: What the user called it, for messages.
-
-    Raises:
-        UserError: If the model is no plain vision transformer.
+        model: As `timm.create_model(..., num_classes=0)` returns it, and `is_plain`.
     """
 
     family = "vit"
     input_names = ("pixel_values",)
 
-    def __init__(self, model: "VisionTransformer", name: str) -> None:
+    def __init__(self, model: "VisionTransformer") -> None:
         super().__init__()
-        check_plain(model, name)
         self.model = model
         self.width = model.embed_dim
-        self.depth = len(model.blocks)
         attention: Any = model.blocks[0].get_submodule("attn")
         self.heads = attention.num_heads
         self.prefix_tokens = model.num_prefix_tokens
@@ -54,23 +46,14 @@ class VitBackbone(Backbone):
         self.preprocess = image_preprocess(model)
         self.set_attention("sdpa")
 
-    def embed(self, inputs: Inputs) -> Tensor:
-        """Return b_0 [B, N, D]: prefix tokens, then the patches row by row."""
-        model = self.model
-        pixels = inputs["pixel_values"].to(model.patch_embed.proj.weight.dtype)
-        x: Tensor = model._pos_embed(model.patch_embed(pixels))
-        x = model.norm_pre(model.patch_drop(x))
-        return x
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return timm's blocks."""
+        return list(self.model.blocks)
 
-    def block(self, index: int) -> nn.Module:
-        """Return the module of block `index` (0-based)."""
-        return self.model.blocks[index]
-
-    @staticmethod
-    def apply_block(module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Run a block on x [B, N, D]; pictures have no padding, so `mask` is always None."""
-        out: Tensor = module(x)
-        return out
+    def run_library(self, inputs: Inputs, mask: Tensor | None) -> Tensor:
+        """Run timm's forward; pictures have no padding, so `mask` is always None."""
+        pixels = inputs["pixel_values"].to(self.model.patch_embed.proj.weight.dtype)
+        return self.model.forward_features(pixels)
 
     def final_norm(self) -> nn.Module | None:
         """Return the pretrained final norm; None for weights that never had one."""
@@ -85,21 +68,18 @@ class VitBackbone(Backbone):
 
     def block_norms(self, index: int) -> dict[str, nn.Parameter]:
         """Return scale and shift of norm1 and norm2; not of q/k norms (D3)."""
-        block = self.block(index)
+        block = self.blocks()[index]
         norms = [block.get_submodule(name) for name in ("norm1", "norm2")]
         return norm_parameters_of(block, f"model.blocks.{index}.", norms)
 
     def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
         """Return random normalised pictures [B, 3, H, W]; the global random state is untouched."""
-        height, width = self.model.patch_embed.img_size
-        weight = self.model.patch_embed.proj.weight
-        generator = torch.Generator().manual_seed(0)
-        pixels = torch.randn(batch, 3, height, width, generator=generator)
-        return {"pixel_values": pixels.to(weight.device)}
+        device = self.model.patch_embed.proj.weight.device
+        return random_pictures(batch, image_size(self.model), device)
 
     def thin_block(self, index: int, reduction: int) -> nn.Module:
         """Return a fresh timm block of width D / reduction with the same number of heads."""
-        old: Any = self.block(index)
+        old: Any = self.blocks()[index]
         width = self.width // reduction
         hidden = old.mlp.fc1.out_features // reduction
         norm: Any = type(old.norm1)
@@ -121,7 +101,7 @@ class VitBackbone(Backbone):
         """Return norm, attention, norm, MLP; in a `ResPostBlock` the norms come second."""
         from timm.models.vision_transformer import ResPostBlock
 
-        block: Any = self.block(index)
+        block: Any = self.blocks()[index]
         gated = block.mlp.fc1.out_features // block.mlp.fc2.in_features  # 2 with SwiGLU
         attention = (Layer(("attn.qkv",), stacked=3), Layer(("attn.proj",)))
         mlp = (Layer(("mlp.fc1",), stacked=gated), Layer(("mlp.fc2",)))
@@ -136,49 +116,57 @@ class VitBackbone(Backbone):
 
     def set_attention(self, kind: str, within: nn.Module | None = None) -> None:
         """Choose "sdpa" or "eager" for this instance, or within a module, only."""
-        if kind not in ("sdpa", "eager"):
-            raise unknown("attention", kind, ("sdpa", "eager"))
-        for part in (within or self.model).modules():
-            if hasattr(part, "fused_attn"):
-                attention: Any = part
-                attention.fused_attn = kind == "sdpa"
+        switch_fused(within or self.model, kind)
 
 
-def check_plain(model: nn.Module, name: str) -> None:
-    """Refuse what is no plain vision transformer.
-
-    Raises:
-        UserError: Saying what stands in the way and what fits.
-    """
+def is_plain(model: nn.Module) -> bool:
+    """Tell whether a timm model is a plain vision transformer, as this file takes it."""
     from timm.layers.patch_embed import PatchEmbed
     from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 
-    if not isinstance(model, VisionTransformer):
-        trouble = f"a {type(model).__name__}, no plain vision transformer"
-    elif model.attn_pool is not None:
-        trouble = "read out through an attention pool, which is no part of its tokens"
-    elif type(model.patch_embed) is not PatchEmbed:
-        trouble = f"embedded by a {type(model.patch_embed).__name__} instead of plain patches"
-    elif not all(type(block) in (Block, ResPostBlock) for block in model.blocks):
-        trouble = f"built of {type(model.blocks[0]).__name__}s, whose norms are shared or inside"
-    elif model.patch_embed.proj.in_channels != 3:
-        trouble = f"made for {model.patch_embed.proj.in_channels} channels instead of 3"
-    else:
-        return
-    raise UserError(f"backbone.name: {name} is {trouble}; take {FITTING}.")
+    return (
+        isinstance(model, VisionTransformer)
+        and model.attn_pool is None
+        and type(model.patch_embed) is PatchEmbed
+        and all(type(block) in (Block, ResPostBlock) for block in model.blocks)
+    )
 
 
-def image_preprocess(model: "VisionTransformer") -> ImagePreprocess:
+def switch_fused(module: nn.Module, kind: str) -> None:
+    """Choose "sdpa" or "eager" attention for timm's blocks within a module."""
+    if kind not in ("sdpa", "eager"):
+        raise unknown("attention", kind, ("sdpa", "eager"))
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            attention: Any = part
+            attention.fused_attn = kind == "sdpa"
+
+
+def random_pictures(batch: int, size: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+    """Return random normalised pictures [B, 3, H, W]; the global random state is untouched."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(batch, 3, *size, generator=generator)
+    return {"pixel_values": pixels.to(device)}
+
+
+def image_size(model: nn.Module) -> tuple[int, int]:
+    """Return the (height, width) that a timm model takes, or was trained at."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    facts: Any = model
+    height, width = size or facts.pretrained_cfg["input_size"][1:]
+    return height, width
+
+
+def image_preprocess(model: nn.Module) -> ImagePreprocess:
     """Return the evaluation preprocessing of the weights, at the model's picture size."""
     from timm.data.config import resolve_model_data_config
 
     resolve: Any = resolve_model_data_config  # untyped in timm
     facts = resolve(model)
-    height, width = model.patch_embed.img_size
     red, green, blue = facts["mean"]
     std_red, std_green, std_blue = facts["std"]
     return ImagePreprocess(
-        size=(height, width),
+        size=image_size(model),
         mean=(red, green, blue),
         std=(std_red, std_green, std_blue),
         interpolation=facts["interpolation"],

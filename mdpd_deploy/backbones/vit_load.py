@@ -1,4 +1,4 @@
-"""Loading vision transformers: by timm name, from a local weights file or folder, or built in.
+"""Loading timm models: by timm name, from a local weights file or folder, or built in.
 
 Names: `timm:NAME` (with `backbone.weights` a local weights file), `timm:OWNER/NAME[@revision]` on
 the hub, `builtin:NAME`, or a folder whose config.json is timm's hub format (`architecture`,
@@ -6,6 +6,7 @@ the hub, `builtin:NAME`, or a folder whose config.json is timm's hub format (`ar
 position and patch embeddings with timm's own filter, for local weights as for downloaded ones.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.backbones.build import explaining, quiet_libraries, skeleton
@@ -25,8 +26,9 @@ from mdpd_deploy.backbones.family import (
     local_folder,
 )
 from mdpd_deploy.backbones.hub import cached_commit, check_hub
-from mdpd_deploy.backbones.vit import FITTING, VitBackbone, check_plain
+from mdpd_deploy.backbones.vit import VitBackbone, image_size, is_plain
 from mdpd_deploy.backbones.weights import load_exactly, read_state
+from mdpd_deploy.backbones.whole import WholeVision
 from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.errors import UserError, unknown
 
@@ -39,9 +41,9 @@ MODULES = ("vision_transformer", "deit")  # timm's files that hold plain vision 
 BODY = ("blocks.", "norm.", "norm_pre.", "patch_embed.", "pos_embed", "cls_token", "reg_token")
 
 
-@BACKBONES.register("vit")
-class VitFamily(Family):
-    """timm's plain vision transformers."""
+@BACKBONES.register("timm")
+class TimmFamily(Family):
+    """timm's models: plain vision transformers with their taps, every other one as a whole."""
 
     names = "builtin:NAME, timm:NAME, or a folder with a timm config.json"
 
@@ -60,14 +62,20 @@ class VitFamily(Family):
         plan = _plan(config)
         if request.weights is not None:
             state = read_state(request.weights, "the run's backbone")
-            model = skeleton(partial(_create, plan, _norm_place(state, "model.")))
-            backbone = VitBackbone(model, config.name)
+            model = skeleton(partial(_create, plan, _norm_place(plan, state, "model.")))
+            backbone = _backbone(model, config)
             load_exactly(backbone, state, str(request.weights))
             return backbone, plan.revision
         if request.fake or not config.pretrained or plan.weights is not None:
-            return VitBackbone(_local(plan, request), config.name), plan.revision
+            return _backbone(_local(plan, request), config), plan.revision
         model, commit = _download(plan, config)
-        return VitBackbone(model, config.name), commit or plan.revision
+        return _backbone(model, config), commit or plan.revision
+
+
+def _backbone(model: nn.Module, config: BackboneConfig) -> Backbone:
+    if is_plain(model):
+        return VitBackbone(cast("VisionTransformer", model))
+    return WholeVision(model, config.name)
 
 
 @dataclass(frozen=True)
@@ -127,27 +135,24 @@ def _weights_of(folder: Path) -> Path:
 
 
 def _check_name(name: str) -> None:
-    """Refuse a timm model that is unknown or no plain vision transformer, before any download."""
+    """Refuse a timm model that is unknown, before any download."""
     import timm
-    from timm.models import is_model_in_modules
 
     base = name.partition(".")[0]
     if not timm.is_model(base):
-        near = get_close_matches(base, timm.list_models(module=MODULES[0]), n=3)
-        hint = f"Near: {', '.join(near)}." if near else f"Take {FITTING}."
-        raise UserError(f"backbone.name: timm has no model {name!r}. {hint}")
-    if not is_model_in_modules(base, MODULES):
-        raise UserError(
-            f"backbone.name: timm's {name} is no plain vision transformer; take {FITTING}."
+        near = get_close_matches(base, timm.list_models(), n=3)
+        hint = (
+            f"Near: {', '.join(near)}." if near else "`timm.list_models()` names those there are."
         )
+        raise UserError(f"backbone.name: timm has no model {name!r}. {hint}")
 
 
 def _create(
     plan: _Plan, norm: Mapping[str, Any] | None = None, *, pretrained: bool = False
-) -> "VisionTransformer":
+) -> nn.Module:
     import timm
 
-    kwargs = {**plan.kwargs, **(norm or {}), "num_classes": 0}
+    facts, kwargs = dict(plan.facts), {**plan.kwargs, **(norm or {}), "num_classes": 0}
     with (
         quiet_libraries(),
         explaining(
@@ -155,16 +160,18 @@ def _create(
             "Check the name, backbone.img_size and backbone.patch_size.",
         ),
     ):
-        model = timm.create_model(
-            plan.model,
-            pretrained=pretrained,
-            pretrained_cfg_overlay=dict(plan.facts) or None,
-            **kwargs,
-        )
-    return cast("VisionTransformer", model)  # `check_plain` looks at what it really is
+        make = partial(timm.create_model, plan.model, pretrained=pretrained)
+        try:
+            return make(pretrained_cfg_overlay=facts or None, **kwargs)
+        except TypeError as err:
+            if "img_size" not in str(err):
+                raise
+        size = kwargs.pop("img_size")  # a convolutional network takes any
+        facts["input_size"] = (3, size, size)
+        return make(pretrained_cfg_overlay=facts, **kwargs)
 
 
-def _local(plan: _Plan, request: LoadRequest) -> "VisionTransformer":
+def _local(plan: _Plan, request: LoadRequest) -> nn.Module:
     config = request.config
     if request.fake:
         return _checked(skeleton(partial(_create, plan)), config)
@@ -172,12 +179,12 @@ def _local(plan: _Plan, request: LoadRequest) -> "VisionTransformer":
         return _checked(_create(plan), config)
     assert plan.weights is not None
     state = read_state(plan.weights, "backbone.weights" if config.weights else "backbone.name")
-    model = _checked(skeleton(partial(_create, plan, _norm_place(state))), config)
+    model = _checked(skeleton(partial(_create, plan, _norm_place(plan, state))), config)
     _load_filtered(model, state, config.name, plan.weights)
     return model
 
 
-def _download(plan: _Plan, config: BackboneConfig) -> tuple["VisionTransformer", str | None]:
+def _download(plan: _Plan, config: BackboneConfig) -> tuple[nn.Module, str | None]:
     """Load a hub model with timm's own loader; return it with its commit.
 
     Everything that can be refused is refused before the weights are fetched.
@@ -203,11 +210,15 @@ def _download(plan: _Plan, config: BackboneConfig) -> tuple["VisionTransformer",
     return model, cached_commit(repo, files, plan.revision)
 
 
-def _checked(model: "VisionTransformer", config: BackboneConfig) -> "VisionTransformer":
+def _checked(model: nn.Module, config: BackboneConfig) -> nn.Module:
     """Refuse models that do not fit, and picture sizes that would lose pixels at the edge."""
-    check_plain(model, config.name)
-    size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
-    if any(pixels % edge for pixels, edge in zip(size, patch, strict=True)):
+    facts: Any = model
+    channels = facts.pretrained_cfg["input_size"][0]
+    if channels != 3:
+        raise UserError(f"backbone.name: {config.name} takes {channels} channels instead of 3.")
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    size = image_size(model)
+    if is_plain(model) and any(pixels % edge for pixels, edge in zip(size, patch, strict=True)):
         raise UserError(
             f"backbone.img_size={size[0]} is no multiple of the patch size {patch[0]}: choose "
             f"{max(size[0] // patch[0], 1) * patch[0]} or {(size[0] // patch[0] + 1) * patch[0]}."
@@ -215,30 +226,30 @@ def _checked(model: "VisionTransformer", config: BackboneConfig) -> "VisionTrans
     return model
 
 
-def _norm_place(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, bool]:
-    """Return timm's `fc_norm` as the weights have it; empty where they do not tell."""
+def _norm_place(plan: _Plan, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, bool]:
+    """Return a plain transformer's `fc_norm` as the weights have it; empty where none tells."""
+    from timm.models import is_model_in_modules
+
     before, after = (f"{prefix}{name}.weight" in state for name in ("norm", "fc_norm"))
-    return {} if before == after else {"fc_norm": after}
+    known = ":" in plan.model or is_model_in_modules(plan.model.partition(".")[0], MODULES)
+    return {"fc_norm": after} if known and before != after else {}
 
 
-def _load_filtered(
-    model: "VisionTransformer", state: dict[str, Tensor], name: str, path: Path
-) -> None:
+def _load_filtered(model: nn.Module, state: dict[str, Tensor], name: str, path: Path) -> None:
     """Fit foreign weights with timm's filter and load them; every tensor must be found.
 
-    Heads and decoders are left out; a left-over tensor of the transformer itself is an error,
+    Heads and decoders are left out; a left-over tensor of a transformer itself is an error,
     because it means that the weights belong to another architecture.
     """
-    from timm.models.vision_transformer import checkpoint_filter_fn
-
-    resample: dict[str, Any] = (
-        {"interpolation": "bilinear", "antialias": False} if "flexi" in name else {}
-    )
+    fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    resample: dict[str, Any] = {"adapt_layer_scale": True} if is_plain(model) else {}
+    if "flexi" in name:
+        resample |= {"interpolation": "bilinear", "antialias": False}
     with (
         quiet_libraries(),
         explaining(f"{path} does not fit {name}", "Check that name and weights belong together."),
     ):
-        fitted = checkpoint_filter_fn(state, model, adapt_layer_scale=True, **resample)
+        fitted = state if fit is None else fit(state, model, **resample)
     wanted = model.state_dict().keys()
     kept = {key: t for key, t in fitted.items() if key in wanted or key.startswith(BODY)}
     load_exactly(model, kept, f"{path} ({name})")

@@ -43,11 +43,17 @@ def build_side(
     Raises:
         UserError: If the name is unknown, an option does not fit, or there is no s_L to read.
     """
+    if not backbone.has_taps:
+        raise UserError(
+            f"--side {config.name}: side networks know plain vision transformers and BERT-family "
+            f"encoders, {backbone.source.name} is tuned as a whole; use --method norms, bitfit, "
+            "full or probe."
+        )
     shape = SideShape(
         backbone.family,
         backbone.width,
         backbone.depth,
-        text=backbone.grid is None,
+        text=backbone.takes == "text",
         grid=backbone.grid,
         prefix=backbone.prefix_tokens,
         backbone=backbone,

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,16 @@ from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
 
-RunBlock = Callable[[int, Tensor], Tensor]  # (block index, x) → x, norm gradients blocked (D1)
+
+class RunBlock(Protocol):
+    """Runs backbone block `index` on x [B, N, D] with the arguments of the plain forward.
+
+    Norm gradients are blocked. `block` is a thinner copy to run in its place.
+    """
+
+    def __call__(self, index: int, x: Tensor, *, block: nn.Module | None = None) -> Tensor: ...
+
+
 Importance = Callable[[Tensor], Tensor]  # a weight → numbers ≥ 0 of its shape
 
 

@@ -12,8 +12,7 @@ up-projected tokens pass the backbone's own frozen final norm before the head, w
 code, of text only, does not have.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,6 @@ from mdpd_deploy.sides.unipt import init_linears
 
 TEMPERATURE = 0.1
 
-ApplyBlock = Callable[[Any, Tensor, Tensor | None], Tensor]  # (block, x, mask) → x
-
 
 @SIDES.register("lst")
 class LST(SideNetwork):
@@ -46,7 +43,6 @@ class LST(SideNetwork):
         width: D.
         side_width: d.
         blocks: L blocks of width d.
-        apply_block: Runs one of them.
         out_width: E; D beside a backbone.
         bias: Of the first, the ladder's and the up map.
         norm: Applied to the last side feature before the up map; None for none.
@@ -59,7 +55,6 @@ class LST(SideNetwork):
         width: int,
         side_width: int,
         blocks: Sequence[nn.Module],
-        apply_block: ApplyBlock,
         *,
         out_width: int,
         bias: bool,
@@ -73,7 +68,6 @@ class LST(SideNetwork):
         self.ladder = nn.ModuleList(nn.Linear(width, side_width, bias=bias) for _ in blocks)
         self.alpha = nn.Parameter(torch.zeros(len(blocks)))
         self.blocks = nn.ModuleList(blocks)
-        self.apply_block = apply_block
         up = nn.Linear(side_width, out_width, bias=bias)
         self.up: nn.Module = up if norm is None else nn.Sequential(norm, up)
         for part in (self.first, self.ladder, up):
@@ -88,7 +82,7 @@ class LST(SideNetwork):
         for layer, (gate, step, block, tap) in enumerate(
             zip(gates, self.ladder, self.blocks, taps[1:], strict=True), start=1
         ):
-            h = self.apply_block(block, gate * h + (1 - gate) * step(tap), mask)
+            h = run_block(layer - 1, gate * h + (1 - gate) * step(tap), block=block)
             features[layer] = h
         return SideOutput(self.up(h), features)
 
@@ -113,7 +107,6 @@ class LST(SideNetwork):
             shape.width,
             d,
             blocks,
-            type(backbone).apply_block,
             out_width=shape.width,
             bias=not shape.text,
             norm=norm,

@@ -36,7 +36,7 @@ def copy_largest(
     scores = importance(weight).movedim(axis, 0).flatten(1).sum(dim=1)
     keep = largest(scores, backbone.width // thin_width(blocks[0], backbone.layers(0)))
     for index, thin in enumerate(blocks):
-        block = backbone.block(index)
+        block = backbone.blocks()[index]
         for layer in backbone.layers(index):
             keep = _copy_layer(block, thin, layer, keep, importance)
     norm = backbone.final_norm()

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone
+from mdpd_deploy.backbones.wrap import Trace
 from mdpd_deploy.config import Config, DistillConfig, PeftConfig, SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
 from mdpd_deploy.run import DELTA
+from mdpd_deploy.sides.base import RunBlock
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.tasks.losses import TaskLoss
-from mdpd_deploy.train.norm_grad import Trace
 from mdpd_deploy.train.precision import hold_in_bfloat16, side_autocast
 
 
@@ -269,14 +270,21 @@ class Method(ABC):
         """Autocast around the trained float32 parts, only in bf16 runs."""
         return side_autocast(self.config.train.precision, x.device)
 
-    def frozen_taps(self, inputs: Mapping[str, Tensor], last: int) -> Trace:
-        """Run the backbone without a graph up to tap `last`."""
-        backbone = self.backbone
+    def frozen_trace(self, inputs: Mapping[str, Tensor], last: int | None = None) -> Trace:
+        """Run the backbone without a graph up to tap `last` (None: L)."""
         with torch.no_grad():
-            trace = Trace([backbone.embed(inputs)], backbone.token_mask(inputs))
-            for index in range(last):
-                trace.taps.append(backbone.run_block(index, trace.taps[-1], trace.mask))
-        return trace
+            return self.backbone.trace(inputs, last=last)
+
+    def run_block(self, trace: Trace, *, blocked: bool) -> RunBlock:
+        """Return what a side network runs late blocks with, in the dtype of the taps."""
+        dtype = trace.taps[0].dtype
+
+        def run(index: int, x: Tensor, *, block: nn.Module | None = None) -> Tensor:
+            if block is None:
+                x = x.to(dtype)
+            return self.backbone.run_block(trace, index, x, blocked=blocked, block=block)
+
+        return run
 
 
 METHODS: Registry[type[Method]] = Registry("method (--method)")

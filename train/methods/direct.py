@@ -52,9 +52,7 @@ class BitFit(Direct):
 
     def tuned(self) -> Parameters:
         blocks = {
-            id(parameter)
-            for index in range(self.backbone.depth)
-            for parameter in self.backbone.block(index).parameters()
+            id(parameter) for block in self.backbone.blocks() for parameter in block.parameters()
         }
         inside = {**self.backbone.final_norm_parameters()}
         return {

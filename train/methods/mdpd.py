@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone
+from mdpd_deploy.backbones.wrap import Trace
 from mdpd_deploy.config import Config, DistillConfig, LossConfig
 from mdpd_deploy.distill import FeatureDistiller, weighted_distance
 from mdpd_deploy.errors import UserError
@@ -26,7 +27,7 @@ from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.tasks.losses import logits_loss
 from mdpd_deploy.train.memory import part
 from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts, TaskSpec
-from mdpd_deploy.train.norm_grad import LayerLoss, Trace, build_norm_gradient
+from mdpd_deploy.train.norm_grad import LayerLoss, build_norm_gradient
 
 SHALLOW, DEEP = 4e-5, 6e-5  # supplementary B of the paper
 
@@ -106,16 +107,9 @@ class MDPD(Method):
 
     def side_forward(self, trace: Trace, blocked: bool) -> tuple[SideOutput, Tensor]:
         """Run the side network on detached taps; return its output and pooled features."""
-        dtype = trace.taps[0].dtype
         taps = trace.taps[: self.side.last_tap + 1]
         with self.autocast(taps[0]):
-            output = self.side(
-                taps,
-                trace.mask,
-                lambda index, x: self.backbone.run_block(
-                    index, x.to(dtype), trace.mask, blocked=blocked
-                ),
-            )
+            output = self.side(taps, trace.mask, self.run_block(trace, blocked=blocked))
             pooled = pool_side(
                 self.backbone, output, trace.mask, last_feature=self.last_feature, blocked=blocked
             )
@@ -202,7 +196,7 @@ class MDPD(Method):
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inputs = self.cast(inputs)
-        trace = self.frozen_taps(inputs, self.backbone.depth)
+        trace = self.frozen_trace(inputs)
         _, pooled = self.side_forward(trace, blocked=True)
         deployed = self.backbone.finish(trace.taps[-1], trace.mask).float()
         return {

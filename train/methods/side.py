@@ -25,15 +25,9 @@ class Side(Method):
 
     def pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the side network's pooled output [B, D]."""
-        trace = self.frozen_taps(self.cast(inputs), self.side.last_tap)
+        trace = self.frozen_trace(self.cast(inputs), self.side.last_tap)
         with self.autocast(trace.taps[0]):
-            output = self.side(
-                trace.taps,
-                trace.mask,
-                lambda index, x: self.backbone.run_block(
-                    index, x.to(trace.taps[0].dtype), trace.mask, blocked=True
-                ),
-            )
+            output = self.side(trace.taps, trace.mask, self.run_block(trace, blocked=True))
             return pool_side(self.backbone, output, trace.mask, blocked=True).float()
 
     def step(self, batch: Batch) -> Parts:

@@ -1,0 +1,169 @@
+"""Blocks of a library's model, wrapped in place while its own forward runs.
+
+The library's forward does everything around the blocks: embeddings, masks, position biases, what
+lies between stages. While a trace is taken, each named block's `forward` is replaced by one that
+
+1. remembers what the block was called with besides its state (masks, biases): its call;
+2. runs it, with whatever graph `run` keeps;
+3. records the state that goes in and what comes out: the taps b_0..b_L.
+
+Afterwards the blocks are as they were, so that neither copies of the model nor exported graphs
+meet a wrapper. Shapes: the state x is the block's first argument, e.g. [B, N, D].
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Forward = Callable[..., Any]
+Run = Callable[[int, Forward, "Call"], Any]  # (block index, the block's own forward, its call)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a block.
+
+    Attributes:
+        x: The state that the block changes.
+        args: Positional arguments behind it.
+        kwargs: Keyword arguments; the state is among them under `named`, if it was given so.
+        named: Name of the state where it was passed by keyword.
+    """
+
+    x: Tensor
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    named: str | None = None
+
+    def of(self, function: Forward, x: Tensor) -> Any:
+        """Call `function` with this call's arguments and another state."""
+        if self.named is not None:
+            return function(*self.args, **{self.named: x}, **self.kwargs)
+        return function(x, *self.args, **self.kwargs)
+
+    def replaced(self, forward: Forward, **values: Any) -> "Call":
+        """Return this call with arguments of `forward` replaced by name."""
+        names = list(inspect.signature(forward).parameters)[1:]
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for name, value in values.items():
+            place = names.index(name) if name in names else len(args)
+            if place < len(args):
+                args[place] = value
+            else:
+                kwargs[name] = value
+        return replace(self, args=tuple(args), kwargs=kwargs)
+
+
+@dataclass
+class Trace:
+    """One forward of a backbone.
+
+    Attributes:
+        mask: Token mask [B, N], 1 = real token; None when nothing is padded.
+        taps: b_0..b_l as far as the forward ran, detached.
+        calls: What every block was called with, those beyond `taps` included; states are detached.
+        ends: b_1..b_l with their graphs.
+    """
+
+    mask: Tensor | None
+    taps: list[Tensor] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    ends: list[Tensor] = field(default_factory=list)
+
+    def drop(self) -> None:
+        """Let go of every state but what graphs keep.
+
+        A list of taps that lives through the backward pass would keep the deep activations while
+        the early, large ones are made again.
+        """
+        self.taps.clear()
+        self.calls.clear()
+        self.ends.clear()
+
+
+def plainly(index: int, forward: Forward, call: Call) -> Any:
+    """Run a block and keep what autograd keeps."""
+    return call.of(forward, call.x)
+
+
+def recomputed(index: int, forward: Forward, call: Call) -> Any:
+    """Run a block and keep its input only; the backward pass runs it again, dropout replayed."""
+    return checkpoint(call.of, forward, call.x, use_reentrant=False)
+
+
+def apart(index: int, forward: Forward, call: Call) -> Any:
+    """As `recomputed`, but no gradient passes from a block to the one below it."""
+    return checkpoint(call.of, forward, call.x.detach(), use_reentrant=False)
+
+
+class _ReachedError(Exception):
+    """The last block was reached: what the library does behind it is left out."""
+
+
+def record(
+    trace: Trace, blocks: Sequence[nn.Module], last: int, run: Run, forward: Forward
+) -> None:
+    """Call `forward`, which runs `blocks` in order, and leave b_0..b_last in `trace`.
+
+    Args:
+        trace: Filled.
+        blocks: The modules; each maps a state to the next one.
+        last: How many of them run, at least 1.
+        run: How each is run.
+        forward: The library's own forward without arguments. Blocks from `last` on are entered, for
+            the sake of their calls, and not run.
+    """
+
+    def recorded(index: int, plain: Forward, call: Call) -> Any:
+        trace.calls.append(replace(call, x=call.x.detach()))
+        if index == 0:
+            trace.taps.append(call.x.detach())
+        out: Any = call.x
+        if index < last:
+            out = run(index, plain, call)
+            trace.ends.append(first_of(out))
+            trace.taps.append(first_of(out).detach())
+        if index == len(blocks) - 1:
+            raise _ReachedError
+        return out
+
+    with wrapped(blocks, recorded), contextlib.suppress(_ReachedError):
+        forward()
+
+
+@contextlib.contextmanager
+def wrapped(blocks: Sequence[nn.Module], run: Run) -> Iterator[None]:
+    """Let blocks be run by `run` inside the block of code."""
+    for index, block in enumerate(blocks):
+        block.__dict__["forward"] = _wrapper(index, block.forward, run)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.__dict__["forward"]
+
+
+def _wrapper(index: int, plain: Forward, run: Run) -> Forward:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return run(index, plain, _call(plain, args, kwargs))
+
+    return forward
+
+
+def _call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    if args:
+        return Call(args[0], args[1:], kwargs)
+    name = next(iter(inspect.signature(forward).parameters))
+    rest = {key: value for key, value in kwargs.items() if key != name}
+    return Call(kwargs[name], (), rest, name)
+
+
+def first_of(out: Any) -> Tensor:
+    """Return the state from what a block returns: itself, or the first of a tuple."""
+    state: Tensor = out[0] if isinstance(out, tuple) else out
+    return state
