@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import onnx
 import torch
+from onnxscript import ir
 
+from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.errors import ExportError
 from mdpd_deploy.graph_signature import changed_weights, graph_signature, same_structure
 from mdpd_deploy.model import TaskModel
@@ -111,7 +114,13 @@ def _trace(model: TaskModel) -> Any:
     axes = axes_of(model)
     names = list(axes)
     model.eval()
-    with _eager_attention(model), torch.no_grad(), warnings.catch_warnings():
+    with (
+        _eager_attention(model),
+        _batch_norms_apart(),
+        _distinct_norms(backbone) as values,
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # about axis names shared between inputs, which we want
         try:
             program = torch.onnx.export(
@@ -128,6 +137,10 @@ def _trace(model: TaskModel) -> Any:
             reason = str(err).strip().splitlines() or [type(err).__name__]
             raise ExportError(f"the model could not be traced to ONNX: {reason[0]}") from err
     assert program is not None
+    for name, value in values.items():
+        initializer = program.model.graph.initializers.get(f"backbone.{name}")
+        if initializer is not None:
+            initializer.const_value = ir.tensor(value.numpy(), name=initializer.name)
     return program
 
 
@@ -139,6 +152,42 @@ def _eager_attention(model: TaskModel) -> Iterator[None]:
         yield
     finally:
         model.backbone.set_attention("sdpa", model)
+
+
+@contextlib.contextmanager
+def _distinct_norms(backbone: Backbone) -> Iterator[dict[str, torch.Tensor]]:
+    """Give norms values of their own while the model is traced; yield the true ones by name.
+
+    The exporter makes one tensor of equal ones, and with it one name: two norms whose outputs are
+    added learn the same shift.
+    """
+    norms = backbone.norms()
+    values = {name: parameter.detach().clone() for name, parameter in norms.items()}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for parameter in norms.values():
+            parameter.data.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+        yield values
+    finally:
+        for name, parameter in norms.items():
+            parameter.data.copy_(values[name])
+
+
+@contextlib.contextmanager
+def _batch_norms_apart() -> Iterator[None]:
+    """Keep batch norms as nodes: folded into convolutions, tuned norms would lose their names.
+
+    Runtimes fold them when they open the graph, so nothing is slower.
+    """
+    from onnxscript import rewriter
+    from onnxscript.rewriter.rules import common
+
+    folding = {
+        id(getattr(common, name)) for name in dir(common) if name.startswith("fuse_batchnorm")
+    }
+    kept = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if id(rule) not in folding)
+    with patch.object(rewriter, "_DEFAULT_REWRITE_RULES", kept):
+        yield
 
 
 def strip_notes(proto: onnx.ModelProto) -> None:

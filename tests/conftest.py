@@ -67,30 +67,39 @@ def write_sentences(path: Path, count: int, seed: int, *, regression: bool = Fal
 
 
 def write_tiny_bert(folder: Path, **options: int) -> Path:
-    """Save a random two-block BERT and its word-level tokenizer, weights included."""
+    """Save a random three-block BERT and its word-level tokenizer, weights included."""
+    from transformers import BertConfig
+
+    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+    return write_encoder(folder, BertConfig, max_position_embeddings=48, **(shape | options))
+
+
+def write_encoder(folder: Path, kind, **options) -> Path:
+    """Save a random encoder of a transformers config class with a word-level tokenizer."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
     from tokenizers.processors import TemplateProcessing
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import AutoModel, PreTrainedTokenizerFast
 
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocabulary = {word: index for index, word in enumerate([*specials, *WORDS])}
-    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
-    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=48, **(shape | options))
+    config = kind(vocab_size=len(vocabulary), pad_token_id=0, **options)
+    pooler = {"add_pooling_layer": False} if config.model_type == "bert" else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+        AutoModel.from_config(config, **pooler).save_pretrained(folder)
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )  # fmt: skip
+    segments = ["token_type_ids"] if getattr(config, "type_vocab_size", 0) > 1 else []
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
-        sep_token="[SEP]", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        sep_token="[SEP]", model_input_names=["input_ids", *segments, "attention_mask"],
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
@@ -139,6 +148,14 @@ def tiny_vit(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> Path:
     return write_tiny_bert(tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """Writes a random encoder: `encoder_folder(ModernBertConfig, hidden_size=32, …)`."""
+    return lambda kind, **options: write_encoder(
+        tmp_path_factory.mktemp(kind.model_type), kind, **options
+    )
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,6 @@ class Layout:
         maps: Paths of query, key, value, output, and of the two feed-forward maps.
         width: Config entry of D.
         hidden: Config entry of the feed-forward width.
-        pooler: Whether the model takes `add_pooling_layer`.
         offset: Whether positions start behind the padding index, as in RoBERTa.
         segments: Whether the embeddings take `token_type_ids`.
         prefix: Whether the attention takes keys and values of a cache.
@@ -48,7 +47,6 @@ class Layout:
     )
     width: str = "hidden_size"
     hidden: str = "intermediate_size"
-    pooler: bool = True
     offset: bool = False
     segments: bool = True
     prefix: bool = True
@@ -71,7 +69,6 @@ LAYOUTS = {
         ),
         width="dim",
         hidden="hidden_dim",
-        pooler=False,
         segments=False,
         prefix=False,
     ),

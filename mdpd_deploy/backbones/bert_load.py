@@ -1,5 +1,6 @@
 """Loading BERT-family encoders: a local folder, or `hf:NAME[@revision]` on the hub."""
 
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,8 +184,12 @@ def _build(facts: "PreTrainedConfig") -> "PreTrainedModel":
 
 
 def _pooler(facts: "PreTrainedConfig") -> dict[str, bool]:
-    layout = LAYOUTS.get(facts.model_type)
-    return {"add_pooling_layer": False} if layout is not None and layout.pooler else {}
+    """Leave the pooler out where the model lets one."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    mapping: Any = MODEL_MAPPING  # untyped in transformers
+    takes = inspect.signature(mapping[type(facts)].__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
 
 
 def _check_type(model_type: object, option: str) -> None:
