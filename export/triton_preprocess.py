@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.data.examples import Raw
+from mdpd_deploy.data.examples import Raw, refuse_empty
 from mdpd_deploy.data.images import decode_image
 from mdpd_deploy.data.preprocess import Preprocess, TextPreprocess, load_preprocess
 from mdpd_deploy.errors import UserError
@@ -83,7 +83,9 @@ class TritonPreprocess:
             texts = [value.decode("utf-8") for value in row]
         except UnicodeDecodeError:
             raise UserError("the text is not UTF-8: encode it so.") from None
-        return texts[0] if len(texts) == 1 else (texts[0], texts[1])
+        raw: Raw = texts[0] if len(texts) == 1 else (texts[0], texts[1])
+        refuse_empty([raw])
+        return raw
 
     def _respond(self, answer: slice | UserError, arrays: dict[str, NDArray[Any]]) -> Any:
         if isinstance(answer, UserError):

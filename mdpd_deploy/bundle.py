@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdpd_deploy.bundle_tasks import Task, choose_task, load_tasks
-from mdpd_deploy.data.examples import Raw
+from mdpd_deploy.data.examples import Raw, refuse_empty
 from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.deltas import load_delta
 from mdpd_deploy.errors import UserError, unknown
@@ -199,7 +199,7 @@ class Bundle:
             task: Which task to ask; needed where the bundle has several.
 
         Raises:
-            UserError: For an input of the wrong kind, a picture that cannot be read, or a task that
+            UserError: For an empty text or an input of another kind, a picture that cannot be read, or a task that
                 is missing or unknown.
         """
         asked = self.task(task)
@@ -293,6 +293,7 @@ class Bundle:
                     wanted = "pairs of texts" if task.pair else "single texts"
                     what = f"task {task.name!r}" if self.mixed else "this model"
                     raise UserError(f"{what} takes {wanted}: given {raw!r:.60}.")
+            refuse_empty(raws)
 
 
 def load_bundle(path: Path | str) -> Bundle:

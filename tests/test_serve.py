@@ -414,7 +414,7 @@ def test_a_client_that_leaves_within_its_body_is_no_error_of_ours(server):
     counted = 'mdpd_requests_total{route="/v1/models/{model}/predict",status="400"}'
     for half_closed in (True, False):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
-            head = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{"
+            head = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{{"
             client.sendall(head.encode())
             if half_closed:
                 client.shutdown(socket.SHUT_WR)
@@ -753,6 +753,17 @@ def test_names_of_models(tmp_path):
     for word in (str(tmp_path / "a b"), "=x", "../up=x", "-a=x"):
         with pytest.raises(UserError, match="cannot name a model in a URL"):
             name_bundles([word])
+
+
+def test_bundles_are_named_by_their_runs():
+    first, second = "runs/1-sst2-mdpd/bundles", "runs/2-sst2-mdpd/bundles"
+    named = name_bundles([f"{first}/onnx-fp32", f"{second}/onnx-fp32/", "glue", f"x={first}/trt"])
+    assert list(named) == ["1-sst2-mdpd", "2-sst2-mdpd", "glue", "x"]
+    assert named["2-sst2-mdpd"] == Path(second, "onnx-fp32")
+    of_one = name_bundles([f"{first}/onnx-fp32", f"{first}/onnx-int8-cpu", f"{second}/onnx-fp32"])
+    assert list(of_one) == ["1-sst2-mdpd-onnx-fp32", "1-sst2-mdpd-onnx-int8-cpu", "2-sst2-mdpd"]
+    with pytest.raises(UserError, match="two bundles would be served as '1-sst2-mdpd-onnx-fp32'"):
+        name_bundles([f"{first}/onnx-fp32"] * 2)
 
 
 # The page

@@ -18,6 +18,7 @@ import time
 
 import pytest
 
+from mdpd_deploy import load_bundle
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError
 
@@ -29,6 +30,7 @@ import resource, sys
 sys.modules["uvloop"] = None  # as where it is not installed
 most = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+from mdpd_deploy import load_bundle
 from mdpd_deploy.cli import main
 sys.exit(main(["serve", "--port", "0", *sys.argv[1:]]))
 """
@@ -419,8 +421,8 @@ NUMBERS = {
     "task": lambda number: f'{{"inputs": ["a"], "task": {number}}}',
     "pixels": lambda number: (
         '{"inputs": [{"name": "pixel_values", "datatype": "FP32", "shape": [1, 3, 16, 16], "data": ['
-        + f"{number}, " * 767
-        + "0]}]}"
+        + "0, " * 767
+        + f"{number}]}}]}}"
     ),
 }
 
@@ -461,7 +463,9 @@ def test_numbers_in_headers_and_paths(server, value):
     assert status == 400
 
 
-def test_empty_texts_are_refused(server):
+def test_empty_texts_are_refused_as_everywhere(server, tiny_text_bundle):
+    with pytest.raises(UserError, match="a text to predict is empty"):
+        load_bundle(tiny_text_bundle.path).predict(["a", " "])
     for text in ("", " \n\t", "\u3000"):
         status, words = server.post(PREDICT, json.dumps({"inputs": ["a", text]}).encode(), **JSON)
         assert status == 400 and "empty" in words

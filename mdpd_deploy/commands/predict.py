@@ -76,8 +76,10 @@ def read_inputs(
     or a literal text, as the task takes.
 
     Raises:
-        UserError: If a table is missing or lacks a column, or a pair is wanted and no table given.
+        UserError: If a table is missing or lacks a column, a pair is wanted and no table given, or a
+            text is empty.
     """
+    from mdpd_deploy.data.examples import refuse_empty
     from mdpd_deploy.data.table import FORMATS, read_inputs
 
     columns: list[str] = task.facts["data"]["columns"]
@@ -97,9 +99,8 @@ def read_inputs(
                 f"this model takes pairs of texts, and {word!r:.60} is one: give a table with the "
                 f"columns {', '.join(columns)}."
             )
-        elif not word.strip():
-            raise UserError("a text to predict is empty: leave it out.")
         else:
+            refuse_empty([word])
             raws.append(word)
         names.append(word)
     return names, raws

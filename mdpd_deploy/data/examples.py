@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mdpd_deploy.errors import UserError
+
 Modality = Literal["text", "image"]
 Kind = Literal["classify", "regress"]
 
@@ -67,6 +69,18 @@ class TaskData:
     def outputs(self) -> int:
         """Width of the logits: classes, or 1 for regression."""
         return len(self.label_names) or 1
+
+
+def refuse_empty(raws: Sequence[Raw]) -> None:
+    """Check inputs that are to be predicted, at every door the same.
+
+    Raises:
+        UserError: If a text, or one of a pair, holds nothing but white space.
+    """
+    for raw in raws:
+        texts = raw if isinstance(raw, tuple) else (raw,)
+        if any(isinstance(text, str) and not text.strip() for text in texts):
+            raise UserError("a text to predict is empty: leave it out.")
 
 
 def data_fingerprint(data: TaskData) -> str:

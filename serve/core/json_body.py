@@ -78,7 +78,7 @@ def take_count(plain: dict[str, Any], key: str, where: str) -> int | None:
         return None
     if type(value) is not int or not 0 <= value <= MOST_COUNT:
         raise invalid(
-            f"{where}{key!r} must be a whole number, not negative and below 2^63: "
+            f"{where}{key!r} must be a whole number below 2^63, not negative: "
             f"given {shown(value)}."
         )
     return value

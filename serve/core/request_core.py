@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mdpd_deploy.bundle import Prediction, to_prediction
-from mdpd_deploy.data.examples import Raw
+from mdpd_deploy.data.examples import Raw, refuse_empty
 from mdpd_deploy.data.images import decode_image
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.machine import cpu_count
@@ -343,6 +343,10 @@ class RequestCore:
             for text in raw if isinstance(raw, tuple) else (raw,):
                 if len(text.encode(errors="replace")) > most:
                     raise too_large(f"a text has more than {most} bytes: shorten it.")
+        try:
+            refuse_empty(raws)
+        except UserError as err:
+            raise invalid(str(err)) from None
 
     async def parse(self, work: Callable[[], T], json_bytes: int) -> T:
         """Take a body's JSON apart beside the event loop.
