@@ -27,6 +27,13 @@ from PIL import Image
 from served import Client, start
 
 ALLOWED = {*range(200, 500), 503, 504}
+# What a page of another site makes a browser send; every fiftieth request has one of these.
+FOREIGN = (
+    {"Host": "a.stranger"},
+    {"Origin": "http://a.stranger"},
+    {"Content-Type": "text/plain"},
+    {"Content-Type": "multipart/form-data"},
+)
 SLOW_S = 30.0  # no answer in this time counts as a hang
 
 JSON = st.recursive(
@@ -34,7 +41,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=10), inner, max_size=5),
     max_leaves=25,
 )  # fmt: skip
-SIZES = st.integers(-3, 40) | st.sampled_from([0, -1, 10**9, 2**63, 10**30])
+SIZES = st.integers(-3, 40) | st.sampled_from([0, -1, 10**9, 2**63, 10**30, 10**400])
 
 
 def sound_tensors(model: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -101,7 +108,7 @@ def requests(draw, models: list[dict], plain: list[dict]) -> tuple[str, bytes, d
         texts = draw(st.lists(st.text(max_size=60), max_size=4))
         body = draw(
             st.just({"inputs": texts, "task": task})
-            | st.fixed_dictionaries({"inputs": JSON}, optional={"task": JSON, "top": JSON})
+            | st.fixed_dictionaries({"inputs": JSON}, optional={"task": JSON, "top": JSON | SIZES})
         )
         return f"/v1/models/{model['name']}/predict", json.dumps(body).encode(), {}
     if kind == "picture":
@@ -132,6 +139,8 @@ def change(draw, head: dict) -> None:
         entry[field] = draw(value.get(field, JSON) | JSON)
     if draw(st.integers(0, 9)) == 0:
         head[draw(st.sampled_from(["id", "outputs", "parameters", "inputs"]))] = draw(JSON)
+    if draw(st.integers(0, 9)) == 0:
+        head["parameters"] = {draw(st.sampled_from(["timeout", "priority"])): draw(SIZES)}
 
 
 def damage(draw, raw: bytes) -> bytes:
@@ -159,6 +168,8 @@ def fuzz(port: int, process: psutil.Process, count: int, seed: int) -> dict:
     @given(request=requests(models, plain))
     def send(request: tuple[str, bytes, dict[str, str]]) -> None:
         path, body, headers = request
+        if len(memory) % 50 == 0:
+            headers = headers | FOREIGN[len(memory) // 50 % len(FOREIGN)]
         started = time.perf_counter()
         try:
             status, _ = client.ask("POST", path, body, headers)

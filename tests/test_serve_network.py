@@ -1,8 +1,4 @@
-"""What a stranger can do with connections and headers, against a real server without uvloop.
-
-Where only the extra `serve` is installed the event loop is asyncio's; tests bring uvloop along, which
-hides some of its ways, so it is kept out here.
-"""
+"""What a stranger can do with connections and headers, against a real server."""
 
 import asyncio
 import contextlib
@@ -27,7 +23,6 @@ pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
 PROGRAM = """
 import resource, sys
-sys.modules["uvloop"] = None  # as where it is not installed
 most = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 from mdpd_deploy import load_bundle

@@ -78,7 +78,6 @@ def take_count(plain: dict[str, Any], key: str, where: str) -> int | None:
         return None
     if type(value) is not int or not 0 <= value <= MOST_COUNT:
         raise invalid(
-            f"{where}{key!r} must be a whole number below 2^63, not negative: "
-            f"given {shown(value)}."
+            f"{where}{key!r} must be a whole number below 2^63, not negative: given {shown(value)}."
         )
     return value

@@ -73,6 +73,7 @@ def serve_bundles(
             # h11's is the parser that limits the size of headers.
             http=connection_class(ask_s, options.timeout_s, lambda: raw_error(_NO_HTTP, metrics)),
             h11_max_incomplete_event_size=options.limits.header_bytes,
+            loop="asyncio",  # which every installation has; with uvloop answers are no faster
             ws="none",
             log_config=None,
             log_level="error",  # below it is a line for every request that is no HTTP
