@@ -83,6 +83,7 @@ class Listener:
             return
         with line, contextlib.suppress(OSError):
             line.send(self._refusal())
+            line.recv(65536)  # what is left unread would take the answer back
 
     async def _take(self, line: socket.socket, client: str) -> None:
         connection = self._make()
