@@ -3,23 +3,26 @@
 import asyncio
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class Connection(H11Protocol):
-        """What `connection_class` returns."""
-
-        idle_since: float
-        on_end: Callable[[], None]
-
-        def end(self) -> None: ...
 
 
-def connection_class(
-    ask_s: float, read_s: float, no_http: Callable[[], bytes]
-) -> "type[Connection]":
+class Connection(asyncio.Protocol):
+    """What a listener needs to know of a connection.
+
+    Attributes:
+        idle_since: The loop's time of its begin, or of its last answer; infinite while a request is
+            answered.
+        on_end: Called when it has ended.
+    """
+
+    idle_since = math.inf
+    on_end: Callable[[], None]
+
+    def end(self) -> None:
+        """Close the connection, at once where its client does not read."""
+        raise NotImplementedError
+
+
+def connection_class(ask_s: float, read_s: float, no_http: Callable[[], bytes]) -> type[Connection]:
     """Return uvicorn's HTTP connection with limits of time.
 
     uvicorn itself waits for ever for the first request, for the rest of one whose head has begun,
@@ -34,9 +37,7 @@ def connection_class(
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class Connection(H11Protocol):
-        idle_since = math.inf  # the loop's time; infinite while a request is answered
-        on_end: Callable[[], None]
+    class HttpConnection(Connection, H11Protocol):
         _asking: asyncio.TimerHandle | None = None
         _reading: asyncio.TimerHandle | None = None
 
@@ -59,15 +60,15 @@ def connection_class(
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._reading = _cancelled(self._reading)
+            _cancel(self._reading)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._asking, self._reading = _cancelled(self._asking), _cancelled(self._reading)
+            _cancel(self._asking)
+            _cancel(self._reading)
             super().connection_lost(exc)
             self.on_end()
 
         def end(self) -> None:
-            """Close the connection, at once where its client does not read."""
             if self.transport.get_write_buffer_size():
                 self.transport.abort()
             else:
@@ -83,7 +84,7 @@ def connection_class(
             return self.cycle is not None and not self.cycle.response_complete
 
         def _await_request(self) -> None:
-            _cancelled(self._asking)
+            _cancel(self._asking)
             self.idle_since = self.loop.time()
             self._asking = self.loop.call_later(ask_s, self.end)
 
@@ -91,11 +92,11 @@ def connection_class(
             """Stop the clock when a request has come."""
             if self._answering():
                 self.idle_since = math.inf
-                self._asking = _cancelled(self._asking)
+                _cancel(self._asking)
 
-    return Connection
+    return HttpConnection
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()

@@ -10,13 +10,10 @@ import resource
 import socket
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.serve.web.clients import client_of
-
-if TYPE_CHECKING:
-    from mdpd_deploy.serve.web.connection import Connection
+from mdpd_deploy.serve.web.connection import Connection
 
 BACKLOG = 1024  # connections that the system holds until they are accepted
 SPARE = 24  # descriptors for everything but connections
@@ -43,7 +40,7 @@ class Listener:
     def __init__(
         self,
         place: socket.socket,
-        make: Callable[[], "Connection"],
+        make: Callable[[], Connection],
         most: int,
         refusal: Callable[[], bytes],
     ) -> None:
@@ -111,7 +108,7 @@ class Listener:
             idle.end()
         return True
 
-    def _forget(self, connection: "Connection") -> None:
+    def _forget(self, connection: Connection) -> None:
         self._taken.pop(connection, None)
 
     def _wait(self, err: OSError) -> None:
