@@ -16,7 +16,7 @@ from mdpd_deploy.serve.web.clients import client_of
 from mdpd_deploy.serve.web.connection import Connection
 
 BACKLOG = 1024  # connections that the system holds until they are accepted
-SPARE = 24  # descriptors for everything but connections
+SPARE, SPARE_SHARE = 24, 8  # so many descriptors, or an eighth, for all but connections
 FEWEST = 8
 RETRY_S, WARN_S = 1.0, 60.0
 
@@ -133,7 +133,7 @@ def most_connections(asked: int) -> int:
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed == resource.RLIM_INFINITY:
         return asked
-    left = allowed - len(os.listdir("/dev/fd")) - SPARE
+    left = allowed - len(os.listdir("/dev/fd")) - max(SPARE, allowed // SPARE_SHARE)
     if left < FEWEST:
         raise UserError(
             f"this process may open {allowed} files, which leaves too few for connections: raise "
