@@ -314,6 +314,15 @@ def test_a_foreign_host_is_refused(server, host):
     assert server.post(PREDICT, ASKED, Host=host, **JSON)[0] == 421
 
 
+def test_the_name_that_a_server_listens_on_is_its_own():
+    from mdpd_deploy.serve.core import CoreOptions
+    from mdpd_deploy.serve.web.callers import called_by
+
+    options = CoreOptions(allow_hosts=("a.example",))
+    assert called_by(options, "host.example").allow_hosts == ("a.example", "host.example")
+    assert called_by(options, "::") == called_by(options, "0.0.0.0") == options
+
+
 def test_a_request_without_a_host_is_a_programs(server):
     assert "200 OK" in exchange(server, b"GET /v2/health/live HTTP/1.0\r\n\r\n")
     assert " 400 " in exchange(server, b"GET /v2 HTTP/1.1\r\nHost: a\r\nHost: localhost\r\n\r\n")

@@ -36,10 +36,10 @@ def serve_bundles(
 ) -> None:
     """Serve bundles until SIGTERM, SIGHUP or an interrupt, then answer what was taken and return.
 
-    It accepts connections only when every bundle's files, device and golden vectors are proven. When a model
-    fails for good it drains and raises, so that whoever watches the process starts it again. Work
-    that still hangs `STOP_S` after the drain cannot be ended from here: the process ends then and
-    there with exit code 1.
+    It accepts connections only when every bundle's files, device and golden vectors are proven.
+    When a model fails for good it drains and raises, so that whoever watches the process starts it
+    again. Work that still hangs `STOP_S` after the drain cannot be ended from here: the process
+    ends then and there with exit code 1.
 
     Args:
         bundles: Folders by the names that requests use.
