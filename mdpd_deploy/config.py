@@ -54,6 +54,9 @@ class DataConfig(Section):
     pad: Literal["longest", "max"] = "longest"  # pad a batch to its longest text, or to max_length
     # training images: mirror; random crop + mirror
     augment: Literal["none", "flip", "crop"] = "none"
+    # a picture's way to the model's size: all of it squashed, its middle cropped, or all of it with
+    # a border; default: squash for vtab/ and vtab-full/, else crop
+    resize: Literal["squash", "crop", "pad"] | None = None
     # an unreadable training image ends the run, or not
     bad_images: Literal["stop", "skip"] = "stop"
     # split off when there is no validation data

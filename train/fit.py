@@ -22,7 +22,7 @@ from mdpd_deploy.train.forecast import forecast
 from mdpd_deploy.train.loop import train
 from mdpd_deploy.train.memory_table import MemoryRow, forecast_methods
 from mdpd_deploy.train.progress import ProgressBar
-from mdpd_deploy.train.setup import Setup, default_out, prepare, process_state
+from mdpd_deploy.train.setup import Setup, default_out, prepare, process_state, with_resize
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def make_plan(config: Config) -> Plan:
     Raises:
         UserError: For anything in the config or the data that cannot work.
     """
-    return _plan(prepare(config))
+    return _plan(prepare(with_resize(config)))
 
 
 def _plan(setup: Setup) -> Plan:
@@ -116,7 +116,7 @@ def fit_run(config: Config, *, overwrite: bool = False, quiet: bool = False) -> 
     out = Path(config.out).expanduser() if config.out else _free_out(config)
     check = partial(refuse_nonempty, out, overwrite=overwrite, ours=_is_ours)
     check()  # before the data are read, and again when the folder is ours alone
-    config = config.model_copy(update={"out": str(out.resolve())})
+    config = with_resize(config.model_copy(update={"out": str(out.resolve())}))
     setup = prepare(config)
     with _held(setup, out, check):
         if setup.state.is_main_process:

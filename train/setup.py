@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mdpd_deploy.backbones import Backbone, load_backbone
 from mdpd_deploy.config import Config, DataConfig
-from mdpd_deploy.data import TaskData, check_images, load_task
+from mdpd_deploy.data import TaskData, check_images, default_resize, load_task
+from mdpd_deploy.data.preprocess import ImagePreprocess
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.train.batches import Schedule
 from mdpd_deploy.train.methods import Method, TaskSpec, build_method
@@ -69,6 +70,7 @@ def prepare(config: Config) -> Setup:
         config.backbone, max_length=config.data.max_length, pad=config.data.pad
     )
     check_modality(backbone, data, config)
+    set_resize(backbone, config)
     original = None
     if not config.backbone.pretrained:
         original = {name: t.detach().clone() for name, t in backbone.state_dict().items()}
@@ -121,6 +123,26 @@ def check_modality(backbone: Backbone, data: TaskData, config: Config) -> None:
             f"takes {takes}s: name one for {data.modality}s, e.g. --backbone {example} or a local "
             "folder."
         )
+
+
+def with_resize(config: Config) -> Config:
+    """Settle `data.resize` of a new run, so that its config says what was used.
+
+    A config without it is that of an older run and means the backbone's own way, a crop.
+    """
+    if config.data.resize is not None or default_resize(config.task) is None:
+        return config
+    data = config.data.model_copy(update={"resize": default_resize(config.task)})
+    return config.model_copy(update={"data": data})
+
+
+def set_resize(backbone: Backbone, config: Config) -> None:
+    """Give the backbone's preprocessing the way to its size that `data.resize` asks for."""
+    if config.data.resize is None:
+        return
+    if not isinstance(backbone.preprocess, ImagePreprocess):
+        raise UserError("data.resize is for images: leave it out for texts.")
+    backbone.preprocess = backbone.preprocess.resized(config.data.resize)
 
 
 def task_spec(config: Config, data: TaskData) -> TaskSpec:

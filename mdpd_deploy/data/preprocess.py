@@ -12,7 +12,7 @@ tokenizers do with `truncation="longest_first"`.
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -39,6 +39,7 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 CROP_MODES = ("center", "squash", "border")
+Resize = Literal["squash", "crop", "pad"]
 MAX_TOKENS = 1_000_000  # of one text; far above what an encoder takes
 
 
@@ -123,6 +124,18 @@ class ImagePreprocess:
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         normal = (pixels - mean) / std
         return np.ascontiguousarray(normal.transpose(2, 0, 1))
+
+    def resized(self, mode: Resize) -> "ImagePreprocess":
+        """Return this preprocessing with another way to `size`, as `data.resize` names it.
+
+        `crop` is the backbone's own. Both others keep the whole picture: `squash` scales each edge
+        (bicubic, as VTAB's papers do), `pad` keeps the shape and adds a border.
+        """
+        if mode == "crop":
+            return self
+        if mode == "squash":
+            return replace(self, crop_mode="squash", crop_pct=1.0, interpolation="bicubic")
+        return replace(self, crop_mode="border", crop_pct=1.0)
 
     def save(self, folder: Path) -> None:
         """Write `preprocess.json` into a folder."""
