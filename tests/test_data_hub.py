@@ -73,7 +73,8 @@ def test_class_labels_give_names_and_hidden_ones_drop_the_test(tmp_path: Path) -
     assert data.label_names == ("maybe", "no", "yes")
     assert data.train.labels.tolist() == [2, 1, 0]
     assert list(data.evaluation) == ["validation"]
-    assert "has no labels" in data.notes[0]
+    assert "2 test examples without labels" in data.inventory.line
+    assert "1 rows of other splits (unsupervised)" in data.inventory.line
     ordered = read(spec, text=["s"], label="target", labels=["no", "maybe", "yes"])
     assert ordered.train.labels.tolist() == [2, 0, 1]
 

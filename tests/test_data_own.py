@@ -135,7 +135,8 @@ def test_competition_test_files_without_labels_are_left_out(tmp_path: Path) -> N
     write_rows(tmp_path / "test.csv", [{"review": "who knows"}])
     data = read(tmp_path)
     assert list(data.evaluation) == ["validation"]
-    assert "test.csv has no labels, so it is left out" in data.notes[0]
+    assert "1 test examples without labels" in data.inventory.line
+    assert "test.csv" in data.inventory.line
 
 
 def test_numbers_as_class_names_sort_by_value(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
             **{name: len(split) for name, split in setup.data.evaluation.items()},
         },
         "notes": list(setup.data.notes),
+        "inventory": setup.data.inventory.to_dict(),
         "versions": versions(),
         "device": str(setup.state.device),
         "processes": setup.state.num_processes,

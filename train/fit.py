@@ -12,6 +12,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from mdpd_deploy.config import Config, read_config
+from mdpd_deploy.data.inventory import Inventory
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import write_text
 from mdpd_deploy.folders import LOCK, claimed, free_path, refuse_nonempty, remove_leftovers
@@ -48,9 +49,10 @@ class Plan:
     memory_table: tuple[MemoryRow, ...]
     device: str
     notes: tuple[str, ...]
+    inventory: Inventory
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "inventory": self.inventory.to_dict()}
 
 
 def make_plan(config: Config) -> Plan:
@@ -93,6 +95,7 @@ def _plan(setup: Setup) -> Plan:
         ),
         device=str(setup.state.device),
         notes=setup.data.notes,
+        inventory=setup.data.inventory,
     )
 
 
@@ -180,6 +183,8 @@ def _go(setup: Setup, out: Path, *, quiet: bool) -> Run:
     with ProgressBar(setup.steps, enabled=main and not quiet) as bar:
         for note in setup.data.notes:
             bar.say(note)
+        if setup.data.inventory.line:
+            bar.say(setup.data.inventory.line)
         progress = train(setup, out, bar)
     setup.state.wait_for_everyone()
     run = finish(setup, out, progress, _forecast(setup))

@@ -263,6 +263,7 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     from json import dumps
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     if as_json:
@@ -287,7 +288,9 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     )
     table.add_row("device", plan.device)
     for note in plan.notes:
-        table.add_row("note", note)
+        table.add_row("note", escape(note))
+    if plan.inventory.line:
+        table.add_row("data", escape(plan.inventory.line))
     console = Console()
     console.print(table)
     own = plan.method + (f":{plan.side}" if plan.side else "")

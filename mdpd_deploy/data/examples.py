@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mdpd_deploy.data.inventory import NOTHING, Inventory
+
 Modality = Literal["text", "image"]
 Kind = Literal["classify", "regress"]
 
@@ -50,6 +52,7 @@ class TaskData:
             exists and is the one that selects the best weights.
         columns: The columns inputs came from (for `predict` on a table); empty if not a table.
         notes: Sentences a user should see (a split that was made, pictures that were skipped).
+        inventory: What was found and is used, or left out and why.
     """
 
     task: str
@@ -62,6 +65,7 @@ class TaskData:
     evaluation: dict[str, Split]
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    inventory: Inventory = NOTHING
 
     @property
     def outputs(self) -> int:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
 from mdpd_deploy.data.examples import Raw
-from mdpd_deploy.data.images import decode_image, open_image
+from mdpd_deploy.data.images import FILE_FORMATS, decode_image, open_image
+from mdpd_deploy.data.inventory import Inventory, many_left_out
 from mdpd_deploy.data.labels import label_text
 from mdpd_deploy.data.rows import Rows
 from mdpd_deploy.data.splits import SPLIT_NAMES
@@ -32,7 +33,7 @@ def read_hub(
     text: Sequence[str] | None,
     image: str | None,
     label: str,
-) -> dict[str, Rows]:
+) -> tuple[dict[str, Rows], Inventory]:
     """Pick the columns of a loaded data set.
 
     Args:
@@ -43,21 +44,25 @@ def read_hub(
         label: The label column; a ClassLabel gives its names.
 
     Returns:
-        Rows of the splits called train, validation and test (or another of their usual names).
+        Rows of the splits called train, validation and test (or another of their usual names), and
+        the account of the splits called otherwise.
 
     Raises:
         UserError: If the data set has none of these splits, or lacks a column.
     """
     splits: dict[str, Rows] = {}
+    others = Inventory()
     for name, dataset in loaded.items():
         split = SPLIT_NAMES.get(str(name).lower())
         if split is not None and split not in splits:
             splits[split] = _rows(dataset, f"{spec} {name}", text, image, label)
+        else:
+            others += many_left_out("rows of other splits", len(dataset), str(name))
     if not splits:
         raise UserError(
             f"{spec} has no train, validation or test split, it has: {', '.join(map(str, loaded))}."
         )
-    return splits
+    return splits, others
 
 
 def load_hub(spec: str) -> "DatasetDict":
@@ -185,4 +190,4 @@ class HubPictures(Sequence[Raw]):
             raise UserError(f"{name} has no picture: leave the row out of the data set.")
         if cell["bytes"] is None:
             return open_image(Path(cell["path"]))
-        return decode_image(io.BytesIO(cell["bytes"]), name)
+        return decode_image(io.BytesIO(cell["bytes"]), name, formats=FILE_FORMATS)

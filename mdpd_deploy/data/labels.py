@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,8 @@ def class_names(
     Raises:
         UserError: If the list has doubles, leaves out a class of the task, or is too short.
     """
-    names = tuple(given or own or sorted_names(found))
+    given, own = _composed(given), _composed(own)
+    names = given or own or sorted_names(found)
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise UserError(f"the class list names {doubles[0]!r} twice: list each class once.")
@@ -54,13 +56,18 @@ def class_names(
     return names
 
 
+def _composed(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return names in Unicode's composed form, as rows have them."""
+    return tuple(normalize("NFC", name) for name in names or ())
+
+
 def class_indices(rows: Rows, names: Sequence[str]) -> NDArray[np.int64]:
     """Return the class index of every row [n].
 
     Raises:
         UserError: For a missing label or one outside `names`, with its file and row.
     """
-    index = {name: number for number, name in enumerate(names)}
+    index = {normalize("NFC", name): number for number, name in enumerate(names)}
     try:
         return np.array([index[label] for label in rows.labels], dtype=np.int64)
     except KeyError:

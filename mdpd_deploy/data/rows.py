@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from unicodedata import normalize
 
 from mdpd_deploy.data.examples import Modality, Raw
+from mdpd_deploy.data.inventory import NOTHING, Inventory
 
 
 @dataclass(frozen=True)
@@ -15,12 +17,17 @@ class Rows:
         labels: Labels as text, in the order of `inputs`; "" where the label is missing.
         where: Names the place of example i for messages, e.g. `reviews.csv line 7`.
         source: Names the split for messages, e.g. `reviews.csv`.
+
+    Labels are kept in Unicode's composed form: `é` is one label however a system spells it.
     """
 
     inputs: Sequence[Raw]
     labels: Sequence[str]
     where: Callable[[int], str]
     source: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", [normalize("NFC", label) for label in self.labels])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,6 +45,7 @@ class Source:
         all_classes: True if a class without a training example is an error.
         columns: Input columns of a table.
         notes: Sentences the user should see.
+        inventory: What the reader found and left out.
     """
 
     splits: dict[str, Rows]
@@ -47,3 +55,4 @@ class Source:
     all_classes: bool = True
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    inventory: Inventory = NOTHING

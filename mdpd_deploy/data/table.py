@@ -97,6 +97,16 @@ class Table:
 FORMATS: Registry[Callable[[Path], Table]] = Registry("table format")
 
 
+def is_table(path: Path) -> bool:
+    """Tell by its ending whether a file is a table that can be read."""
+    return path.suffix.lower() in FORMATS
+
+
+def table_stem(path: Path) -> str:
+    """Return a table's name without its ending."""
+    return path.stem
+
+
 def read_table(path: Path) -> Table:
     """Read a table by its ending.
 
