@@ -40,6 +40,7 @@ OFFICIAL_CLASSES = {
     "smallnorb_azi": 18,
     "smallnorb_ele": 9,
 }
+MOST_DIGITS = 6  # of a class index
 METRICS = ("accuracy", "balanced_accuracy")
 FULL_NOTE = (
     "validation pictures are part of the training data (train800val200): "
@@ -103,7 +104,7 @@ def _read_list(path: Path, *, must_exist: bool) -> Rows:
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal():
+        if not name or not label.isdecimal() or len(label) > MOST_DIGITS:
             raise UserError(
                 f"{path} line {number} is not `relative/path.jpg CLASS_INDEX`: correct the line."
             )
