@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.unicode import require_unicode
 
 SIDE_ALIASES = {"dtl": "dtlv1"}
 BUILTIN_BACKBONE = "builtin:vit-xs-tin32"
@@ -285,8 +286,12 @@ def load_config(
         plain = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise UserError(f"the config file {file} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as err:
-        reason = str(err).splitlines()[0]
+    except RecursionError:
+        raise UserError(
+            f"the options are nested too deeply ({file or '--set'}): they have two levels."
+        ) from None
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as err:
+        reason = _first_line(err)
         raise UserError(f"the options could not be read ({file or '--set'}): {reason}") from err
     assert isinstance(plain, dict)
     for name, value in (flags or {}).items():
@@ -313,19 +318,33 @@ def read_config(path: Path) -> Config:
     """
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
-        raise UserError(f"{path} cannot be read ({str(err).splitlines()[0]}).") from err
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply: it is no config of mdpd.") from None
+    except (OSError, ValueError, yaml.YAMLError) as err:  # ValueError: no UTF-8, no number or date
+        raise UserError(f"{path} cannot be read ({_first_line(err)}).") from err
     if not isinstance(plain, dict):
         raise UserError(f"{path} must hold `name: value` lines.")
     return check_config(plain)
 
 
+def _first_line(err: Exception) -> str:
+    """Say what is wrong, and at which line of the YAML where that is known."""
+    reason = str(err).splitlines()[0].split(";")[0]
+    mark = err.problem_mark if isinstance(err, yaml.MarkedYAMLError) else None
+    return reason if mark is None else f"line {mark.line + 1}: {err.problem or reason}"
+
+
 def check_config(plain: dict[Any, Any]) -> Config:
     """Validate a plain dict; raises `UserError` with the option's path and the mend."""
     try:
-        return Config.model_validate(plain)
+        config = Config.model_validate(plain)
     except ValidationError as err:
         raise UserError(_first_problem(err)) from None
+    for name, value in config.flat().items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                require_unicode(text, f"option {name}:")
+    return config
 
 
 def _first_problem(err: ValidationError) -> str:

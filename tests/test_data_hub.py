@@ -115,7 +115,7 @@ def test_missing_columns_and_texts_are_named(text_folder: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="column 'text' holds no pictures"):
         read(f"hub:{text_folder}", image="text")
     spec = saved(tmp_path / "s", {"train": labelled([0, 1], s=["a", None])})
-    with pytest.raises(UserError, match="train row 2: column 's' holds no text"):
+    with pytest.raises(UserError, match="train row 2: the text in column 's' is empty"):
         read(spec, text=["s"], label="target")
     spec = saved(tmp_path / "o", {"other": labelled([0, 1], s=["a", "b"])})
     with pytest.raises(UserError, match="no train, validation or test split, it has: other"):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from mdpd_deploy.config import DataConfig
+from mdpd_deploy.data.cells import class_of
 from mdpd_deploy.data.examples import Kind, Split, TaskData
 from mdpd_deploy.data.inventory import Inventory, many_left_out
 from mdpd_deploy.data.labels import class_indices, class_names, listed, require_every_class, scores
@@ -109,7 +110,7 @@ def without_unlabelled_test(splits: dict[str, Rows]) -> tuple[dict[str, Rows], I
 
 def relabelled(split: Rows, mapping: dict[str, str]) -> Rows:
     """Return rows with labels replaced as `mapping` says; others stay for the check to name."""
-    return replace(split, labels=[mapping.get(label, label) for label in split.labels])
+    return replace(split, labels=[mapping.get(class_of(label), label) for label in split.labels])
 
 
 def _check_training(train: Split, rows: Rows, names: tuple[str, ...], *, all_classes: bool) -> None:

@@ -1,6 +1,7 @@
 """What every reader returns: examples by split, before any preprocessing. No torch here (D27)."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +107,7 @@ def split_sha256(split: Split) -> str:
 
 def _identity(raw: Raw) -> bytes:
     if isinstance(raw, Path):
-        return f"{raw} {raw.stat().st_size if raw.is_file() else 0}\n".encode()
+        return os.fsencode(raw) + f" {raw.stat().st_size if raw.is_file() else 0}\n".encode()
     if isinstance(raw, Image.Image):
         return f"{raw.mode} {raw.size}".encode() + raw.tobytes()
     return (repr(raw) + "\n").encode()

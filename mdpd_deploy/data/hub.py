@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
+from mdpd_deploy.data.cells import Where, label_cells, text_cells
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.images import FILE_FORMATS, decode_image, open_image
 from mdpd_deploy.data.inventory import Inventory, many_left_out
-from mdpd_deploy.data.labels import label_text
 from mdpd_deploy.data.rows import Rows
 from mdpd_deploy.data.splits import SPLIT_NAMES
 from mdpd_deploy.errors import UserError
@@ -138,24 +138,20 @@ def _rows(
     def where(index: int) -> str:
         return f"{source} row {index + 1}"
 
-    inputs = HubPictures(dataset, image, source) if image else _texts(dataset, text or (), source)
-    return Rows(inputs, _labels(dataset, label), where, source)
+    inputs = HubPictures(dataset, image, source) if image else _texts(dataset, text or (), where)
+    return Rows(inputs, _labels(dataset, label, where), where, source)
 
 
-def _labels(dataset: "Dataset", column: str) -> list[str]:
+def _labels(dataset: "Dataset", column: str, where: Where) -> list[str]:
     names = getattr(dataset.features[column], "names", None)
     values = list(dataset[column])
-    if names is None:
-        return [label_text(value) for value in values]
-    return ["" if value is None or value < 0 else str(names[value]) for value in values]
+    if names is not None:
+        values = [None if value is None or value < 0 else names[value] for value in values]
+    return label_cells(values, column, where)
 
 
-def _texts(dataset: "Dataset", columns: Sequence[str], source: str) -> list[Raw]:
-    cells = [list(dataset[name]) for name in columns]
-    for name, column in zip(columns, cells, strict=True):
-        for index, cell in enumerate(column):
-            if not isinstance(cell, str) or not cell.strip():
-                raise UserError(f"{source} row {index + 1}: column {name!r} holds no text.")
+def _texts(dataset: "Dataset", columns: Sequence[str], where: Where) -> list[Raw]:
+    cells = [text_cells(list(dataset[name]), name, where) for name in columns]
     return list(cells[0]) if len(cells) == 1 else list(zip(cells[0], cells[1], strict=True))
 
 

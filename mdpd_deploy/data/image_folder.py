@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unicodedata import normalize
 
+from mdpd_deploy.data.cells import class_of
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.images import SUFFIXES, looks_like_picture
 from mdpd_deploy.data.inventory import (
@@ -94,7 +94,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def _read_classes(root: Path, top: Path, left: Left, notes: list[str]) -> Rows:
-    """Read a folder of class folders; the class is the folder's name, in Unicode's composed form."""
+    """Read a folder of class folders; the class is the folder's name."""
     inputs: list[Raw] = []
     labels: list[str] = []
     spelled: dict[str, str] = {}
@@ -104,14 +104,14 @@ def _read_classes(root: Path, top: Path, left: Left, notes: list[str]) -> Rows:
             left.append((reason, _below(folder, top)))
             continue
         pictures = _class_pictures(folder, top, left)
-        name = _class_name(folder)
-        if spelled.setdefault(name, folder.name) != folder.name:
+        first = spelled.setdefault(class_of(folder.name), folder.name)
+        if first != folder.name:
             notes.append(
-                f"{root} holds two folders called {name}, in two forms of Unicode: they are one "
-                "class."
+                f"the folders {ascii(first)} and {ascii(folder.name)} in {root} spell one name in two "
+                "ways: they are one class."
             )
         inputs.extend(pictures)
-        labels.extend([name] * len(pictures))
+        labels.extend([folder.name] * len(pictures))
     if not inputs:
         raise _no_classes(root)
     return Rows(inputs, labels, lambda i: str(inputs[i]), str(root))
@@ -125,16 +125,6 @@ def _why_no_class(path: Path, root: Path) -> str | None:
         return f"{'pictures' if looks_like_picture(path) else 'files'} outside the class folders"
     above = root.resolve().is_relative_to(path.resolve())
     return FOLDER_LINK if above else None
-
-
-def _class_name(folder: Path) -> str:
-    try:
-        folder.name.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"the name of the class folder {folder.name!r} in {folder.parent} is not UTF-8: rename it."
-        ) from None
-    return normalize("NFC", folder.name)
 
 
 def _class_pictures(folder: Path, top: Path, left: Left) -> list[Path]:

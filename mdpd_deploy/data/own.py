@@ -10,7 +10,6 @@ from mdpd_deploy.data.examples import Kind, Split, TaskData
 from mdpd_deploy.data.hub import PREFIX, load_hub, read_hub
 from mdpd_deploy.data.image_folder import read_image_folder
 from mdpd_deploy.data.inventory import NOTHING, Inventory, left_out
-from mdpd_deploy.data.labels import label_text
 from mdpd_deploy.data.registry import TASKS
 from mdpd_deploy.data.rows import Rows, Source
 from mdpd_deploy.data.split_files import beside_tables, split_files, unnamed_pictures
@@ -214,5 +213,5 @@ def _table_rows(table: Table, columns: _Columns, split: str, config: DataConfig)
     if split == "test" and columns.label not in table.columns:
         labels = [""] * len(table)
     else:
-        labels = [label_text(cell) for cell in table.column(columns.label, "--label")]
+        labels = table.labels(columns.label)
     return Rows(inputs, labels, table.where, str(table.path))

@@ -25,6 +25,7 @@ from mdpd_deploy.data.examples import Raw, Text
 from mdpd_deploy.data.images import MAX_PIXELS, open_image
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import read_json, write_json, write_text
+from mdpd_deploy.unicode import require_unicode
 
 FILE = "preprocess.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -332,9 +333,14 @@ def _picture(raw: Raw) -> Path | Image.Image:
 
 
 def _text(raw: Raw) -> Text:
-    if isinstance(raw, str | tuple):
-        return raw
-    raise UserError(f"this model takes text, not pictures: given {_short(raw)}.")
+    parts = raw if isinstance(raw, tuple) else (raw,)
+    if not all(isinstance(part, str) for part in parts) or not 1 <= len(parts) <= 2:
+        raise UserError(
+            f"this model takes text, or pairs of texts, not pictures: given {_short(raw)}."
+        )
+    for part in parts:
+        require_unicode(part, "the text")
+    return raw
 
 
 def _short(raw: object) -> str:

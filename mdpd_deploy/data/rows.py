@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from unicodedata import normalize
 
 from mdpd_deploy.data.examples import Modality, Raw
 from mdpd_deploy.data.inventory import NOTHING, Inventory
@@ -17,17 +16,12 @@ class Rows:
         labels: Labels as text, in the order of `inputs`; "" where the label is missing.
         where: Names the place of example i for messages, e.g. `reviews.csv line 7`.
         source: Names the split for messages, e.g. `reviews.csv`.
-
-    Labels are kept in Unicode's composed form: `é` is one label however a system spells it.
     """
 
     inputs: Sequence[Raw]
     labels: Sequence[str]
     where: Callable[[int], str]
     source: str
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", [normalize("NFC", label) for label in self.labels])
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -7,7 +7,6 @@ and every line has the right number of tabs, quotes are plain characters.
 
 import csv
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from mdpd_deploy.data.cells import kind_of, label_cells, text_cells
 from mdpd_deploy.data.examples import Modality, Raw
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
@@ -58,22 +58,11 @@ class Table:
 
     def texts(self, name: str) -> list[str]:
         """Return a text column; raises `UserError` for a cell without text."""
-        cells = self.column(name, "--text")
-        for index, cell in enumerate(cells):
-            if isinstance(cell, dict | list):
-                raise UserError(
-                    f"{self.where(index)}: column {name!r} holds {_kind(cell)}, no text: name a "
-                    "column of texts."
-                )
-        texts = ["" if cell is None else str(cell) for cell in cells]
-        for index, (cell, text) in enumerate(zip(cells, texts, strict=True)):
-            missing = isinstance(cell, float) and math.isnan(cell)
-            if missing or not text.strip():
-                raise UserError(
-                    f"{self.where(index)}: the text in column {name!r} is empty: "
-                    "fill it in or remove the row."
-                )
-        return texts
+        return text_cells(self.column(name, "--text"), name, self.where)
+
+    def labels(self, name: str) -> list[str]:
+        """Return the label column as text, "" where one is missing; raises as `label_cells`."""
+        return label_cells(self.column(name, "--label"), name, self.where)
 
     def pictures(self, name: str, *, must_exist: bool) -> list[Raw]:
         """Return a column of image paths, relative ones taken from the table's folder."""
@@ -82,7 +71,7 @@ class Table:
             if not isinstance(cell, str) or not cell.strip():
                 raise UserError(
                     f"{self.where(index)}: column {name!r} must hold the path of a picture, "
-                    f"found {_kind(cell)}: correct the row or remove it."
+                    f"found {kind_of(cell)}: correct the row or remove it."
                 )
             path = self.path.parent / cell.strip()
             if must_exist and not path.is_file():
@@ -225,9 +214,17 @@ def _read_jsonl(path: Path) -> Table:
             record = json.loads(line)
         except json.JSONDecodeError as err:
             raise UserError(f"{path} line {number} is not JSON ({err.msg}): correct it.") from None
+        except RecursionError:
+            raise UserError(
+                f"{path} line {number} is nested too deeply: put plain values into the columns."
+            ) from None
+        except ValueError:  # the only other one: Python reads no number of so many digits
+            raise UserError(
+                f"{path} line {number} holds a number of thousands of digits: correct it."
+            ) from None
         if not isinstance(record, dict):
             raise UserError(
-                f"{path} line {number} is {_kind(record)}: each line must be an object "
+                f"{path} line {number} is {kind_of(record)}: each line must be an object "
                 'like {"text": "...", "label": "..."}.'
             )
         records.append(record)
@@ -250,7 +247,3 @@ def _read_parquet(path: Path) -> Table:
         raise UserError(f"{path} is not a readable Parquet file ({reason}).") from err
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     return Table(path, columns, range(1, table.num_rows + 1), "row")
-
-
-def _kind(value: object) -> str:
-    return "nothing" if value is None or value == "" else f"a {type(value).__name__}"

@@ -51,6 +51,7 @@ LAYOUT = (
     "test.txt",
     "classes.txt",
 )
+MOST_DIGITS = 6  # of a class index
 METRICS = ("accuracy", "balanced_accuracy")
 FULL_NOTE = (
     "validation pictures are part of the training data (train800val200): "
@@ -117,7 +118,7 @@ def _read_list(path: Path, *, must_exist: bool) -> Rows:
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal():
+        if not name or not label.isdecimal() or len(label) > MOST_DIGITS:
             raise UserError(
                 f"{path} line {number} is not `relative/path.jpg CLASS_INDEX`: correct the line."
             )
