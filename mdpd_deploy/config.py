@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.unicode import require_unicode
+from mdpd_deploy.unicode import is_encoding, require_unicode
 
 SIDE_ALIASES = {"dtl": "dtlv1"}
 BUILTIN_BACKBONE = "builtin:vit-xs-tin32"
@@ -49,6 +49,7 @@ class DataConfig(Section):
     text: list[str] | None = None  # --text A[,B]: one or two text columns
     image: str | None = None  # --image: the column of image paths
     label: str | None = None  # --label: the label column
+    encoding: str | None = None  # of tables that are text, e.g. latin-1; default: UTF-8
     # class names in order; default: sorted names of the train split
     labels: list[Annotated[str, BeforeValidator(_whole_number_as_text)]] | None = None
     max_length: int = Field(default=128, ge=4)  # tokens kept of a text
@@ -67,6 +68,13 @@ class DataConfig(Section):
     # use only the first N training examples (after a shuffle)
     limit: int | None = Field(default=None, ge=1)
     workers: int = Field(default=0, ge=0)  # loader processes
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_is_known(cls, name: str | None) -> str | None:
+        if name is not None and not is_encoding(name):
+            raise ValueError("Python knows no encoding of texts by this name, as utf-8 or latin-1")
+        return name
 
 
 class BackboneConfig(Section):

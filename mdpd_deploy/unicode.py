@@ -32,3 +32,14 @@ def require_unicode(text: str, what: str) -> None:
             f"{what} {shown} is no valid Unicode: its character {at + 1} is half of a pair, as a cut "
             "emoji or another encoding than UTF-8 leaves it: remove it."
         )
+
+
+def is_encoding(name: str) -> bool:
+    """Tell whether Python knows an encoding of texts by this name."""
+    try:
+        b"x".decode(name)
+    except UnicodeError:  # too short for it, as one byte is for UTF-16
+        return True
+    except (LookupError, ValueError):
+        return False
+    return True

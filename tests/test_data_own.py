@@ -296,7 +296,7 @@ def test_equal_scores_teach_nothing(tmp_path: Path) -> None:
         ("a.jsonl", b"[1, 2]\n", "line 1 is a list: each line must be an object"),
         ("a.jsonl", b"", "holds no rows"),
         ("a.parquet", b"PAR1 no", "not a readable Parquet file"),
-        ("a.xlsx", b"x", r"not a table that can be read: expected one of \.csv, \.tsv, \.jsonl"),
+        ("a.xls", b"x", r"not a table that can be read: expected one of \.csv, \.tsv, \.jsonl"),
     ],
 )
 def test_damaged_tables_are_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:

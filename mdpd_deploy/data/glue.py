@@ -110,7 +110,7 @@ def read_glue(task: str, config: DataConfig, *, seed: int) -> TaskData:
     Raises:
         UserError: If a folder, file or column is missing, or a row is damaged.
     """
-    refuse_options(task, config, "text", "image", "label")
+    refuse_options(task, config, "text", "image", "label", "encoding")
     glue = GLUE[task.removeprefix("glue/")]
     if config.path is None:
         raise UserError(f"--task {task} needs --data: the folder that holds {glue.folder}/.")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 PREFIX = "hub:"
+SPLITS_FILE = "dataset_dict.json"  # in a folder of `save_to_disk` that holds several splits
 
 
 def read_hub(
@@ -78,12 +79,40 @@ def load_hub(spec: str) -> "DatasetDict":
         return _load(datasets, name, config, revision)
 
 
+def is_saved(folder: Path) -> bool:
+    """Tell whether `datasets.save_to_disk` made a folder, of one split or of several."""
+    one = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return one or (folder / SPLITS_FILE).is_file()
+
+
+def load_saved(folder: Path) -> "DatasetDict":
+    """Load a folder of `datasets.save_to_disk`; one without splits is `train`.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    import datasets
+
+    try:
+        with quiet("datasets"):
+            loaded = datasets.load_from_disk(str(folder))
+    except Exception as err:  # a damaged one raises whatever was stumbled on
+        reason = (str(err).strip() or type(err).__name__).splitlines()[0]
+        raise UserError(
+            f"{folder} is no sound saved data set ({reason:.200}): save it again."
+        ) from err
+    if isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    return datasets.DatasetDict({"train": loaded})
+
+
 def _load(datasets: Any, name: str, config: str | None, revision: str | None) -> "DatasetDict":
     try:
-        if (Path(name) / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(name)
-        else:
-            loaded = datasets.load_dataset(name, config, revision=revision)
+        if is_saved(Path(name)):
+            return load_saved(Path(name))
+        loaded = datasets.load_dataset(name, config, revision=revision)
+    except UserError:
+        raise
     except Exception as err:  # datasets, the hub client and the network raise dozens of kinds
         reason = (str(err).strip() or type(err).__name__).splitlines()[0]
         raise UserError(

@@ -107,7 +107,7 @@ def _read_classes(root: Path, top: Path, left: Left, notes: list[str]) -> Rows:
         first = spelled.setdefault(class_of(folder.name), folder.name)
         if first != folder.name:
             notes.append(
-                f"the folders {ascii(first)} and {ascii(folder.name)} in {root} spell one name in two "
+                f"the folders {first!a} and {folder.name!a} in {root} spell one name in two "
                 "ways: they are one class."
             )
         inputs.extend(pictures)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mdpd_deploy.errors import UserError
+from mdpd_deploy.errors import UserError, printable
 
 NAMED = 3  # examples kept of everything left out for one reason
 SAID = 6  # reasons in the one line; the summary has all
@@ -105,11 +105,6 @@ def many_left_out(reason: str, count: int, *examples: str) -> Inventory:
     """Return the account of `count` things of one reason; of none, the empty account."""
     named = tuple(printable(name) for name in examples[:NAMED])
     return Inventory(left_out=(LeftOut(reason, count, named),) if count else ())
-
-
-def printable(name: str) -> str:
-    """Return a file's name without what a terminal obeys or UTF-8 cannot write."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
 
 
 def is_system(name: str) -> bool:

@@ -3,18 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.assemble import assemble, to_split, without_unlabelled_test
 from mdpd_deploy.data.examples import Kind, Split, TaskData
-from mdpd_deploy.data.hub import PREFIX, load_hub, read_hub
+from mdpd_deploy.data.hub import PREFIX, SPLITS_FILE, is_saved, load_hub, load_saved, read_hub
 from mdpd_deploy.data.image_folder import read_image_folder
 from mdpd_deploy.data.inventory import NOTHING, Inventory, left_out
 from mdpd_deploy.data.registry import TASKS
 from mdpd_deploy.data.rows import Rows, Source
 from mdpd_deploy.data.split_files import beside_tables, split_files, unnamed_pictures
-from mdpd_deploy.data.table import Table, read_table, table_texts
+from mdpd_deploy.data.table import Table, is_text_table, read_table, table_texts
 from mdpd_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class _Found:
 
 @TASKS.register("classify", "regress")
 def read_own(task: str, config: DataConfig, *, seed: int) -> TaskData:
-    """Read `data.path`: one table, a folder of tables by split, an image folder, or `hub:NAME`.
+    """Read `data.path`: a table, a folder of tables by split, of pictures, or saved by `datasets`;
+    or `hub:NAME`.
 
     `data.eval_path` takes the place of the validation and test splits that `data.path` has.
 
@@ -138,31 +143,47 @@ def _measured(found: _Found, path: str) -> dict[str, Rows]:
 
 def _read(path: str, option: str, kind: Kind, config: DataConfig) -> _Found:
     if path.startswith(PREFIX):
-        return _read_from_hub(path, config)
+        return _read_data_set(path, load_hub(path), config)
     root = Path(path).expanduser()
     if not root.exists():
         raise UserError(f"{option} {path} does not exist: correct the path.")
+    if is_saved(root):
+        whole = not (root / SPLITS_FILE).is_file()
+        return _read_data_set(path, load_saved(root), config, whole=whole)
     files = {"train": root} if root.is_file() else split_files(root)
     if not files:
         return _read_pictures(root, kind, config)
-    tables = {split: read_table(file) for split, file in files.items()}
+    if not any(map(is_text_table, files.values())):
+        _refuse_encoding(path, config)
+    tables = {split: read_table(file, config.encoding) for split, file in files.items()}
     first = tables.get("train") or next(iter(tables.values()))
     columns = _choose(config, list(first.columns), str(first.path))
     rows = {split: _table_rows(table, columns, split, config) for split, table in tables.items()}
     named = [raw for part in rows.values() for raw in part.inputs if isinstance(raw, Path)]
     inventory = unnamed_pictures(named)
+    inventory += left_out(entry for table in tables.values() for entry in table.left_out)
     if root.is_dir():
         inventory += beside_tables(root, files.values(), named)
     return _Found(rows, columns, whole=root.is_file(), inventory=inventory)
 
 
-def _read_from_hub(path: str, config: DataConfig) -> _Found:
-    loaded = load_hub(path)
+def _refuse_encoding(path: str, config: DataConfig) -> None:
+    if config.encoding is not None:
+        raise UserError(
+            f"data.encoding is for tables of text (CSV, TSV, JSON), and {path} holds none: leave it "
+            "out."
+        )
+
+
+def _read_data_set(
+    path: str, loaded: "DatasetDict", config: DataConfig, *, whole: bool = False
+) -> _Found:
+    _refuse_encoding(path, config)
     columns = _choose(config, list(next(iter(loaded.values())).column_names), path)
     text = None if columns.image else columns.inputs
     image = columns.inputs[0] if columns.image else None
     rows, inventory = read_hub(path, loaded, text=text, image=image, label=columns.label)
-    return _Found(rows, columns, whole=False, inventory=inventory)
+    return _Found(rows, columns, whole=whole, inventory=inventory)
 
 
 def _read_pictures(root: Path, kind: Kind, config: DataConfig) -> _Found:
@@ -171,6 +192,7 @@ def _read_pictures(root: Path, kind: Kind, config: DataConfig) -> _Found:
             f"--task regress needs numbers as labels, and {root} is an image folder: "
             "give a table with --image COL --label COL."
         )
+    _refuse_encoding(str(root), config)
     given = [name for name in ("text", "image", "label") if getattr(config, name) is not None]
     if given:
         raise UserError(

@@ -68,7 +68,7 @@ def read_vtab(task: str, config: DataConfig, *, seed: int) -> TaskData:
     Raises:
         UserError: If a folder, list or picture is missing, or a line is damaged.
     """
-    refuse_options(task, config, "text", "image", "label")
+    refuse_options(task, config, "text", "image", "label", "encoding")
     family, _, name = task.partition("/")
     if config.path is None:
         raise UserError(f"--task {task} needs --data: the folder that holds {name}/.")
