@@ -41,6 +41,11 @@ def _whole_number_as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+# The default of an option that the first runs did not have: it is written only where it is set, so
+# that the checkpoints and bundles of older runs still know their config.
+YOUNGER = Field(default=None, exclude_if=lambda value: value is None)
+
+
 class DataConfig(Section):
     """Which examples, and how they become tensors."""
 
@@ -49,7 +54,7 @@ class DataConfig(Section):
     text: list[str] | None = None  # --text A[,B]: one or two text columns
     image: str | None = None  # --image: the column of image paths
     label: str | None = None  # --label: the label column
-    encoding: str | None = None  # of tables that are text, e.g. latin-1; default: UTF-8
+    encoding: str | None = YOUNGER  # of tables that are text, e.g. latin-1; default: UTF-8
     # class names in order; default: sorted names of the train split
     labels: list[Annotated[str, BeforeValidator(_whole_number_as_text)]] | None = None
     max_length: int = Field(default=128, ge=4)  # tokens kept of a text
@@ -58,7 +63,7 @@ class DataConfig(Section):
     augment: Literal["none", "flip", "crop"] = "none"
     # a picture's way to the model's size: all of it squashed, its middle cropped, or all of it with
     # a border; default: squash for vtab/ and vtab-full/, else crop
-    resize: Literal["squash", "crop", "pad"] | None = None
+    resize: Literal["squash", "crop", "pad"] | None = YOUNGER
     # an unreadable training image ends the run, or not
     bad_images: Literal["stop", "skip"] = "stop"
     # split off when there is no validation data

@@ -11,7 +11,7 @@ from timm.data.transforms_factory import create_transform
 
 from mdpd_deploy import export_run, fit
 from mdpd_deploy.commands.train import build_config, plan
-from mdpd_deploy.config import read_config
+from mdpd_deploy.config import Config, DataConfig, check_config, read_config
 from mdpd_deploy.data.preprocess import ImagePreprocess
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.export.triton_preprocess import TritonPreprocess
@@ -107,3 +107,9 @@ def test_own_pictures_are_cropped_unless_asked(image_options) -> None:
 def test_texts_have_no_size(text_options) -> None:
     with pytest.raises(UserError, match=r"data\.resize is for images"):
         plan(**{**text_options, "set": [*text_options["set"], "data.resize=squash"]})
+
+
+def test_a_config_without_younger_options_is_written_as_before() -> None:
+    assert "resize" not in DataConfig().model_dump()
+    assert DataConfig(resize="pad").model_dump()["resize"] == "pad"
+    assert check_config(yaml.safe_load(Config().to_yaml())) == Config()

@@ -235,7 +235,7 @@ def _compare(
         stored_plan(folder)  # so that no other folder is locked
         shared = None
     else:
-        shared = shared_config(config, set, flags)
+        shared = shared_config(config, set, flags, guess=not tasks)
         folder = _folder(out)
         _refuse_foreign(folder)
     with claimed(folder, by="comparison"), _ended_by_sigterm():
@@ -351,7 +351,7 @@ def _print_forecast(
     from mdpd_deploy.study import expand_tasks
     from mdpd_deploy.train import forecast_methods
 
-    base, task = shared_config(config, sets, flags)
+    base, task = shared_config(config, sets, flags, guess=not tasks)
     outputs, kind = CLASSES, "classify"
     if tasks or base.data.path is not None:
         named = expand_tasks(tasks or [task], base, _say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,12 +19,19 @@ if TYPE_CHECKING:
     from mdpd_deploy.run import Run
     from mdpd_deploy.train import MemoryRow, Plan
 
+log = logging.getLogger(__name__)
+
 
 def command(
-    config: Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.yaml", help="Or data, as --data.")
+    ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="glue/NAME, vtab/NAME, classify, regress or digits (the default)."),
+        typer.Option(
+            help="glue/NAME, vtab/NAME, classify, regress or digits; default: classify with --data "
+            "of classes, digits without --data."
+        ),
     ] = None,
     data: options.Data = None,
     eval_data: options.EvalData = None,
@@ -102,7 +110,7 @@ def fit(
     """Fine-tune a model and return its completed run.
 
     Args:
-        config: A YAML file or a `Config`; None starts from the defaults (the digits task).
+        config: A YAML file or a `Config`, or data; None starts from the defaults (the digits task).
         resume: Continue this interrupted run folder; nothing else may be given.
         overwrite: Replace a non-empty run folder.
         quiet: No progress on stderr.
@@ -145,22 +153,60 @@ def plan(
 
 
 def build_config(
-    config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]
+    config: Path | str | Config | None,
+    sets: Sequence[str],
+    flags: dict[str, Any],
+    *,
+    guess: bool = True,
 ) -> Config:
-    """Return the checked config that a file, `--set` assignments and flags mean together."""
+    """Return the checked config that a file, `--set` assignments and flags mean together.
+
+    Args:
+        config: A config file, a `Config`, or data, which is the same as `data` among the flags.
+        sets: Assignments.
+        flags: Words of `mdpd train`.
+        guess: Settle the task by the data where nothing names it.
+    """
     from mdpd_deploy.config import Config, check_config, load_config
     from mdpd_deploy.errors import unknown
 
     for name in flags:
         if name not in _OPTION:
             raise unknown("fit", name, _OPTION)
+    config, flags = _data_in_front(config, flags)
     named = {_OPTION[name]: _plain(name, value) for name, value in flags.items()}
     if isinstance(config, Config):
         given = load_config(None, named, list(sets)).model_dump(exclude_unset=True)
-        loaded = check_config(_merged(config.model_dump(), given))
+        loaded = check_config(_merged(config.model_dump(exclude_unset=True), given))
     else:
         loaded = load_config(None if config is None else Path(config), named, list(sets))
-    return _absolute(loaded)
+    return _absolute(_with_task(loaded) if guess else loaded)
+
+
+def _data_in_front(
+    config: Path | str | Config | None, flags: dict[str, Any]
+) -> tuple[Path | str | Config | None, dict[str, Any]]:
+    """Take `mdpd train FOLDER` for `mdpd train --data FOLDER`."""
+    from mdpd_deploy.data.guess import is_data
+
+    if not isinstance(config, Path | str) or not is_data(str(config)):
+        return config, flags
+    if flags.get("data") is not None:
+        raise UserError(
+            f"{config} and --data {flags['data']} both name data: give one, or a CONFIG.yaml first."
+        )
+    return None, {**flags, "data": str(config)}
+
+
+def _with_task(config: Config) -> Config:
+    """Settle the task by the data where nothing names it."""
+    from mdpd_deploy.data.guess import guess_task
+
+    if "task" in config.model_fields_set or config.data.path is None:
+        return config
+    task = guess_task(config.data)
+    log.info("task: %s, by what %s holds (--task says otherwise)", task, config.data.path)
+    return config.model_copy(update={"task": task})
 
 
 _OPTION = {
