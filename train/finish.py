@@ -20,7 +20,7 @@ from mdpd_deploy.folders import atomic_folder
 from mdpd_deploy.machine import versions
 from mdpd_deploy.model import TaskModel
 from mdpd_deploy.run import BACKBONE, LABELS, SCHEMA, Run, read_metrics
-from mdpd_deploy.tasks.metrics import compute, majority
+from mdpd_deploy.tasks.metrics import Values, compute, majority
 from mdpd_deploy.train.checkpoint import Progress, load_best
 from mdpd_deploy.train.evaluate import Outputs, run_over
 from mdpd_deploy.train.predictions import Predictions, pick_samples
@@ -103,7 +103,7 @@ def measure(setup: Setup, model: nn.Module, split: str) -> Outputs:
     )
 
 
-def metrics_of(setup: Setup, outputs: dict[str, Outputs], split: str) -> dict[str, float]:
+def metrics_of(setup: Setup, outputs: dict[str, Outputs], split: str) -> Values:
     labels = setup.data.evaluation[split].labels
     return compute(setup.data.metrics, outputs[split]["output"], labels)
 

@@ -233,6 +233,8 @@ def _print_run(run: Run, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mdpd_deploy.tasks.metrics import metric_text
+
     if as_json:
         print(dumps({"run": str(run.path), **run.summary}))
         return
@@ -240,11 +242,12 @@ def _print_run(run: Run, *, as_json: bool) -> None:
     table = Table(title=f"{summary['task']} · {summary['method']}", show_header=False)
     for where, metrics in summary["metrics"].items():
         for name, value in metrics.items():
-            table.add_row(f"{where} {name}", f"{value:.4f}")
+            table.add_row(f"{where} {name}", metric_text(value))
     primary = summary["primary_metric"]
     if "majority" in summary:
         table.add_row(
-            f"always the most frequent class, {primary}", f"{summary['majority'][primary]:.4f}"
+            f"always the most frequent class, {primary}",
+            metric_text(summary["majority"][primary]),
         )
     params, memory = summary["params"], summary["memory"]
     share = params["trained"] / params["backbone"]
