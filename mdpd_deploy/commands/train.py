@@ -285,8 +285,10 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     )
     for name, count in plan.params.items():
         table.add_row(f"parameters, {name}", f"{count:,}")
+    for_what = "" if plan.text_length is None else f", texts of {plan.text_length} tokens"
     table.add_row(
-        "memory forecast", f"{plan.forecast_bytes / 1e6:,.1f} MB (live tensors, one process)"
+        "memory forecast",
+        f"{plan.forecast_bytes / 1e6:,.1f} MB (live tensors, one process{for_what})",
     )
     table.add_row("device", plan.device)
     for note in plan.notes:

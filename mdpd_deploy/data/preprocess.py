@@ -218,6 +218,18 @@ class TextPreprocess:
             arrays[name] = array
         return arrays
 
+    def count_tokens(self, raws: Sequence[Raw]) -> NDArray[np.int64]:
+        """Count the tokens of texts before they are cut, special ones included [len(raws)].
+
+        Raises:
+            UserError: As a call.
+        """
+        texts = [_text(raw) for raw in raws]
+        with _panics_in_words():
+            whole = Tokenizer.from_str(self.tokenizer.to_str())
+            whole.no_truncation()
+            return np.array([len(found.ids) for found in whole.encode_batch_fast(texts)], np.int64)
+
     def save(self, folder: Path) -> None:
         """Write `preprocess.json` and `tokenizer.json` into a folder."""
         plain = {
