@@ -147,6 +147,8 @@ def test_notes_are_on_the_terminal_in_the_summary_and_in_the_report(
     assert done.exit_code == 0, done.output
     notes = json.loads((tmp_path / "run" / "summary.json").read_text())["notes"]
     plan = json.loads(planned.stdout)["notes"]
+    lengths = json.loads(planned.stdout)["tokens"]["train"]
+    assert (lengths["longest"], json.loads(planned.stdout)["text_length"]) == (6, 6)
     assert notes[: len(plan)] == plan
     heads = ["train: of 13 texts", "train has one", "validation has 3", "1 of 3 validation"]
     assert [note.startswith(head) for note, head in zip(plan, heads, strict=True)] == [True] * 4

@@ -1,20 +1,17 @@
 """Tokens counted before training: what is cut is said, and the memory forecast knows the longest."""
 
-import json
-
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
 from mdpd_deploy.backbones import load_backbone
-from mdpd_deploy.cli import app
 from mdpd_deploy.commands.train import build_config
 from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.data import lengths
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.data.lengths import TextLengths, text_lengths
 from mdpd_deploy.train.forecast import forecast
+from mdpd_deploy.train.setup import prepare
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +46,10 @@ def test_lengths_of_pairs(preprocess, tiny_bert) -> None:
 
 def test_a_large_split_is_sampled_and_says_so(preprocess, monkeypatch) -> None:
     monkeypatch.setattr(lengths, "MOST_TEXTS", 100)
-    texts = ["good film"] * 999 + ["good film " * 30]
+    texts = ["good film"] * 999 + ["good film good"]
     found = text_lengths(split(texts), preprocess)
     assert (found.examples, found.counted) == (1000, 100)
-    assert found.longest == 62  # the longest is counted whether it is in the sample or not
+    assert found.longest == 5  # the longest is counted whether it is in the sample or not
     assert "of a sample of 100 of 1,000 texts" in str(found)
 
 
@@ -75,32 +72,20 @@ def test_the_sentence() -> None:
 def test_the_forecast_is_of_the_longest_batch_of_the_data(tiny_bert, sentence_folder) -> None:
     words = {"task": "classify", "data": sentence_folder, "text": "sentence", "method": "norms",
              "backbone": tiny_bert, "batch": 8}  # fmt: skip
-    flags = [f"--{name}={value}" for name, value in words.items()]
-    peaks = {}
-    for pad in ("longest", "max"):
-        sets = ["data.max_length=48", f"data.pad={pad}"]
-        options = [word for assignment in sets for word in ("--set", assignment)]
-        done = CliRunner().invoke(app, ["train", *flags, "--dry-run", "--json", *options])
-        assert done.exit_code == 0, done.output
-        plan = json.loads(done.stdout)
-        longest = plan["tokens"]["train"]["longest"]
-        assert longest == 10
-        tokens = {"longest": longest, "max": 48}[pad]
-        config = build_config(None, sets, words)
-        wanted = forecast(config, outputs=2, kind="classify", text_length=tokens)
-        assert plan["text_length"] == tokens
-        assert plan["forecast_bytes"] == wanted.peak_bytes
-        (own,) = [row for row in plan["memory_table"] if row["method"] == "norms"]
-        assert own["forecast"]["peak_bytes"] == wanted.peak_bytes
-        peaks[pad] = wanted.peak_bytes
-    assert peaks["longest"] < 0.8 * peaks["max"]
+    for options, tokens in (([], 10), (["data.pad=max"], 48), (["data.max_length=7"], 7)):
+        setup = prepare(build_config(None, ["data.max_length=48", *options], words))
+        assert setup.lengths["train"].longest == 10
+        assert setup.text_length == tokens
 
 
 def test_a_run_measures_what_was_forecast(tiny_text_run) -> None:
     summary = tiny_text_run.summary
     found = summary["tokens"]["train"]
     assert (found["counted"], found["cut"], found["max_length"]) == (60, 0, 24)
-    memory = summary["memory"]
+    memory, config = summary["memory"], tiny_text_run.config
+    longest = forecast(config, outputs=2, kind="classify", text_length=found["longest"])
+    assert memory["forecast_bytes"] == longest.peak_bytes
+    assert longest.peak_bytes < forecast(config, outputs=2, kind="classify").peak_bytes
     assert 0.9 < memory["peak_live_bytes"] / memory["forecast_bytes"] <= 1.02
     assert any(
         note.startswith("train: of 60 texts, 95 % have at most") for note in summary["notes"]

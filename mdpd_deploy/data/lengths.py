@@ -8,10 +8,9 @@ import numpy as np
 from mdpd_deploy.data.examples import Raw, Split
 from mdpd_deploy.data.preprocess import TextPreprocess
 
-# What is counted of a split: a second or two of tokenising. The longest by characters always are.
-MOST_TEXTS, MOST_CHARACTERS = 5_000, 2_000_000
-MOST_OF_A_TEXT = 100_000  # characters; what is longer is cut at any max_length
-LONGEST = 16
+MOST_TEXTS, MOST_CHARACTERS = 2_000, 500_000  # counted of a split: a second of tokenising
+MOST_OF_A_TEXT = 50_000  # characters; what is longer is cut at any max_length
+LONGEST = 8  # texts by characters that are counted too where the sample has none that is cut
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def text_lengths(split: Split, preprocess: TextPreprocess) -> TextLengths:
     chosen = _sample(characters)
     tokens = preprocess.count_tokens([_short(split.inputs[i]) for i in chosen])
     longest = int(tokens.max())
-    if len(chosen) < len(split):
+    if len(chosen) < len(split) and longest <= preprocess.max_length:
         most = np.argsort(-characters, kind="stable")[:LONGEST]
         longest = max(
             longest, *preprocess.count_tokens([_short(split.inputs[i]) for i in most]).tolist()
