@@ -165,7 +165,7 @@ def test_a_class_index_of_thousands_of_digits(tmp_path) -> None:
     folder = tmp_path / "vtab" / "cifar"
     folder.mkdir(parents=True)
     (folder / "train800.txt").write_text("a.png 0\nb.png " + "9" * 5000)
-    with pytest.raises(UserError, match="train800.txt line 2 is not"):
+    with pytest.raises(UserError, match=r"train800.txt line 2 is not"):
         load_task("vtab/cifar", DataConfig(path=str(tmp_path / "vtab"), bad_images="skip"), seed=0)
 
 
@@ -185,7 +185,7 @@ def test_a_config_that_no_reader_can_take(tmp_path, text: str) -> None:
 def test_a_config_with_a_mistake_names_its_line(tmp_path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("task: digits\ndata:\n  labels: [a, b\n")
-    with pytest.raises(UserError, match="line 4: .*expected"):
+    with pytest.raises(UserError, match=r"line 4: .*expected"):
         load_config(path)
 
 

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from mdpd_deploy.config import Config, read_config
 from mdpd_deploy.data.inventory import Inventory
+from mdpd_deploy.data.lengths import TextLengths
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import write_text
 from mdpd_deploy.folders import LOCK, claimed, free_path, refuse_nonempty, remove_leftovers
@@ -32,6 +33,8 @@ class Plan:
 
     Attributes:
         memory_table: What every method would need in this run's place, this one's included.
+        tokens: How long the texts of each split are, and how many are cut; empty for images.
+        text_length: Tokens of the batch that the forecasts are for; None for images.
     """
 
     task: str
@@ -47,6 +50,8 @@ class Plan:
     forecast_bytes: int
     forecast_parts: dict[str, int]
     memory_table: tuple[MemoryRow, ...]
+    tokens: dict[str, TextLengths]
+    text_length: int | None
     device: str
     notes: tuple[str, ...]
     inventory: Inventory
@@ -92,7 +97,10 @@ def _plan(setup: Setup) -> Plan:
             entry_configs(config, [entry.label for entry in default_entries()]),
             outputs=setup.data.outputs,
             kind=setup.data.kind,
+            text_length=setup.text_length,
         ),
+        tokens=setup.lengths,
+        text_length=setup.text_length,
         device=str(setup.state.device),
         notes=setup.data.notes,
         inventory=setup.data.inventory,
@@ -100,7 +108,12 @@ def _plan(setup: Setup) -> Plan:
 
 
 def _forecast(setup: Setup) -> dict[str, Any]:
-    found = forecast(setup.config, outputs=setup.data.outputs, kind=setup.data.kind)
+    found = forecast(
+        setup.config,
+        outputs=setup.data.outputs,
+        kind=setup.data.kind,
+        text_length=setup.text_length,
+    )
     return {"forecast_bytes": found.peak_bytes, "forecast_parts": found.parts}
 
 
@@ -188,6 +201,8 @@ def _go(setup: Setup, out: Path, *, quiet: bool) -> Run:
         progress = train(setup, out, bar)
     setup.state.wait_for_everyone()
     run = finish(setup, out, progress, _forecast(setup))
+    for note in run.summary["notes"][len(setup.data.notes) :]:
+        bar.say(note)
     setup.state.wait_for_everyone()
     return run
 

@@ -352,7 +352,7 @@ def _print_forecast(
     from mdpd_deploy.train import forecast_methods
 
     base, task = shared_config(config, sets, flags, guess=not tasks)
-    outputs, kind = CLASSES, "classify"
+    outputs, kind, longest = CLASSES, "classify", ""
     if tasks or base.data.path is not None:
         named = expand_tasks(tasks or [task], base, _say)
         if len(named) > 1:
@@ -362,13 +362,17 @@ def _print_forecast(
             )
         data = load_task(named[0], base.data, seed=base.train.seed)
         outputs, kind = data.outputs, data.kind
+        if data.modality == "text":
+            longest = f", texts of {base.data.max_length} tokens"
     configs = method_configs(base, expand_all(methods or ["all"]))[0]
     rows = forecast_methods(configs, outputs=outputs, kind=kind)
     if as_json:
         print(dumps([asdict(row) for row in rows]))
         return
     what = f"{outputs} classes" if kind == "classify" else "regression"
-    where = f"· {base.backbone.name}, batch {base.train.batch}, {base.train.precision}, {what}"
+    where = (
+        f"· {base.backbone.name}, batch {base.train.batch}, {base.train.precision}, {what}{longest}"
+    )
     print_memory(Console(), rows, where)
 
 

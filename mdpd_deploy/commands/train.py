@@ -279,6 +279,8 @@ def _print_run(run: Run, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mdpd_deploy.tasks.metrics import metric_text
+
     if as_json:
         print(dumps({"run": str(run.path), **run.summary}))
         return
@@ -286,11 +288,12 @@ def _print_run(run: Run, *, as_json: bool) -> None:
     table = Table(title=f"{summary['task']} · {summary['method']}", show_header=False)
     for where, metrics in summary["metrics"].items():
         for name, value in metrics.items():
-            table.add_row(f"{where} {name}", f"{value:.4f}")
+            table.add_row(f"{where} {name}", metric_text(value))
     primary = summary["primary_metric"]
     if "majority" in summary:
         table.add_row(
-            f"always the most frequent class, {primary}", f"{summary['majority'][primary]:.4f}"
+            f"always the most frequent class, {primary}",
+            metric_text(summary["majority"][primary]),
         )
     params, memory = summary["params"], summary["memory"]
     share = params["trained"] / params["backbone"]
@@ -329,8 +332,10 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     )
     for name, count in plan.params.items():
         table.add_row(f"parameters, {name}", f"{count:,}")
+    for_what = "" if plan.text_length is None else f", texts of {plan.text_length} tokens"
     table.add_row(
-        "memory forecast", f"{plan.forecast_bytes / 1e6:,.1f} MB (live tensors, one process)"
+        "memory forecast",
+        f"{plan.forecast_bytes / 1e6:,.1f} MB (live tensors, one process{for_what})",
     )
     table.add_row("device", plan.device)
     for note in plan.notes:

@@ -6,7 +6,7 @@ folder: `preprocess.json`, and for text `tokenizer.json`.
 
 Images follow timm's evaluation transform (`timm.data.transforms_factory.transforms_imagenet_eval`)
 step by step with PIL and numpy, and give the same numbers; text follows what transformers' fast
-tokenizers do with `truncation="longest_first"`.
+tokenizers do with `truncation="longest_first"`, cut at the side that the tokenizer names.
 """
 
 import contextlib
@@ -179,6 +179,7 @@ class TextPreprocess:
         tokenizer: Kept as a copy of our own, so that nobody else's settings reach it.
         input_names: The arrays wanted, in the graph's order (RoBERTa has no `token_type_ids`).
         max_length: Most tokens kept, special ones included; of a pair the longer text gives first.
+            Texts are cut at their end, or at their beginning where the tokenizer says so.
         pad_id: The padding token.
         pad: N is that of the batch's longest text, or always `max_length`.
     """
@@ -203,8 +204,9 @@ class TextPreprocess:
             )
         with _panics_in_words():
             own = Tokenizer.from_str(self.tokenizer.to_str())
+            side = (own.truncation or {}).get("direction", "right")
             own.no_padding()
-            own.enable_truncation(self.max_length, strategy="longest_first")
+            own.enable_truncation(self.max_length, strategy="longest_first", direction=side)
         object.__setattr__(self, "tokenizer", own)
 
     def __call__(self, raws: Sequence[Raw]) -> dict[str, NDArray[Any]]:
@@ -228,6 +230,18 @@ class TextPreprocess:
                 row[: len(values)] = values
             arrays[name] = array
         return arrays
+
+    def count_tokens(self, raws: Sequence[Raw]) -> NDArray[np.int64]:
+        """Count the tokens of texts before they are cut, special ones included [len(raws)].
+
+        Raises:
+            UserError: As a call.
+        """
+        texts = [_text(raw) for raw in raws]
+        with _panics_in_words():
+            whole = Tokenizer.from_str(self.tokenizer.to_str())
+            whole.no_truncation()
+            return np.array([len(found.ids) for found in whole.encode_batch_fast(texts)], np.int64)
 
     def save(self, folder: Path) -> None:
         """Write `preprocess.json` and `tokenizer.json` into a folder."""
@@ -335,9 +349,7 @@ def _picture(raw: Raw) -> Path | Image.Image:
 def _text(raw: Raw) -> Text:
     parts = raw if isinstance(raw, tuple) else (raw,)
     if not all(isinstance(part, str) for part in parts) or not 1 <= len(parts) <= 2:
-        raise UserError(
-            f"this model takes text, or pairs of texts, not pictures: given {_short(raw)}."
-        )
+        raise UserError(f"this model takes texts, or pairs of texts: given {_short(raw)}.")
     for part in parts:
         require_unicode(part, "the text")
     return raw
