@@ -155,7 +155,7 @@ def share_tokenizer(files: Sequence[Path], folder: Path) -> None:
         return
     contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     for content in contents:
-        content.pop("truncation", None)
+        (content["truncation"] or {}).pop("max_length", None)
     (folder / PREPROCESSOR).mkdir()
     files[0].rename(folder / PREPROCESSOR / TOKENIZER_FILE)
     for file, content in zip(files[1:], contents[1:], strict=True):

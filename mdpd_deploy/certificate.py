@@ -74,11 +74,11 @@ class Parity(_Record):
 class Metric(_Record):
     """The task metric through ONNX Runtime, and on which examples.
 
-    `allowed` is how far each metric may be off; it and the digest are None in bundles of before.
+    A metric without a value is undefined on them. `allowed` is how far each metric may be off; it and the digest are None in bundles of before.
     """
 
     examples: int = Field(ge=1)
-    onnx: dict[str, float] = Field(min_length=1)
+    onnx: dict[str, float | None] = Field(min_length=1)
     examples_sha256: Digest | None = None
     allowed: dict[str, float] | None = None
 

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.unicode import is_encoding, require_unicode
 
 SIDE_ALIASES = {"dtl": "dtlv1"}
 BUILTIN_BACKBONE = "builtin:vit-xs-tin32"
@@ -40,6 +41,11 @@ def _whole_number_as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+# The default of an option that the first runs did not have: it is written only where it is set, so
+# that the checkpoints and bundles of older runs still know their config.
+YOUNGER = Field(default=None, exclude_if=lambda value: value is None)
+
+
 class DataConfig(Section):
     """Which examples, and how they become tensors."""
 
@@ -48,12 +54,16 @@ class DataConfig(Section):
     text: list[str] | None = None  # --text A[,B]: one or two text columns
     image: str | None = None  # --image: the column of image paths
     label: str | None = None  # --label: the label column
+    encoding: str | None = YOUNGER  # of tables that are text, e.g. latin-1; default: UTF-8
     # class names in order; default: sorted names of the train split
     labels: list[Annotated[str, BeforeValidator(_whole_number_as_text)]] | None = None
     max_length: int = Field(default=128, ge=4)  # tokens kept of a text
     pad: Literal["longest", "max"] = "longest"  # pad a batch to its longest text, or to max_length
     # training images: mirror; random crop + mirror
     augment: Literal["none", "flip", "crop"] = "none"
+    # a picture's way to the model's size: all of it squashed, its middle cropped, or all of it with
+    # a border; default: squash for vtab/ and vtab-full/, else crop
+    resize: Literal["squash", "crop", "pad"] | None = YOUNGER
     # an unreadable training image ends the run, or not
     bad_images: Literal["stop", "skip"] = "stop"
     # split off when there is no validation data
@@ -63,6 +73,13 @@ class DataConfig(Section):
     # use only the first N training examples (after a shuffle)
     limit: int | None = Field(default=None, ge=1)
     workers: int = Field(default=0, ge=0)  # loader processes
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_is_known(cls, name: str | None) -> str | None:
+        if name is not None and not is_encoding(name):
+            raise ValueError("Python knows no encoding of texts by this name, as utf-8 or latin-1")
+        return name
 
 
 class BackboneConfig(Section):
@@ -282,8 +299,12 @@ def load_config(
         plain = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise UserError(f"the config file {file} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as err:
-        reason = str(err).splitlines()[0]
+    except RecursionError:
+        raise UserError(
+            f"the options are nested too deeply ({file or '--set'}): they have two levels."
+        ) from None
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as err:
+        reason = _first_line(err)
         raise UserError(f"the options could not be read ({file or '--set'}): {reason}") from err
     assert isinstance(plain, dict)
     for name, value in (flags or {}).items():
@@ -310,19 +331,33 @@ def read_config(path: Path) -> Config:
     """
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
-        raise UserError(f"{path} cannot be read ({str(err).splitlines()[0]}).") from err
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply: it is no config of mdpd.") from None
+    except (OSError, ValueError, yaml.YAMLError) as err:  # ValueError: no UTF-8, no number or date
+        raise UserError(f"{path} cannot be read ({_first_line(err)}).") from err
     if not isinstance(plain, dict):
         raise UserError(f"{path} must hold `name: value` lines.")
     return check_config(plain)
 
 
+def _first_line(err: Exception) -> str:
+    """Say what is wrong, and at which line of the YAML where that is known."""
+    reason = str(err).splitlines()[0].split(";")[0]
+    mark = err.problem_mark if isinstance(err, yaml.MarkedYAMLError) else None
+    return reason if mark is None else f"line {mark.line + 1}: {err.problem or reason}"
+
+
 def check_config(plain: dict[Any, Any]) -> Config:
     """Validate a plain dict; raises `UserError` with the option's path and the mend."""
     try:
-        return Config.model_validate(plain)
+        config = Config.model_validate(plain)
     except ValidationError as err:
         raise UserError(_first_problem(err)) from None
+    for name, value in config.flat().items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                require_unicode(text, f"option {name}:")
+    return config
 
 
 def _first_problem(err: ValidationError) -> str:

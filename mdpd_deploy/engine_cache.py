@@ -10,6 +10,7 @@ was built to run on later releases or other GPUs. All of them are compared befor
 
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -145,7 +146,7 @@ def open_bundle_engine(folder: Path, manifest: Mapping[str, Any]) -> TrtRunner:
     if key is None:
         raise UserError(
             f"{folder} holds no TensorRT engine: build one on the GPU machine with "
-            f"`mdpd build-engine {folder}`."
+            f"`mdpd build-engine {quote(str(folder))}`."
         )
     trt = import_trt("running a TensorRT engine")
     problem = misfit(key, graph_hashes(manifest), trt.__version__, current_gpu())

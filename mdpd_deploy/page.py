@@ -28,7 +28,7 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
             attribute out, True gives it no value.
     """
     opening = "".join(
-        f" {key.rstrip('_')}" + ("" if value is True else f'="{html.escape(str(value))}"')
+        f" {key.rstrip('_')}" + ("" if value is True else f'="{_escaped(value)}"')
         for key, value in attributes.items()
         if value is not None and value is not False
     )
@@ -46,8 +46,13 @@ def join(children: Iterable[object]) -> Html:
         elif isinstance(child, list | tuple):
             parts.append(join(child))
         elif child is not None:
-            parts.append(html.escape(str(child)))
+            parts.append(_escaped(child))
     return Html("".join(parts))
+
+
+def _escaped(value: object) -> str:
+    """Return a value as text of a page; what UTF-8 cannot write, as in odd file names, is `?`."""
+    return html.escape(str(value)).encode("utf-8", "replace").decode("utf-8")
 
 
 def document(title: str, *sections: object) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data import check_images, load_task
-from mdpd_deploy.data.images import decode_image, open_image
+from mdpd_deploy.data.images import FILE_FORMATS, decode_image, open_image
 from mdpd_deploy.errors import UserError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -106,9 +106,11 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "not a readable JPEG, PNG or WebP"),
-        (b"hello", "not a readable JPEG, PNG or WebP"),
-        (b"GIF89a" + bytes(40), "not a readable JPEG, PNG or WebP"),
+        (b"", "not a readable JPEG, PNG, WebP, TIFF, BMP or GIF"),
+        (b"hello", "not a readable JPEG"),
+        (b"GIF89a" + bytes(40), "not a readable JPEG"),
+        (b"MM\0*" + bytes(40), "not a readable JPEG"),
+        (b"BM" + bytes(60), "damaged"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
@@ -117,13 +119,28 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes, words: str) -> 
         open_image(tmp_path / "x.jpg")
 
 
-def test_gif_is_not_on_the_list(tmp_path: Path) -> None:
-    two_colours().save(tmp_path / "x.gif")
-    with pytest.raises(UserError, match="convert it or remove it"):
-        open_image(tmp_path / "x.gif")
+@pytest.mark.parametrize("suffix", ["gif", "tif", "bmp"])
+def test_some_formats_are_read_from_files_and_not_from_strangers(tmp_path: Path, suffix) -> None:
+    frames = {"append_images": [Image.new("RGB", (8, 4))], "save_all": True}
+    two_colours().save(tmp_path / f"x.{suffix}", **({} if suffix == "bmp" else frames))
+    image = open_image(tmp_path / f"x.{suffix}")
+    assert (image.mode, image.getpixel((1, 1)), image.getpixel((6, 1))) == ("RGB", RED, BLUE)
+    sent = io.BytesIO((tmp_path / f"x.{suffix}").read_bytes())
+    with pytest.raises(UserError, match="not a readable JPEG, PNG or WebP picture: convert it"):
+        decode_image(sent, "sent")
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_tiff_of_16_bits_is_scaled_and_one_without_a_known_white_is_refused(tmp_path: Path) -> None:
+    grey = np.array([[0, 257, 25700, 65535]])
+    Image.fromarray(grey.astype("<u2")).save(tmp_path / "a.tif")
+    assert np.asarray(open_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 1, 100, 255]
+    for kind in (np.float32, np.int32):
+        Image.fromarray(grey.astype(kind)).save(tmp_path / "b.tif")
+        with pytest.raises(UserError, match=r"b\.tif holds floating-point or 32-bit values"):
+            open_image(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff", "bmp", "gif"])
 def test_truncated_pictures_are_refused_at_every_length(suffix: str) -> None:
     pixels = np.random.RandomState(0).randint(0, 256, (40, 40, 3), dtype=np.uint8)
     stream = io.BytesIO()
@@ -131,7 +148,7 @@ def test_truncated_pictures_are_refused_at_every_length(suffix: str) -> None:
     whole = stream.getvalue()
     for length in range(0, int(len(whole) * 0.9), max(1, len(whole) // 40)):
         with pytest.raises(UserError, match=r"^cut (is damaged|is not a readable)"):
-            decode_image(io.BytesIO(whole[:length]), "cut")
+            decode_image(io.BytesIO(whole[:length]), "cut", formats=FILE_FORMATS)
 
 
 def test_flipped_bytes_never_escape_as_another_error() -> None:

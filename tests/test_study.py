@@ -43,7 +43,7 @@ def plan_of(*asks: Ask) -> Plan:
     )
 
 
-def summary(score: float, *, test: float | None = None, **more) -> dict:
+def summary(score: float | None, *, test: float | None = None, **more) -> dict:
     found = {
         "primary_metric": "accuracy",
         "metrics": {"deployed": {"accuracy": score}},
@@ -143,6 +143,9 @@ def test_of_equal_rates_the_one_nearest_to_the_default_is_taken(tmp_path):
     equal = {f: Outcome(tmp_path, summary(0.5)) for f in (0.1, 0.3, 1.0, 3.0)}
     assert choose(equal) == 1.0
     assert choose({f: Outcome(tmp_path, None, "broke") for f in (1.0, 3.0)}) is None
+    undefined = {f: Outcome(tmp_path, summary(None)) for f in (0.3, 1.0)}
+    assert choose(undefined) == 1.0
+    assert choose(undefined | {3.0: Outcome(tmp_path, summary(0.1))}) == 3.0
 
 
 def test_a_failed_trial_is_told_and_the_rest_goes_on(tmp_path):

@@ -33,8 +33,8 @@ class Progress:
 
     Attributes:
         step: Optimiser steps done.
-        best: Best primary validation metric so far; None before the first evaluation.
-        best_step: The step it was measured at.
+        best: Best primary validation metric so far; None while none was defined.
+        best_step: The step whose weights are kept; 0 before the first evaluation.
         stale: Evaluations since then.
         train_s: Seconds spent training, over all starts of the run.
         samples: Training examples seen.

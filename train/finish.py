@@ -7,6 +7,7 @@ network in memory: what is reported is what will be exported.
 import os
 import resource
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from mdpd_deploy.folders import atomic_folder
 from mdpd_deploy.machine import versions
 from mdpd_deploy.model import TaskModel
 from mdpd_deploy.run import BACKBONE, LABELS, SCHEMA, Run, read_metrics
-from mdpd_deploy.tasks.metrics import compute, majority
+from mdpd_deploy.tasks.metrics import Values, compute, majority
+from mdpd_deploy.train.cautions import result_cautions
 from mdpd_deploy.train.checkpoint import Progress, load_best
 from mdpd_deploy.train.evaluate import Outputs, run_over
 from mdpd_deploy.train.predictions import Predictions, pick_samples
@@ -56,8 +58,9 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
     summary["metrics"] = {"deployed": metrics_of(setup, outputs, "validation")}
     if side:
         summary["metrics"]["side"] = metrics_of(setup, side, "validation")
+    floor: Values | None = None
     if setup.data.kind == "classify":
-        summary["majority"] = majority(
+        floor = summary["majority"] = majority(
             setup.data.metrics,
             setup.data.train.labels.astype(np.int64),
             setup.data.evaluation["validation"].labels.astype(np.int64),
@@ -69,6 +72,9 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
             if side:
                 extra["side"] = metrics_of(setup, side, name)
             summary[f"metrics_{name}"] = extra
+    summary["notes"] += result_cautions(
+        setup.data, summary["metrics"], floor, outputs["validation"]
+    )
     summary["status"] = "completed"
     if setup.state.is_main_process:
         report(setup, out, summary, outputs["validation"], side.get("validation"))
@@ -103,7 +109,7 @@ def measure(setup: Setup, model: nn.Module, split: str) -> Outputs:
     )
 
 
-def metrics_of(setup: Setup, outputs: dict[str, Outputs], split: str) -> dict[str, float]:
+def metrics_of(setup: Setup, outputs: dict[str, Outputs], split: str) -> Values:
     labels = setup.data.evaluation[split].labels
     return compute(setup.data.metrics, outputs[split]["output"], labels)
 
@@ -149,7 +155,9 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
             "train": len(setup.data.train),
             **{name: len(split) for name, split in setup.data.evaluation.items()},
         },
+        "tokens": {name: asdict(found) for name, found in setup.lengths.items()},
         "notes": list(setup.data.notes),
+        "inventory": setup.data.inventory.to_dict(),
         "versions": versions(),
         "device": str(setup.state.device),
         "processes": setup.state.num_processes,

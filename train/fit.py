@@ -12,6 +12,8 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from mdpd_deploy.config import Config, read_config
+from mdpd_deploy.data.inventory import Inventory
+from mdpd_deploy.data.lengths import TextLengths
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import write_text
 from mdpd_deploy.folders import LOCK, claimed, free_path, refuse_nonempty, remove_leftovers
@@ -22,7 +24,7 @@ from mdpd_deploy.train.forecast import forecast
 from mdpd_deploy.train.loop import train
 from mdpd_deploy.train.memory_table import MemoryRow, forecast_methods
 from mdpd_deploy.train.progress import ProgressBar
-from mdpd_deploy.train.setup import Setup, default_out, prepare, process_state
+from mdpd_deploy.train.setup import Setup, default_out, prepare, process_state, with_resize
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Plan:
 
     Attributes:
         memory_table: What every method would need in this run's place, this one's included.
+        tokens: How long the texts of each split are, and how many are cut; empty for images.
+        text_length: Tokens of the batch that the forecasts are for; None for images.
     """
 
     task: str
@@ -46,11 +50,14 @@ class Plan:
     forecast_bytes: int
     forecast_parts: dict[str, int]
     memory_table: tuple[MemoryRow, ...]
+    tokens: dict[str, TextLengths]
+    text_length: int | None
     device: str
     notes: tuple[str, ...]
+    inventory: Inventory
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "inventory": self.inventory.to_dict()}
 
 
 def make_plan(config: Config) -> Plan:
@@ -59,7 +66,7 @@ def make_plan(config: Config) -> Plan:
     Raises:
         UserError: For anything in the config or the data that cannot work.
     """
-    return _plan(prepare(config))
+    return _plan(prepare(with_resize(config)))
 
 
 def _plan(setup: Setup) -> Plan:
@@ -90,14 +97,23 @@ def _plan(setup: Setup) -> Plan:
             entry_configs(config, [entry.label for entry in default_entries()]),
             outputs=setup.data.outputs,
             kind=setup.data.kind,
+            text_length=setup.text_length,
         ),
+        tokens=setup.lengths,
+        text_length=setup.text_length,
         device=str(setup.state.device),
         notes=setup.data.notes,
+        inventory=setup.data.inventory,
     )
 
 
 def _forecast(setup: Setup) -> dict[str, Any]:
-    found = forecast(setup.config, outputs=setup.data.outputs, kind=setup.data.kind)
+    found = forecast(
+        setup.config,
+        outputs=setup.data.outputs,
+        kind=setup.data.kind,
+        text_length=setup.text_length,
+    )
     return {"forecast_bytes": found.peak_bytes, "forecast_parts": found.parts}
 
 
@@ -116,7 +132,7 @@ def fit_run(config: Config, *, overwrite: bool = False, quiet: bool = False) -> 
     out = Path(config.out).expanduser() if config.out else _free_out(config)
     check = partial(refuse_nonempty, out, overwrite=overwrite, ours=_is_ours)
     check()  # before the data are read, and again when the folder is ours alone
-    config = config.model_copy(update={"out": str(out.resolve())})
+    config = with_resize(config.model_copy(update={"out": str(out.resolve())}))
     setup = prepare(config)
     with _held(setup, out, check):
         if setup.state.is_main_process:
@@ -180,9 +196,13 @@ def _go(setup: Setup, out: Path, *, quiet: bool) -> Run:
     with ProgressBar(setup.steps, enabled=main and not quiet) as bar:
         for note in setup.data.notes:
             bar.say(note)
+        if setup.data.inventory.line:
+            bar.say(setup.data.inventory.line)
         progress = train(setup, out, bar)
     setup.state.wait_for_everyone()
     run = finish(setup, out, progress, _forecast(setup))
+    for note in run.summary["notes"][len(setup.data.notes) :]:
+        bar.say(note)
     setup.state.wait_for_everyone()
     return run
 

@@ -17,7 +17,7 @@ from mdpd_deploy.data import data_fingerprint
 from mdpd_deploy.errors import WorkFailed
 from mdpd_deploy.files import write_text
 from mdpd_deploy.run import read_metrics
-from mdpd_deploy.tasks.metrics import compute
+from mdpd_deploy.tasks.metrics import compute, is_better
 from mdpd_deploy.train.batches import StepDataset, step_loader
 from mdpd_deploy.train.checkpoint import (
     Progress,
@@ -177,7 +177,7 @@ def evaluate(
     score = measured["deployed"][data.metrics[0]]
     if not method.may_deploy(progress.step, setup.steps):
         pass  # measured and logged only
-    elif progress.best is None or score > progress.best:
+    elif not progress.best_step or is_better(score, progress.best):
         progress.best, progress.best_step, progress.stale = score, progress.step, 0
         if setup.state.is_main_process:
             save_best(checkpoints, method)

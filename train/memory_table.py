@@ -27,7 +27,7 @@ class MemoryRow:
 
 
 def forecast_methods(
-    configs: Mapping[str, Config], *, outputs: int, kind: str
+    configs: Mapping[str, Config], *, outputs: int, kind: str, text_length: int | None = None
 ) -> tuple[MemoryRow, ...]:
     """Forecast methods in the order given; one that does not fit has its reason in its row.
 
@@ -35,13 +35,14 @@ def forecast_methods(
         configs: Name of the row → the config of its run; `entries.entry_configs` makes them.
         outputs: C, classes or 1.
         kind: classify or regress.
+        text_length: As `forecast` takes it.
     """
-    return tuple(_row(name, config, outputs, kind) for name, config in configs.items())
+    return tuple(_row(name, config, outputs, kind, text_length) for name, config in configs.items())
 
 
-def _row(name: str, config: Config, outputs: int, kind: str) -> MemoryRow:
+def _row(name: str, config: Config, outputs: int, kind: str, text_length: int | None) -> MemoryRow:
     try:
-        need = forecast(config, outputs=outputs, kind=kind)
+        need = forecast(config, outputs=outputs, kind=kind, text_length=text_length)
         return MemoryRow(name, need, papers=paper_figure(name, config))
     except UserError as err:
         return MemoryRow(name, None, str(err))

@@ -13,6 +13,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mdpd_deploy.tasks.metrics import Values, metric_text
+
 
 class ProgressBar:
     """A bar with loss, metric, throughput and memory on stderr.
@@ -59,8 +61,8 @@ class ProgressBar:
         self.bar.update(self.task, completed=step, note=note)
         self.note = note
 
-    def evaluated(self, step: int, metric: str, values: dict[str, float]) -> None:
+    def evaluated(self, step: int, metric: str, values: Values) -> None:
         """Show a validation result; without a terminal this is the line of the log."""
-        self.metric = " ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.metric = " ".join(f"{name} {metric_text(value)}" for name, value in values.items())
         if not sys.stderr.isatty():
             self.say(f"step {step}/{self.total} · {metric}: {self.metric} · {self.note}")

@@ -88,6 +88,7 @@ def write_report(
         _curves(metrics),
         comparison(predictions),
         samples(predictions),
+        _data(summary),
         _memory(summary),
         _reproduce(summary, config.read_text(encoding="utf-8") if config.is_file() else None),
         tag("footer", "Written by mdpd-deploy. GB = 1,000,000,000 bytes."),
@@ -257,6 +258,22 @@ def _rates(train: Sequence[Line]) -> list[Series | None]:
     flat = [{"step": line["step"], **line["lr"]} for line in train if "lr" in line]
     named = list(groups)[:SERIES_COLOURS]
     return [_points(flat, name, name, colour) for colour, name in enumerate(named, start=1)]
+
+
+# --- data -------------------------------------------------------------------------------------
+
+
+def _data(summary: Line) -> Html | None:
+    """Show what was found where the data lie: used by split, and left out by reason."""
+    inventory = summary.get("inventory")
+    if not inventory:
+        return None
+    used = [(f"used: {split}", count(n), "") for split, n in inventory["used"].items()]
+    left = [
+        (f"left out: {entry['reason']}", count(entry["count"]), ", ".join(entry["examples"]))
+        for entry in inventory["left_out"]
+    ]
+    return section("Data", table(["what was found", "number", "for example"], [*used, *left]))
 
 
 # --- memory and reproduction ------------------------------------------------------------------

@@ -77,7 +77,7 @@ def folder_config(folder: Path) -> dict[str, Any]:
             f"the backbone folder {folder} has no config.json: name a folder saved by timm's or "
             "transformers' own save function."
         ) from None
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise UserError(f"{path} is not readable JSON ({err}): take it from a sound copy.") from err
     if not isinstance(plain, dict):
         raise UserError(f"{path} must hold a JSON object, found a {type(plain).__name__}.")

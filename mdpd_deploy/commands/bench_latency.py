@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -315,7 +316,7 @@ def _require_engine(subject: _Subject) -> None:
     if read_key(subject.bundle.path, subject.bundle.manifest) is None:
         raise UserError(
             f"--runtime trt: {subject.path} holds no TensorRT engine: build one on the GPU machine "
-            f"with `mdpd build-engine {subject.path}`."
+            f"with `mdpd build-engine {quote(str(subject.path))}`."
         )
 
 

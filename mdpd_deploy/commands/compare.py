@@ -235,7 +235,7 @@ def _compare(
         stored_plan(folder)  # so that no other folder is locked
         shared = None
     else:
-        shared = shared_config(config, set, flags)
+        shared = shared_config(config, set, flags, guess=not tasks)
         folder = _folder(out)
         _refuse_foreign(folder)
     with claimed(folder, by="comparison"), _ended_by_sigterm():
@@ -351,8 +351,8 @@ def _print_forecast(
     from mdpd_deploy.study import expand_tasks
     from mdpd_deploy.train import forecast_methods
 
-    base, task = shared_config(config, sets, flags)
-    outputs, kind = CLASSES, "classify"
+    base, task = shared_config(config, sets, flags, guess=not tasks)
+    outputs, kind, longest = CLASSES, "classify", ""
     if tasks or base.data.path is not None:
         named = expand_tasks(tasks or [task], base, _say)
         if len(named) > 1:
@@ -362,13 +362,17 @@ def _print_forecast(
             )
         data = load_task(named[0], base.data, seed=base.train.seed)
         outputs, kind = data.outputs, data.kind
+        if data.modality == "text":
+            longest = f", texts of {base.data.max_length} tokens"
     configs = method_configs(base, expand_all(methods or ["all"]))[0]
     rows = forecast_methods(configs, outputs=outputs, kind=kind)
     if as_json:
         print(dumps([asdict(row) for row in rows]))
         return
     what = f"{outputs} classes" if kind == "classify" else "regression"
-    where = f"· {base.backbone.name}, batch {base.train.batch}, {base.train.precision}, {what}"
+    where = (
+        f"· {base.backbone.name}, batch {base.train.batch}, {base.train.precision}, {what}{longest}"
+    )
     print_memory(Console(), rows, where)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mdpd_deploy.bundle import Bundle, Task
     from mdpd_deploy.data.examples import Split
     from mdpd_deploy.data.preprocess import Preprocess
+    from mdpd_deploy.tasks.metrics import Values
 
     Forward = Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]
 
@@ -45,7 +46,7 @@ class Evaluation:
     runtime: str
     provider: str
     examples: dict[str, int]
-    metrics: dict[str, dict[str, dict[str, float]]]
+    metrics: dict[str, dict[str, Values]]
 
 
 def command(
@@ -187,7 +188,7 @@ def _measure(
     splits: dict[str, Split],
     names: list[str],
     batch: int,
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, dict[str, Values]]:
     """Return split → model → metric → value; every batch is preprocessed once for all models."""
     import numpy as np
 
@@ -216,13 +217,15 @@ def _print(found: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mdpd_deploy.tasks.metrics import metric_text
+
     table = Table(title=f"{found.task} · {found.runtime} on {found.provider}")
     for heading in ("split", "examples", "model", "metric", "value"):
         table.add_column(heading)
     for split, models in found.metrics.items():
         for model, metrics in models.items():
             for metric, value in metrics.items():
-                table.add_row(split, str(found.examples[split]), model, metric, f"{value:.4f}")
+                table.add_row(split, str(found.examples[split]), model, metric, metric_text(value))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"measured: {found.source}")

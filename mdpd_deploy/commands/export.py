@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
@@ -186,8 +187,8 @@ def command(
     if engine["status"] == "to-build":
         typer.echo(
             f"no TensorRT engine was built: {engine['reason']}. The bundle holds the verified ONNX "
-            f"model and the recipe: `mdpd build-engine {bundle.path}` builds the engine on the GPU "
-            "machine.",
+            f"model and the recipe: `mdpd build-engine {quote(str(bundle.path))}` builds the engine on "
+            "the GPU machine.",
             err=True,
         )
 

@@ -72,23 +72,24 @@ def read_inputs(
 ) -> tuple[list[str], list[Raw]]:
     """Turn words of the command line into raw inputs, each with the name it is shown by.
 
-    A word is a table if it ends like one (`.csv`, `.tsv`, `.jsonl`, `.parquet`); else an image path
-    or a literal text, as the task takes.
+    A word is a table if it ends like one (`.csv`, `.jsonl.gz`, ...), in the encoding of the
+    training data; else an image path or a literal text, as the task takes.
 
     Raises:
         UserError: If a table is missing or lacks a column, a pair is wanted and no table given, or a
             text is empty.
     """
     from mdpd_deploy.data.examples import refuse_empty
-    from mdpd_deploy.data.table import FORMATS, read_inputs
+    from mdpd_deploy.data.table import is_table, read_inputs
 
     columns: list[str] = task.facts["data"]["columns"]
+    encoding: str | None = task.facts["data"].get("options", {}).get("encoding")
     names: list[str] = []
     raws: list[Raw] = []
     for word in inputs:
         path = Path(word)
-        if path.suffix.lower() in FORMATS and (path.is_file() or not any(map(str.isspace, word))):
-            rows = read_inputs(path, columns, modality)
+        if is_table(path) and (path.is_file() or not any(map(str.isspace, word))):
+            rows = read_inputs(path, columns, modality, encoding)
             names += [_shown(raw) for raw in rows]
             raws += rows
             continue

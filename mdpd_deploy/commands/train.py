@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,12 +19,19 @@ if TYPE_CHECKING:
     from mdpd_deploy.run import Run
     from mdpd_deploy.train import MemoryRow, Plan
 
+log = logging.getLogger(__name__)
+
 
 def command(
-    config: Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.yaml", help="Or data, as --data.")
+    ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="glue/NAME, vtab/NAME, classify, regress or digits (the default)."),
+        typer.Option(
+            help="glue/NAME, vtab/NAME, classify, regress or digits; default: classify with --data "
+            "of classes, digits without --data."
+        ),
     ] = None,
     data: options.Data = None,
     eval_data: options.EvalData = None,
@@ -102,7 +110,7 @@ def fit(
     """Fine-tune a model and return its completed run.
 
     Args:
-        config: A YAML file or a `Config`; None starts from the defaults (the digits task).
+        config: A YAML file or a `Config`, or data; None starts from the defaults (the digits task).
         resume: Continue this interrupted run folder; nothing else may be given.
         overwrite: Replace a non-empty run folder.
         quiet: No progress on stderr.
@@ -145,22 +153,60 @@ def plan(
 
 
 def build_config(
-    config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]
+    config: Path | str | Config | None,
+    sets: Sequence[str],
+    flags: dict[str, Any],
+    *,
+    guess: bool = True,
 ) -> Config:
-    """Return the checked config that a file, `--set` assignments and flags mean together."""
+    """Return the checked config that a file, `--set` assignments and flags mean together.
+
+    Args:
+        config: A config file, a `Config`, or data, which is the same as `data` among the flags.
+        sets: Assignments.
+        flags: Words of `mdpd train`.
+        guess: Settle the task by the data where nothing names it.
+    """
     from mdpd_deploy.config import Config, check_config, load_config
     from mdpd_deploy.errors import unknown
 
     for name in flags:
         if name not in _OPTION:
             raise unknown("fit", name, _OPTION)
+    config, flags = _data_in_front(config, flags)
     named = {_OPTION[name]: _plain(name, value) for name, value in flags.items()}
     if isinstance(config, Config):
         given = load_config(None, named, list(sets)).model_dump(exclude_unset=True)
-        loaded = check_config(_merged(config.model_dump(), given))
+        loaded = check_config(_merged(config.model_dump(exclude_unset=True), given))
     else:
         loaded = load_config(None if config is None else Path(config), named, list(sets))
-    return _absolute(loaded)
+    return _absolute(_with_task(loaded) if guess else loaded)
+
+
+def _data_in_front(
+    config: Path | str | Config | None, flags: dict[str, Any]
+) -> tuple[Path | str | Config | None, dict[str, Any]]:
+    """Take `mdpd train FOLDER` for `mdpd train --data FOLDER`."""
+    from mdpd_deploy.data.guess import is_data
+
+    if not isinstance(config, Path | str) or not is_data(str(config)):
+        return config, flags
+    if flags.get("data") is not None:
+        raise UserError(
+            f"{config} and --data {flags['data']} both name data: give one, or a CONFIG.yaml first."
+        )
+    return None, {**flags, "data": str(config)}
+
+
+def _with_task(config: Config) -> Config:
+    """Settle the task by the data where nothing names it."""
+    from mdpd_deploy.data.guess import guess_task
+
+    if "task" in config.model_fields_set or config.data.path is None:
+        return config
+    task = guess_task(config.data)
+    log.info("task: %s, by what %s holds (--task says otherwise)", task, config.data.path)
+    return config.model_copy(update={"task": task})
 
 
 _OPTION = {
@@ -233,6 +279,8 @@ def _print_run(run: Run, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mdpd_deploy.tasks.metrics import metric_text
+
     if as_json:
         print(dumps({"run": str(run.path), **run.summary}))
         return
@@ -240,11 +288,12 @@ def _print_run(run: Run, *, as_json: bool) -> None:
     table = Table(title=f"{summary['task']} · {summary['method']}", show_header=False)
     for where, metrics in summary["metrics"].items():
         for name, value in metrics.items():
-            table.add_row(f"{where} {name}", f"{value:.4f}")
+            table.add_row(f"{where} {name}", metric_text(value))
     primary = summary["primary_metric"]
     if "majority" in summary:
         table.add_row(
-            f"always the most frequent class, {primary}", f"{summary['majority'][primary]:.4f}"
+            f"always the most frequent class, {primary}",
+            metric_text(summary["majority"][primary]),
         )
     params, memory = summary["params"], summary["memory"]
     share = params["trained"] / params["backbone"]
@@ -263,6 +312,7 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     from json import dumps
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     if as_json:
@@ -282,12 +332,16 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     )
     for name, count in plan.params.items():
         table.add_row(f"parameters, {name}", f"{count:,}")
+    for_what = "" if plan.text_length is None else f", texts of {plan.text_length} tokens"
     table.add_row(
-        "memory forecast", f"{plan.forecast_bytes / 1e6:,.1f} MB (live tensors, one process)"
+        "memory forecast",
+        f"{plan.forecast_bytes / 1e6:,.1f} MB (live tensors, one process{for_what})",
     )
     table.add_row("device", plan.device)
     for note in plan.notes:
-        table.add_row("note", note)
+        table.add_row("note", escape(note))
+    if plan.inventory.line:
+        table.add_row("data", escape(plan.inventory.line))
     console = Console()
     console.print(table)
     own = plan.method + (f":{plan.side}" if plan.side else "")

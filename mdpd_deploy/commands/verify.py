@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -125,7 +126,7 @@ def verify_bundle(
 
         raise UserError(
             f"--eval-data is one task's, and {bundle} has several: measure each with "
-            f"`mdpd eval {bundle} --task NAME --data {eval_data}`."
+            f"`mdpd eval {quote(str(bundle))} --task NAME --data {quote(str(eval_data))}`."
         )
     if eval_data is not None or opened.manifest["task"] in SELF_CONTAINED:
         validation = bundle_splits(opened, opened.task(None), eval_data)["validation"]

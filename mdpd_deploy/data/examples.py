@@ -1,6 +1,7 @@
 """What every reader returns: examples by split, before any preprocessing. No torch here (D27)."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mdpd_deploy.data.inventory import NOTHING, Inventory
 from mdpd_deploy.errors import UserError
 
 Modality = Literal["text", "image"]
@@ -52,6 +54,7 @@ class TaskData:
             exists and is the one that selects the best weights.
         columns: The columns inputs came from (for `predict` on a table); empty if not a table.
         notes: Sentences a user should see (a split that was made, pictures that were skipped).
+        inventory: What was found and is used, or left out and why.
     """
 
     task: str
@@ -64,6 +67,7 @@ class TaskData:
     evaluation: dict[str, Split]
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    inventory: Inventory = NOTHING
 
     @property
     def outputs(self) -> int:
@@ -116,7 +120,7 @@ def split_sha256(split: Split) -> str:
 
 def _identity(raw: Raw) -> bytes:
     if isinstance(raw, Path):
-        return f"{raw} {raw.stat().st_size if raw.is_file() else 0}\n".encode()
+        return os.fsencode(raw) + f" {raw.stat().st_size if raw.is_file() else 0}\n".encode()
     if isinstance(raw, Image.Image):
         return f"{raw.mode} {raw.size}".encode() + raw.tobytes()
     return (repr(raw) + "\n").encode()

@@ -1,12 +1,13 @@
 """Opening pictures that strangers made: safe limits, one RGB frame, upright.
 
-JPEG, PNG and WebP only; at most `MAX_PIXELS`, read from the header before anything is decoded
+JPEG, PNG and WebP, and from files and data sets also TIFF, BMP and GIF; at most `MAX_PIXELS`, read from the header before anything is decoded
 (a 20 kB PNG can decode to half a gigabyte); frame 0 of an animation; the EXIF rotation applied;
 16-bit grey scaled to 8 bit, where Pillow's own conversion would clip it to white.
 """
 
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,8 +16,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mdpd_deploy.errors import UserError
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+FORMATS = ("JPEG", "PNG", "WEBP")  # of what is sent by strangers
+FILE_FORMATS = (*FORMATS, "TIFF", "BMP", "GIF")  # of the user's own files
+SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+)
 MAX_PIXELS = 40_000_000
 
 _header_lock = threading.Lock()  # catch_warnings is not thread-safe
@@ -29,8 +33,8 @@ def open_image(picture: Path | Image.Image) -> Image.Image:
         picture: A file, or a picture in memory (not modified).
 
     Raises:
-        UserError: If the file is missing, no JPEG, PNG or WebP, damaged or truncated, or larger
-            than `MAX_PIXELS`; the message names it.
+        UserError: If the file is missing, of none of `FILE_FORMATS`, damaged or truncated, or
+            larger than `MAX_PIXELS`; the message names it.
     """
     if isinstance(picture, Image.Image):
         name = getattr(picture, "filename", "") or "the picture"
@@ -38,7 +42,7 @@ def open_image(picture: Path | Image.Image) -> Image.Image:
         return _to_rgb(picture, str(name))
     try:
         with picture.open("rb") as stream:
-            return decode_image(stream, str(picture))
+            return decode_image(stream, str(picture), formats=FILE_FORMATS)
     except OSError as err:
         raise UserError(
             f"the picture {picture} cannot be opened ({err.strerror or err}): "
@@ -46,26 +50,59 @@ def open_image(picture: Path | Image.Image) -> Image.Image:
         ) from err
 
 
-def decode_image(stream: BinaryIO, name: str) -> Image.Image:
+def looks_like_picture(path: Path) -> bool:
+    """Tell whether a file is a picture by its ending, or where it has none by its header."""
+    if path.suffix:
+        return path.suffix.lower() in SUFFIXES
+    try:
+        with path.open("rb") as stream:
+            _open_header(stream, FILE_FORMATS)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        return True  # reading it will say that it is too large
+    except Exception:  # noqa: BLE001 - whatever a decoder stumbles on is no picture
+        return False
+    return True
+
+
+def _open_header(stream: BinaryIO, formats: Sequence[str]) -> Image.Image:
+    with _header_lock, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(stream, formats=list(formats))
+
+
+def decode_image(stream: BinaryIO, name: str, *, formats: Sequence[str] = FORMATS) -> Image.Image:
     """Return the picture in a stream as upright RGB; messages call it `name`.
 
     Raises:
         UserError: As `open_image`.
     """
     try:
-        with _header_lock, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(stream, formats=FORMATS)
+        image = _open_header(stream, formats)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise _too_large(name) from None
     except UnidentifiedImageError:
         raise UserError(
-            f"{name} is not a readable JPEG, PNG or WebP picture: convert it or remove it."
+            f"{name} is not a readable {_either(formats)} picture: convert it or remove it."
         ) from None
     except Exception as err:  # broken headers raise whatever the decoder stumbled on
         raise _damaged(name, err) from err
     _check_size(image, name)
+    _check_range(image, name)
     return _to_rgb(image, name)
+
+
+def _check_range(image: Image.Image, name: str) -> None:
+    """Refuse values of which nobody knows what is white: floats, and 32-bit integers of a TIFF."""
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise UserError(
+            f"{name} holds floating-point or 32-bit values, whose brightest is unknown: convert it "
+            "to 8 or 16 bits."
+        )
+
+
+def _either(formats: Sequence[str]) -> str:
+    names = [name.replace("WEBP", "WebP") for name in formats]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

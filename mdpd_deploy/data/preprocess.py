@@ -6,13 +6,13 @@ folder: `preprocess.json`, and for text `tokenizer.json`.
 
 Images follow timm's evaluation transform (`timm.data.transforms_factory.transforms_imagenet_eval`)
 step by step with PIL and numpy, and give the same numbers; text follows what transformers' fast
-tokenizers do with `truncation="longest_first"`.
+tokenizers do with `truncation="longest_first"`, cut at the side that the tokenizer names.
 """
 
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ from mdpd_deploy.data.examples import Raw, Text
 from mdpd_deploy.data.images import MAX_PIXELS, open_image
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import read_json, write_json, write_text
+from mdpd_deploy.unicode import require_unicode
 
 FILE = "preprocess.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -39,6 +40,7 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 CROP_MODES = ("center", "squash", "border")
+Resize = Literal["squash", "crop", "pad"]
 MAX_TOKENS = 1_000_000  # of one text; far above what an encoder takes
 
 
@@ -124,6 +126,18 @@ class ImagePreprocess:
         normal = (pixels - mean) / std
         return np.ascontiguousarray(normal.transpose(2, 0, 1))
 
+    def resized(self, mode: Resize) -> "ImagePreprocess":
+        """Return this preprocessing with another way to `size`, as `data.resize` names it.
+
+        `crop` is the backbone's own. Both others keep the whole picture: `squash` scales each edge
+        (bicubic, as VTAB's papers do), `pad` keeps the shape and adds a border.
+        """
+        if mode == "crop":
+            return self
+        if mode == "squash":
+            return replace(self, crop_mode="squash", crop_pct=1.0, interpolation="bicubic")
+        return replace(self, crop_mode="border", crop_pct=1.0)
+
     def save(self, folder: Path) -> None:
         """Write `preprocess.json` into a folder."""
         plain = {
@@ -165,6 +179,7 @@ class TextPreprocess:
         tokenizer: Kept as a copy of our own, so that nobody else's settings reach it.
         input_names: The arrays wanted, in the graph's order (RoBERTa has no `token_type_ids`).
         max_length: Most tokens kept, special ones included; of a pair the longer text gives first.
+            Texts are cut at their end, or at their beginning where the tokenizer says so.
         pad_id: The padding token.
         pad: N is that of the batch's longest text, or always `max_length`.
     """
@@ -189,8 +204,9 @@ class TextPreprocess:
             )
         with _panics_in_words():
             own = Tokenizer.from_str(self.tokenizer.to_str())
+            side = (own.truncation or {}).get("direction", "right")
             own.no_padding()
-            own.enable_truncation(self.max_length, strategy="longest_first")
+            own.enable_truncation(self.max_length, strategy="longest_first", direction=side)
         object.__setattr__(self, "tokenizer", own)
 
     def __call__(self, raws: Sequence[Raw]) -> dict[str, NDArray[Any]]:
@@ -214,6 +230,18 @@ class TextPreprocess:
                 row[: len(values)] = values
             arrays[name] = array
         return arrays
+
+    def count_tokens(self, raws: Sequence[Raw]) -> NDArray[np.int64]:
+        """Count the tokens of texts before they are cut, special ones included [len(raws)].
+
+        Raises:
+            UserError: As a call.
+        """
+        texts = [_text(raw) for raw in raws]
+        with _panics_in_words():
+            whole = Tokenizer.from_str(self.tokenizer.to_str())
+            whole.no_truncation()
+            return np.array([len(found.ids) for found in whole.encode_batch_fast(texts)], np.int64)
 
     def save(self, folder: Path) -> None:
         """Write `preprocess.json` and `tokenizer.json` into a folder."""
@@ -319,9 +347,12 @@ def _picture(raw: Raw) -> Path | Image.Image:
 
 
 def _text(raw: Raw) -> Text:
-    if isinstance(raw, str | tuple):
-        return raw
-    raise UserError(f"this model takes text, not pictures: given {_short(raw)}.")
+    parts = raw if isinstance(raw, tuple) else (raw,)
+    if not all(isinstance(part, str) for part in parts) or not 1 <= len(parts) <= 2:
+        raise UserError(f"this model takes texts, or pairs of texts: given {_short(raw)}.")
+    for part in parts:
+        require_unicode(part, "the text")
+    return raw
 
 
 def _short(raw: object) -> str:

@@ -125,7 +125,8 @@ def times(latency: Latency | None) -> str:
 
 def _cells(row: Row, results: Results) -> list[str]:
     if row.score is None:
-        return [row.method, "failed", *[DASH] * (len(HEADINGS) - 2)]
+        why = "failed" if row.failures else "undefined"
+        return [row.method, why, *[DASH] * (len(HEADINGS) - 2)]
     return [
         row.method,
         points(row.score),

@@ -7,7 +7,7 @@ from mdpd_deploy.data.examples import split_sha256
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.golden import load_golden, replay
 from mdpd_deploy.parity_policy import allowed_again
-from mdpd_deploy.tasks.metrics import compute
+from mdpd_deploy.tasks.metrics import agree, compute, metric_text
 from mdpd_deploy.verification.subject import TOO_OLD, Seen, Subject
 
 BATCH = 32  # examples per run of the graph; the metric does not depend on it
@@ -73,7 +73,7 @@ def check_metric(subject: Subject) -> Seen:
         if subject.validation is not None:
             return Seen("not recorded", f"the export measured nothing to compare with ({note})")
         return Seen("recorded", f"not measured at export ({note})")
-    said = ", ".join(f"{name} {value:.4f}" for name, value in record.onnx.items())
+    said = ", ".join(f"{name} {metric_text(value)}" for name, value in record.onnx.items())
     if subject.validation is None:
         again = "`mdpd eval --task`" if subject.bundle.mixed else "--eval-data"
         note = f"{said} on {record.examples} examples at export; {again} measures it again"
@@ -94,8 +94,11 @@ def check_metric(subject: Subject) -> Seen:
     )
     measured = compute(list(record.onnx), outputs, subject.validation.labels)
     for name, value in measured.items():
-        if not abs(value - record.onnx[name]) <= record.allowed.get(name, 0):
-            raise VerificationError(f"{name} is {value:.4f} here and was {record.onnx[name]:.4f}")
+        before = record.onnx[name]
+        if not agree(value, before, record.allowed.get(name, 0)):
+            raise VerificationError(
+                f"{name} is {metric_text(value)} here and was {metric_text(before)}"
+            )
     return Seen("passed", f"{said} on {record.examples} examples, measured again")
 
 
