@@ -343,8 +343,9 @@ def read_config(path: Path) -> Config:
 def _first_line(err: Exception) -> str:
     """Say what is wrong, and at which line of the YAML where that is known."""
     reason = str(err).splitlines()[0].split(";")[0]
-    mark = err.problem_mark if isinstance(err, yaml.MarkedYAMLError) else None
-    return reason if mark is None else f"line {mark.line + 1}: {err.problem or reason}"
+    if not isinstance(err, yaml.MarkedYAMLError) or err.problem_mark is None:
+        return reason
+    return f"line {err.problem_mark.line + 1}: {err.problem or reason}"
 
 
 def check_config(plain: dict[Any, Any]) -> Config:

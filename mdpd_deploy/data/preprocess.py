@@ -347,12 +347,14 @@ def _picture(raw: Raw) -> Path | Image.Image:
 
 
 def _text(raw: Raw) -> Text:
-    parts = raw if isinstance(raw, tuple) else (raw,)
-    if not all(isinstance(part, str) for part in parts) or not 1 <= len(parts) <= 2:
-        raise UserError(f"this model takes texts, or pairs of texts: given {_short(raw)}.")
-    for part in parts:
-        require_unicode(part, "the text")
-    return raw
+    if isinstance(raw, str):
+        require_unicode(raw, "the text")
+        return raw
+    if isinstance(raw, tuple) and len(raw) == 2 and all(isinstance(part, str) for part in raw):
+        for part in raw:
+            require_unicode(part, "the text")
+        return raw
+    raise UserError(f"this model takes texts, or pairs of texts: given {_short(raw)}.")
 
 
 def _short(raw: object) -> str:
