@@ -20,6 +20,7 @@ from mdpd_deploy.folders import atomic_folder
 from mdpd_deploy.machine import versions
 from mdpd_deploy.model import TaskModel
 from mdpd_deploy.run import BACKBONE, LABELS, SCHEMA, Run, read_metrics
+from mdpd_deploy.scores import key_of
 from mdpd_deploy.tasks.metrics import compute, majority
 from mdpd_deploy.train.checkpoint import Progress, load_best
 from mdpd_deploy.train.evaluate import Outputs, run_over
@@ -53,22 +54,18 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
     if setup.config.method == "mdpd":
         with_side = run.load_with_side()[0].to(setup.state.device)
         side = {name: measure(setup, with_side, name) for name in setup.data.evaluation}
-    summary["metrics"] = {"deployed": metrics_of(setup, outputs, "validation")}
-    if side:
-        summary["metrics"]["side"] = metrics_of(setup, side, "validation")
-    if setup.data.kind == "classify":
-        summary["majority"] = majority(
-            setup.data.metrics,
-            setup.data.train.labels.astype(np.int64),
-            setup.data.evaluation["validation"].labels.astype(np.int64),
-            setup.data.outputs,
-        )
-    for name in setup.data.evaluation:
-        if name != "validation":
-            extra = {"deployed": metrics_of(setup, outputs, name)}
-            if side:
-                extra["side"] = metrics_of(setup, side, name)
-            summary[f"metrics_{name}"] = extra
+    for name, split in setup.data.evaluation.items():
+        measured = {"deployed": metrics_of(setup, outputs, name)}
+        if side:
+            measured["side"] = metrics_of(setup, side, name)
+        summary[key_of("metrics", name)] = measured
+        if setup.data.kind == "classify":
+            summary[key_of("majority", name)] = majority(
+                setup.data.metrics,
+                setup.data.train.labels.astype(np.int64),
+                split.labels.astype(np.int64),
+                setup.data.outputs,
+            )
     summary["status"] = "completed"
     if setup.state.is_main_process:
         report(setup, out, summary, outputs["validation"], side.get("validation"))
@@ -84,6 +81,11 @@ def write_model(setup: Setup, folder: Path) -> None:
     setup.backbone.preprocess.save(folder)
     if not setup.config.backbone.pretrained:
         _save(setup.frozen_weights(), folder / BACKBONE)
+
+
+def _chose(setup: Setup) -> bool:
+    """Whether the validation split chose the kept weights: of one evaluation nothing is chosen."""
+    return setup.config.train.keep == "best" and setup.eval_every < setup.steps
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -145,6 +147,7 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
         },
         "steps": progress.step,
         "best_step": progress.best_step,
+        "weights_chosen_on": "validation" if _chose(setup) else None,
         "data": {
             "train": len(setup.data.train),
             **{name: len(split) for name, split in setup.data.evaluation.items()},
@@ -163,7 +166,7 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
 def report(
     setup: Setup, out: Path, summary: dict[str, Any], deployed: Outputs, side: Outputs | None
 ) -> None:
-    """Write report.html."""
+    """Write report.html; single predictions are of validation, so that test stays unseen."""
     split = setup.data.evaluation["validation"]
     predictions = Predictions(
         setup.data.label_names,
@@ -174,6 +177,7 @@ def report(
         pick_samples(
             split.inputs, split.labels, np.asarray(deployed["output"]), kind=setup.data.kind
         ),
+        "validation",
     )
     write_report(
         out / "report.html",

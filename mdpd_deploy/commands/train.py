@@ -233,19 +233,23 @@ def _print_run(run: Run, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mdpd_deploy.scores import scores_of
+
     if as_json:
         print(dumps({"run": str(run.path), **run.summary}))
         return
     summary = run.summary
     table = Table(title=f"{summary['task']} · {summary['method']}", show_header=False)
-    for where, metrics in summary["metrics"].items():
-        for name, value in metrics.items():
-            table.add_row(f"{where} {name}", f"{value:.4f}")
     primary = summary["primary_metric"]
-    if "majority" in summary:
-        table.add_row(
-            f"always the most frequent class, {primary}", f"{summary['majority'][primary]:.4f}"
-        )
+    for scores in scores_of(summary):
+        chose = ", which chose the weights" if scores.chose else ""
+        table.add_row(f"{scores.words}{chose}", style="bold")
+        for where, metrics in scores.models.items():
+            for name, value in metrics.items():
+                table.add_row(f"  {where} {name}", f"{value:.4f}")
+        if scores.majority is not None:
+            floor = f"{scores.majority[primary]:.4f}"
+            table.add_row(f"  always the most frequent class, {primary}", floor)
     params, memory = summary["params"], summary["memory"]
     share = params["trained"] / params["backbone"]
     table.add_row("trained parameters", f"{params['trained']:,} ({share:.1%} of the backbone)")
