@@ -118,7 +118,7 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
     memory["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cuda = setup.device.type == "cuda"
     memory["peak_cuda_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
-    rate = progress.samples / progress.train_s if progress.train_s else None
+    rate = progress.samples_per_s
     return {
         "schema": SCHEMA,
         "task": config.task,
