@@ -1,6 +1,5 @@
 """What a user sees while training: a bar on a terminal, plain lines in a log file."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Self
