@@ -30,6 +30,8 @@ class Plan:
     """What a run would do, without running it.
 
     Attributes:
+        sees: What the backbone makes of an input, e.g. `pictures of 32 × 32 pixels`.
+        licence: Of its weights.
         memory_table: What every method would need in this run's place, this one's included.
     """
 
@@ -37,6 +39,8 @@ class Plan:
     method: str
     side: str | None
     backbone: str
+    sees: str
+    licence: str
     examples: dict[str, int]
     classes: tuple[str, ...]
     steps: int
@@ -71,6 +75,8 @@ def _plan(setup: Setup) -> Plan:
         method=config.method,
         side=config.side.name if method.uses_side else None,
         backbone=config.backbone.name,
+        sees=setup.card.sees,
+        licence=setup.card.licence,
         examples={
             "train": len(setup.data.train),
             **{name: len(split) for name, split in setup.data.evaluation.items()},
@@ -92,7 +98,7 @@ def _plan(setup: Setup) -> Plan:
             kind=setup.data.kind,
         ),
         device=str(setup.state.device),
-        notes=setup.data.notes,
+        notes=setup.notes,
     )
 
 
@@ -178,8 +184,8 @@ def _is_ours(folder: Path) -> bool:
 def _go(setup: Setup, out: Path, *, quiet: bool) -> Run:
     main = setup.state.is_main_process
     with ProgressBar(setup.steps, enabled=main and not quiet) as bar:
-        for note in setup.data.notes:
-            bar.say(note)
+        for line in (setup.card.words, *setup.notes):
+            bar.say(line)
         progress = train(setup, out, bar)
     setup.state.wait_for_everyone()
     run = finish(setup, out, progress, _forecast(setup))

@@ -45,7 +45,7 @@ class ProgressBar:
         self.console = console or Console(stderr=True)
         self.enabled, self.total, self.clock = enabled, total, clock
         self.drawn = enabled and self.console.is_terminal
-        self.score = ""
+        self.loss = self.score = self.rate = ""
         self.said_step, self.said_at = 0, clock()
         self.bar = Progress(
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
@@ -77,21 +77,25 @@ class ProgressBar:
 
     def update(self, step: int, loss: float, samples_per_s: float | None) -> None:
         """Show how far it is; `step` counts the steps that are done."""
-        rate = [f"{samples_per_s:,.0f} examples/s"] if samples_per_s else []
-        now = f"loss {loss:.4g}"
-        note = " · ".join([now, *([self.score] if self.score else []), *rate])
-        self.bar.update(self.task, completed=step, note=note)
+        self.loss = f"loss {loss:.4g}"
+        self.rate = f"{samples_per_s:,.0f} examples/s" if samples_per_s else ""
+        self._draw(step)
         if not self.drawn and self._due(step):
-            self._line(step, " · ".join([now, *rate, *self._left()]))
+            self._line(step, _joined(self.loss, self.rate, self._left()))
 
     def evaluated(
         self, step: int, split: str, examples: int, metric: str, values: Mapping[str, float]
     ) -> None:
         """Show a score of each model; without a terminal this is a line of its own."""
         self.score = f"{split} {values['deployed']:.4f} at {step}"
+        self._draw(step)
         if not self.drawn:
             scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
             self._line(step, f"{metric} on {split_name(split, examples)}: {scores}")
+
+    def _draw(self, step: int) -> None:
+        note = _joined(self.loss, self.score, self.rate)
+        self.bar.update(self.task, completed=step, note=note)
 
     def _due(self, step: int) -> bool:
         tenth = step * TENTHS // self.total > self.said_step * TENTHS // self.total
@@ -101,6 +105,10 @@ class ProgressBar:
         self.said_step, self.said_at = step, self.clock()
         self.say(f"step {step}/{self.total} · {text}")
 
-    def _left(self) -> list[str]:
+    def _left(self) -> str:
         seconds = self.bar.tasks[0].time_remaining
-        return [f"{duration(seconds)} left"] if seconds else []
+        return f"{duration(seconds)} left" if seconds else ""
+
+
+def _joined(*pieces: str) -> str:
+    return " · ".join(piece for piece in pieces if piece)

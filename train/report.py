@@ -109,8 +109,16 @@ def _backbone(summary: Line) -> str:
     return str(backbone.get("name", "")) if isinstance(backbone, Mapping) else str(backbone or "")
 
 
+def _card_words(summary: Line) -> list[str]:
+    """Say what the backbone sees and under which licence its weights are."""
+    backbone = summary.get("backbone")
+    known = backbone if isinstance(backbone, Mapping) else {}
+    words = (("sees", "sees {}"), ("licence", "weights: {}"))
+    return [form.format(known[name]) for name, form in words if name in known]
+
+
 def _heading(summary: Line) -> Html:
-    told = [f"backbone {_backbone(summary)}", f"seed {summary.get('seed', '?')}"]
+    told = [f"backbone {_backbone(summary)}", *_card_words(summary), f"seed {summary.get('seed', '?')}"]
     if summary.get("device"):
         told.append(f"on {_device(summary['device'])}")
     if summary.get("status") not in (None, "completed"):

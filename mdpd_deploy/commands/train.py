@@ -276,6 +276,8 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     table.add_row("task", plan.task)
     table.add_row("method", plan.method + (f" over {plan.side}" if plan.side else ""))
     table.add_row("backbone", plan.backbone)
+    table.add_row("it sees", plan.sees)
+    table.add_row("its weights", plan.licence)
     for name, count in plan.examples.items():
         table.add_row(f"{name} examples", f"{count:,}")
     if plan.classes:
