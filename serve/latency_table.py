@@ -14,8 +14,7 @@ _DEPLOYED_IS: dict[str, str] = {
     "same": "as fast",
     "slower": "faster",
     "faster": "slower",
-    "no-difference": "no diff.",
-    "cannot-tell": "unclear",
+    "cannot-tell": "can't tell",
 }
 
 
@@ -25,6 +24,7 @@ def render(report: LatencyReport) -> RenderableType:
     for runtime in dict.fromkeys(row.runtime for row in report.rows):
         parts += [_table(report, runtime), *_remarks(report, runtime), Text()]
     parts += [Text(line) for line in _closing(report)]
+    parts += [Text(line, style="yellow") for line in report.warnings]
     return Group(*parts)
 
 

@@ -52,9 +52,7 @@ def test_a_folder_says_it_in_its_model_card(tiny_bert, tmp_path, readme, said):
     assert found.sees == "at most 24 tokens of a text (data.max_length)"
 
 
-def test_train_says_it_at_the_start_in_the_summary_and_in_the_report(
-    digit_folder, tmp_path, capfd
-):
+def test_train_says_it_at_the_start_in_the_summary_and_in_the_report(digit_folder, tmp_path, capfd):
     out = tmp_path / "run"
     fit(task="classify", data=digit_folder, method="probe", steps=1, batch=4, out=out)
     first, *others = capfd.readouterr().err.splitlines()

@@ -385,11 +385,15 @@ def test_a_trial_that_its_engine_loses_is_a_row_and_the_rest_goes_on(tmp_path):
 def test_tables_and_page_show_every_method_with_its_time(tmp_path):
     best = {"probe": 0.5, "norms": 0.9}
     outcomes, _ = run(plan_of(ASK), tmp_path, lambda trial: best[trial.method])
-    latency = {"probe": Latency(1.0, None, "same"), "norms": Latency(1.2, (1.1, 1.3), "slower")}
+    latency = {
+        "probe": Latency(1.0, None, "same"),
+        "norms": Latency(1.2, (1.1, 1.3), "cannot tell"),
+    }
     results = results_of(outcomes, latency)
     text = markdown(results)
     assert text.index("| norms | 45.0") < text.index("| probe | 25.0")
     assert "1.20 [1.10, 1.30]" in text and "1 (same graph)" in text
+    assert "- time of norms: cannot tell" in text and "time of probe" not in text
     write_page(tmp_path / "report.html", results)
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 2 and "Learning rates" in page

@@ -118,7 +118,11 @@ def _card_words(summary: Line) -> list[str]:
 
 
 def _heading(summary: Line) -> Html:
-    told = [f"backbone {_backbone(summary)}", *_card_words(summary), f"seed {summary.get('seed', '?')}"]
+    told = [
+        f"backbone {_backbone(summary)}",
+        *_card_words(summary),
+        f"seed {summary.get('seed', '?')}",
+    ]
     if summary.get("device"):
         told.append(f"on {_device(summary['device'])}")
     if summary.get("status") not in (None, "completed"):

@@ -99,6 +99,11 @@ def notes(results: Results) -> list[str]:
         )
     if results.latency:
         said.append(f"time ÷ backbone: {results.latency_setting}")
+        said += [
+            f"time of {method}: {latency.verdict}"
+            for method, latency in results.latency.items()
+            if latency.ci95 is not None
+        ]
     return said
 
 
