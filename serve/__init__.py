@@ -66,6 +66,7 @@ __all__ = [
     "DEFAULT_RIVALS",
     "DEFAULT_RUNTIMES",
     "DEPLOYED",
+    "FEWEST_OPENINGS",
     "RUNTIMES",
     "CoreOptions",
     "Grid",

@@ -154,8 +154,8 @@ def control_words(control: Ratio, margin: float) -> str:
 
 
 def factor(ratio: float) -> str:
-    """Write a ratio with the digits it deserves: 1.04×, 12.3×."""
-    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.1f}×"
+    """Write a ratio with the digits it deserves: 1.04×, 12.3×, 1752×."""
+    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.1f}×" if ratio < 100 else f"{ratio:.0f}×"
 
 
 def milliseconds(value: float) -> str:

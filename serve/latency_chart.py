@@ -80,8 +80,7 @@ def _caption(report: LatencyReport, letters: int) -> str:
     setting = f"{report.source['backbone']} · {report.source['task']} · {_machine(report)}"
     words = [
         setting,
-        f"median of paired rounds, mean over {report.settings['openings']} openings with "
-        "its 95 % interval",
+        f"median of paired rounds, mean over {report.settings['openings']} openings, 95 % interval",
         "right of 1×: the deployed model is faster",
         "grey band: counted as the same speed",
     ]

@@ -14,7 +14,10 @@ def figures(tiny_run, tiny_bundle, tmp_path):
     return {**found, "page": str(tmp_path / "demo.html")}
 
 
-def test_norms_trained_directly_stand_beside_what_is_deployed(figures, tmp_path, capsys):
+def test_norms_trained_directly_stand_beside_what_is_deployed(
+    figures, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
     _print(figures)
     _write_page(tmp_path / "demo.html", figures)
     page = (tmp_path / "demo.html").read_text(encoding="utf-8")

@@ -45,7 +45,7 @@ from mdpd_deploy.serve.operations import count_flops, count_nodes, count_operato
 from mdpd_deploy.serve.runtimes import OnnxSession, TorchSession, torch_threads
 from mdpd_deploy.serve.variants import RIVALS
 
-BRIEF = Plan(openings=2, seconds=0.05, warmup_seconds=0.0, warmup_cap=0.0)
+BRIEF = Plan(openings=3, seconds=0.05, warmup_seconds=0.0, warmup_cap=0.0)
 CLASSES = 3
 
 
@@ -395,8 +395,11 @@ def test_the_chart_of_one_runtime_is_not_cropped(report):
 
 def test_one_wide_interval_does_not_squeeze_the_others(report):
     wide = only(report, "onnx", unipt={"median": 1.5, "ci95": (0.001, 1752.0)})
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(wide))
+    assert "1.50× 0.00-100+" in console.export_text()
     figure = draw(wide)
-    assert any(text.endswith("×, to 1752.0×") for text in shown_whole(figure))
+    assert any(text.endswith("×, to 1752×") for text in shown_whole(figure))
     left, right = figure.axes[0].get_xlim()
     assert right - left < 4 * max(ratio.median for ratio in wide.ratios)
 
