@@ -29,6 +29,7 @@ from mdpd_deploy.onnx_graph import OnnxGraph, changed_weights, export_onnx, same
 from mdpd_deploy.parity import Arrays, Parity, compare_with_torch, shape_batches, torch_outputs
 from mdpd_deploy.parity_policy import ParityMode
 from mdpd_deploy.runner import Forward
+from mdpd_deploy.scores import split_name
 from mdpd_deploy.sides.base import SideNetwork
 from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, compute
 
@@ -174,7 +175,8 @@ def check_metric(
     if measured.reported is not None:
         _compare("PyTorch", by_torch, "the run's summary", measured.reported, labels)
     primary = names[0]
-    note = f"{primary} {by_onnx[primary]:.4f} on {len(labels)} examples, PyTorch {by_torch[primary]:.4f}"
+    where = split_name("validation", len(labels))
+    note = f"{primary} {by_onnx[primary]:.4f} on {where}, PyTorch {by_torch[primary]:.4f}"
     details = {
         "examples": len(labels),
         "examples_sha256": split_sha256(measured.split),

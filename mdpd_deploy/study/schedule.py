@@ -128,4 +128,4 @@ def _words(outcome: Outcome) -> str:
         return f"FAILED, {outcome.reason}"
     metric = outcome.summary["primary_metric"]
     seconds = outcome.summary["time"]["train_s"]
-    return f"{metric} {outcome.score():.4f}, {seconds:.0f} s"
+    return f"{metric} {outcome.score():.4f} on validation, {seconds:.0f} s"
