@@ -25,5 +25,5 @@ def test_norms_trained_directly_stand_beside_what_is_deployed(
         assert "accuracy, norms and head trained directly" in shown
         assert shown.index("linear probe") < shown.index("norms and head trained directly")
         assert "cannot tell" in shown and "this machine was busy" in shown
-        assert "797 digits, which choose nothing" in shown
+        assert "validation, 797 digits" in shown
     assert 'href="l/latency.svg"' in page and 'href="report.html"' in page

@@ -107,8 +107,8 @@ def test_ratios_stay_inside_their_cell(report):
         cell = (ratio.runtime, ratio.batch)
         paired = np.log(raw[*cell, ratio.variant] / raw[*cell, "deployed"])
         (note,) = (note for note in report.cells if (note.runtime, note.batch) == cell)
-        parts = np.split(paired, [note.openings[0]])
-        assert len(note.openings) == 2 and sum(note.openings) == len(paired)
+        parts = np.split(paired, np.cumsum(note.openings)[:-1])
+        assert len(note.openings) == 3 and sum(note.openings) == len(paired)
         medians = [np.median(part) for part in parts]
         assert ratio.openings == pytest.approx(np.exp(medians))
         assert ratio.median == pytest.approx(np.exp(np.mean(medians)))
