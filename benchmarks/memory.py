@@ -193,7 +193,8 @@ def page(tables: Sequence[Setting], words: Sequence[str]) -> str:
         if setting in tables[:2]:
             parts.append(
                 "The papers measured on CUDA, each in a harness of its own; on BitFit they differ "
-                "from one another. Compare within a column."
+                "from one another. Compare within a column. Our UniPT and SHERL are not of the sizes "
+                "that MDPD's paper has (5.19 and 5.08 M): its versions of them for ViT are unreleased."
             )
         else:
             parts.append(without_dropout(setting))

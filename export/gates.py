@@ -29,6 +29,7 @@ from mdpd_deploy.onnx_graph import OnnxGraph, changed_weights, export_onnx, same
 from mdpd_deploy.parity import Arrays, Parity, compare_with_torch, shape_batches, torch_outputs
 from mdpd_deploy.parity_policy import ParityMode, label_spread
 from mdpd_deploy.runner import Forward
+from mdpd_deploy.scores import split_name
 from mdpd_deploy.sides.base import SideNetwork
 from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, Values, agree, compute, metric_text
 
@@ -174,8 +175,9 @@ def check_metric(
     if measured.reported is not None:
         _compare("PyTorch", by_torch, "the run's summary", measured.reported, labels)
     primary = names[0]
+    where = split_name("validation", len(labels))
     note = (
-        f"{primary} {metric_text(by_onnx[primary])} on {len(labels)} examples, "
+        f"{primary} {metric_text(by_onnx[primary])} on {where}, "
         f"PyTorch {metric_text(by_torch[primary])}"
     )
     details = {

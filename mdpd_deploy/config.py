@@ -191,7 +191,8 @@ class TrainConfig(Section):
     norm_grad: str = "recompute"  # recompute | full | late:K | local | none
     # let the side pass also move norms it runs through (literal joint)
     late_norm_grad: bool = False
-    student_task_weight: float = Field(default=1.0, ge=0)  # task loss on the backbone's own head
+    # task loss on the backbone's own head; the paper has none, and at 1 its logits loss is hardly felt
+    student_task_weight: float = Field(default=1.0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen weights held, side autocast, in bf16
     class_weights: Literal["none", "balanced"] | list[Annotated[float, Field(ge=0)]] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"

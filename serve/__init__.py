@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mdpd_deploy.serve.core import CoreOptions, RequestCore
     from mdpd_deploy.serve.core.options import usual_device
     from mdpd_deploy.serve.graph_race import race_graphs
-    from mdpd_deploy.serve.latency import Plan
+    from mdpd_deploy.serve.latency import FEWEST_OPENINGS, Plan
     from mdpd_deploy.serve.latency_chart import write_chart
     from mdpd_deploy.serve.latency_inputs import InputSource
     from mdpd_deploy.serve.latency_report import CONTROL, DEPLOYED, LatencyReport
@@ -36,6 +36,7 @@ _HOME = {
     "DEPLOYED": "latency_report",
     "RUNTIMES": "runtimes",
     "CoreOptions": "core",
+    "FEWEST_OPENINGS": "latency",
     "Grid": "benchmark",
     "InputSource": "latency_inputs",
     "LatencyReport": "latency_report",
@@ -65,6 +66,7 @@ __all__ = [
     "DEFAULT_RIVALS",
     "DEFAULT_RUNTIMES",
     "DEPLOYED",
+    "FEWEST_OPENINGS",
     "RUNTIMES",
     "CoreOptions",
     "Grid",

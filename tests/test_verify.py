@@ -182,7 +182,7 @@ def test_a_fresh_bundle_passes(exported, digit_folder, capsys):
 
 def test_without_the_data_the_metric_is_shown_as_recorded(exported):
     found = seen(exported)["metric"]
-    assert found.verdict == "recorded" and "on 18 examples at export" in found.note
+    assert found.verdict == "recorded" and "on validation, 18 examples, at export" in found.note
 
 
 def test_other_data_is_not_taken_for_the_exports(exported, digit_folder):

@@ -49,6 +49,11 @@ class Progress:
     samples: int = 0
     memory: dict[str, Any] | None = None
 
+    @property
+    def samples_per_s(self) -> float | None:
+        """Throughput of training alone, without evaluations; None before the first timed step."""
+        return self.samples / self.train_s if self.train_s else None
+
 
 def random_tensors() -> dict[str, Tensor]:
     """Return the states of the generators that training draws from."""

@@ -32,6 +32,8 @@ class Plan:
     """What a run would do, without running it.
 
     Attributes:
+        sees: What the backbone makes of an input, e.g. `pictures of 32 × 32 pixels`.
+        licence: Of its weights.
         memory_table: What every method would need in this run's place, this one's included.
         tokens: How long the texts of each split are, and how many are cut; empty for images.
         text_length: Tokens of the batch that the forecasts are for; None for images.
@@ -41,6 +43,8 @@ class Plan:
     method: str
     side: str | None
     backbone: str
+    sees: str
+    licence: str
     examples: dict[str, int]
     classes: tuple[str, ...]
     steps: int
@@ -78,6 +82,8 @@ def _plan(setup: Setup) -> Plan:
         method=config.method,
         side=config.side.name if method.uses_side else None,
         backbone=config.backbone.name,
+        sees=setup.card.sees,
+        licence=setup.card.licence,
         examples={
             "train": len(setup.data.train),
             **{name: len(split) for name, split in setup.data.evaluation.items()},
@@ -102,7 +108,7 @@ def _plan(setup: Setup) -> Plan:
         tokens=setup.lengths,
         text_length=setup.text_length,
         device=str(setup.state.device),
-        notes=setup.data.notes,
+        notes=setup.notes,
         inventory=setup.data.inventory,
     )
 
@@ -194,8 +200,8 @@ def _is_ours(folder: Path) -> bool:
 def _go(setup: Setup, out: Path, *, quiet: bool) -> Run:
     main = setup.state.is_main_process
     with ProgressBar(setup.steps, enabled=main and not quiet) as bar:
-        for note in setup.data.notes:
-            bar.say(note)
+        for line in (setup.card.words, *setup.notes):
+            bar.say(line)
         if setup.data.inventory.line:
             bar.say(setup.data.inventory.line)
         progress = train(setup, out, bar)

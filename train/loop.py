@@ -100,11 +100,11 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
         if step == 0:
             check_gradients(method)
         optimizer.zero_grad(set_to_none=True)
+        bar.update(progress.step, float(losses["loss"]), progress.samples_per_s)
         if progress.step % LOG_EVERY == 0 or last or step == 0:
             line = log_line(setup, progress.step, losses, norms, optimizer, window)
             check_finite(line, method.lr)
             log.write(line)
-            bar.update(progress.step, line)
         stop = False
         if progress.step % setup.eval_every == 0 or last:
             stop = evaluate(setup, progress, log, checkpoints, bar)
@@ -185,9 +185,9 @@ def evaluate(
         progress.stale += 1
     epoch = progress.step / setup.schedule.steps_per_epoch
     log.write({"step": progress.step, "epoch": epoch, "split": "validation", **measured})
-    bar.evaluated(
-        progress.step, data.metrics[0], {k: m[data.metrics[0]] for k, m in measured.items()}
-    )
+    metric = data.metrics[0]
+    scores = {name: values[metric] for name, values in measured.items()}
+    bar.evaluated(progress.step, "validation", len(split), metric, scores)
     return stops_early(progress, config)
 
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from mdpd_deploy.backbones import Backbone, load_backbone
+from mdpd_deploy.backbones import Backbone, Card, card_of, load_backbone
 from mdpd_deploy.config import Config, DataConfig
 from mdpd_deploy.data import TaskData, check_images, default_resize, load_task
 from mdpd_deploy.data.cautions import data_cautions
@@ -55,6 +55,17 @@ class Setup:
     @property
     def checkpoint_every(self) -> int:
         return self.config.checkpoint.every or self.eval_every
+
+    @property
+    def card(self) -> Card:
+        """What the user is told of the backbone."""
+        return card_of(self.backbone, self.config.backbone)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences a user should see: of the data, and of a backbone that is not for own data."""
+        advice = None if self.config.task == "digits" else self.card.advice
+        return (*self.data.notes, *([advice] if advice else []))
 
     def frozen_weights(self) -> dict[str, Tensor]:
         """Return the backbone's weights as they were before training, float32, by name."""

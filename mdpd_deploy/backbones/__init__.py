@@ -5,6 +5,7 @@ that registers its `Family`, and one line in `load.py`.
 """
 
 from mdpd_deploy.backbones.base import Backbone, BackboneSource, Inputs, weights_sha256
+from mdpd_deploy.backbones.card import Card, card_of
 from mdpd_deploy.backbones.family import BACKBONES, Family, LoadRequest
 from mdpd_deploy.backbones.load import load_backbone
 
@@ -12,9 +13,11 @@ __all__ = [
     "BACKBONES",
     "Backbone",
     "BackboneSource",
+    "Card",
     "Family",
     "Inputs",
     "LoadRequest",
+    "card_of",
     "load_backbone",
     "weights_sha256",
 ]

@@ -46,7 +46,10 @@ def command(
         typer.Option(help="Time per cell. Default: 100 rounds and 10 s, at most 20 s."),
     ] = None,
     openings: Annotated[
-        int, typer.Option(help="Times every model is opened anew, each for its part of the time.")
+        int,
+        typer.Option(
+            help="Times every model is opened anew, each for its part of the time; at least 3."
+        ),
     ] = DEFAULT_OPENINGS,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/latency.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -118,8 +121,8 @@ def bench_latency(
             built in the same way; None = onnx and torch (a bundle without its run: onnx).
         batch: Examples per call; None = 1, 8, 32.
         seconds: Measured seconds per cell, of all openings together; None = 100 rounds and 10 s, at most 20 s.
-        openings: Times every model is opened anew, each for its part of the time: two openings of
-            one model may differ by some per cent, so that one alone can mislead.
+        openings: Times every model is opened anew, at least 3, each for its part of the time: two
+            openings of one model may differ by some per cent, so that one alone can mislead.
         out: Folder for latency.json and the chart; None = `RUN/latency`, numbered if taken.
         device: `auto`, `cpu` or `cuda`.
         threads: Threads inside one operator; None = the CPU quota.
@@ -256,12 +259,15 @@ def _open(path: Path | None) -> _Subject:
 
 
 def _plan(seconds: float | None, openings: int) -> "Plan":
-    from mdpd_deploy.serve import Plan
+    from mdpd_deploy.serve import FEWEST_OPENINGS, Plan
 
     if seconds is not None and not 0 < seconds < float("inf"):
         raise UserError(f"--seconds {seconds}: give a time above 0.")
-    if openings < 1:
-        raise UserError(f"--openings {openings}: give at least 1.")
+    if openings < FEWEST_OPENINGS:
+        raise UserError(
+            f"--openings {openings}: give at least {FEWEST_OPENINGS}; fewer cannot say how far one "
+            "opening of a model differs from the next, and so no ratio has an interval."
+        )
     return Plan(openings=openings, seconds=seconds)
 
 

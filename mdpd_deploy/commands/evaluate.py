@@ -193,10 +193,12 @@ def _measure(
     import numpy as np
 
     from mdpd_deploy.bundle import batches
+    from mdpd_deploy.scores import in_order
     from mdpd_deploy.tasks.metrics import compute
 
     metrics = {}
-    for split, examples in splits.items():
+    for split in in_order(splits):
+        examples = splits[split]
         parts: dict[str, list[NDArray[np.float32]]] = {model: [] for model in models}
         for raws in batches(examples.inputs, batch):
             arrays = preprocess(raws)

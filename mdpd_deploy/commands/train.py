@@ -279,6 +279,7 @@ def _print_run(run: Run, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mdpd_deploy.scores import scores_of
     from mdpd_deploy.tasks.metrics import metric_text
 
     if as_json:
@@ -286,15 +287,16 @@ def _print_run(run: Run, *, as_json: bool) -> None:
         return
     summary = run.summary
     table = Table(title=f"{summary['task']} · {summary['method']}", show_header=False)
-    for where, metrics in summary["metrics"].items():
-        for name, value in metrics.items():
-            table.add_row(f"{where} {name}", metric_text(value))
     primary = summary["primary_metric"]
-    if "majority" in summary:
-        table.add_row(
-            f"always the most frequent class, {primary}",
-            metric_text(summary["majority"][primary]),
-        )
+    for scores in scores_of(summary):
+        chose = ", which chose the weights" if scores.chose else ""
+        table.add_row(f"{scores.words}{chose}", style="bold")
+        for where, metrics in scores.models.items():
+            for name, value in metrics.items():
+                table.add_row(f"  {where} {name}", metric_text(value))
+        if scores.majority is not None:
+            floor = metric_text(scores.majority[primary])
+            table.add_row(f"  always the most frequent class, {primary}", floor)
     params, memory = summary["params"], summary["memory"]
     share = params["trained"] / params["backbone"]
     table.add_row("trained parameters", f"{params['trained']:,} ({share:.1%} of the backbone)")
@@ -322,6 +324,8 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     table.add_row("task", plan.task)
     table.add_row("method", plan.method + (f" over {plan.side}" if plan.side else ""))
     table.add_row("backbone", plan.backbone)
+    table.add_row("it sees", plan.sees)
+    table.add_row("its weights", plan.licence)
     for name, count in plan.examples.items():
         table.add_row(f"{name} examples", f"{count:,}")
     if plan.classes:

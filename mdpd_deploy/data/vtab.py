@@ -4,8 +4,9 @@ A line is `relative/path.jpg INDEX`, the path relative to the data set's folder;
 `classes.txt` names the classes, one per line.
 
     vtab/NAME       trains on train800, chooses the best weights on val200, measures test
-    vtab-full/NAME  the papers' protocol: trains on all 1000 (train800val200) and measures test after
-                    the last epoch; `validation` is then seen in training, so use train.keep=last
+    vtab-full/NAME  trains on all 1000 (train800val200) and measures test after the last epoch, as
+                    the papers do; their augmentation, schedules and rates are not part of it, and
+                    `validation` is then seen in training, so use train.keep=last
 """
 
 import os

@@ -131,4 +131,4 @@ def _words(outcome: Outcome) -> str:
         return f"FAILED, {outcome.reason}"
     metric = outcome.summary["primary_metric"]
     seconds = outcome.summary["time"]["train_s"]
-    return f"{metric} {metric_text(outcome.score())}, {seconds:.0f} s"
+    return f"{metric} {metric_text(outcome.score())} on validation, {seconds:.0f} s"

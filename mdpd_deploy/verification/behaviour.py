@@ -7,6 +7,7 @@ from mdpd_deploy.data.examples import split_sha256
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.golden import load_golden, replay
 from mdpd_deploy.parity_policy import allowed_again
+from mdpd_deploy.scores import split_name
 from mdpd_deploy.tasks.metrics import agree, compute, metric_text
 from mdpd_deploy.verification.subject import TOO_OLD, Seen, Subject
 
@@ -76,7 +77,7 @@ def check_metric(subject: Subject) -> Seen:
     said = ", ".join(f"{name} {metric_text(value)}" for name, value in record.onnx.items())
     if subject.validation is None:
         again = "`mdpd eval --task`" if subject.bundle.mixed else "--eval-data"
-        note = f"{said} on {record.examples} examples at export; {again} measures it again"
+        note = f"{said} on {split_name('validation', record.examples)}, at export; {again} measures it again"
         return Seen("recorded", note)
     if record.examples_sha256 is None or record.allowed is None:
         return TOO_OLD
@@ -99,7 +100,8 @@ def check_metric(subject: Subject) -> Seen:
             raise VerificationError(
                 f"{name} is {metric_text(value)} here and was {metric_text(before)}"
             )
-    return Seen("passed", f"{said} on {record.examples} examples, measured again")
+    where = split_name("validation", record.examples)
+    return Seen("passed", f"{said} on {where}, measured again")
 
 
 def _refused(subject: Subject) -> Seen | None:
