@@ -23,6 +23,7 @@ from tokenizers import Encoding, Tokenizer
 
 from mdpd_deploy.data.examples import Raw, Text
 from mdpd_deploy.data.images import MAX_PIXELS, open_image
+from mdpd_deploy.data.truncation import cut_text, keep_tokens
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import read_json, write_json, write_text
 
@@ -190,7 +191,7 @@ class TextPreprocess:
         with _panics_in_words():
             own = Tokenizer.from_str(self.tokenizer.to_str())
             own.no_padding()
-            own.enable_truncation(self.max_length, strategy="longest_first")
+            own.no_truncation()  # see `truncation`
         object.__setattr__(self, "tokenizer", own)
 
     def __call__(self, raws: Sequence[Raw]) -> dict[str, NDArray[Any]]:
@@ -199,18 +200,21 @@ class TextPreprocess:
         Raises:
             UserError: For a picture, or if the tokenizer is broken.
         """
-        texts = [_text(raw) for raw in raws]
         with _panics_in_words():
+            texts = [cut_text(self.tokenizer, _text(raw), self.max_length) for raw in raws]
             encodings = self.tokenizer.encode_batch(texts)
+        kept = [keep_tokens(encoding, self.max_length) for encoding in encodings]
         length = self.max_length
         if self.pad == "longest":
-            length = max(len(encoding.ids) for encoding in encodings)
+            length = max(min(len(encoding), length) for encoding in encodings)
         arrays: dict[str, NDArray[Any]] = {}
         for name in self.input_names:
             filler = self.pad_id if name == "input_ids" else 0
             array = np.full((len(raws), length), filler, dtype=np.int64)
-            for row, encoding in zip(array, encodings, strict=True):
+            for row, encoding, positions in zip(array, encodings, kept, strict=True):
                 values = _values(encoding, name)
+                if positions is not None:
+                    values = [values[position] for position in positions]
                 row[: len(values)] = values
             arrays[name] = array
         return arrays
@@ -225,7 +229,9 @@ class TextPreprocess:
             "pad_id": self.pad_id,
             "pad": self.pad,
         }
-        write_text(folder / TOKENIZER_FILE, self.tokenizer.to_str())
+        written = Tokenizer.from_str(self.tokenizer.to_str())
+        written.enable_truncation(self.max_length, strategy="longest_first")  # for others
+        write_text(folder / TOKENIZER_FILE, written.to_str())
         write_json(folder / FILE, plain)
 
 
