@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from mdpd_deploy.bundle import load_bundle
+from mdpd_deploy.data.images import MAX_PIXELS
 from mdpd_deploy.errors import UserError, WorkFailed, missing_extra
-from mdpd_deploy.serve.core import CoreOptions, RequestCore
+from mdpd_deploy.serve.core import CoreOptions, Limits, RequestCore
 from mdpd_deploy.serve.core.options import usual_device
 from mdpd_deploy.serve.web.run import bind
 from mdpd_deploy.signing import check_signature
@@ -131,6 +132,7 @@ class AppArguments(BaseModel):
         max_delay_ms: How long an idle replica waits for more rows.
         queue: Most rows of a model in progress in a replica.
         timeout_s: A request's time limit.
+        max_pixels: Width times height of a picture.
         drain_s: Time for the requests in progress when a replica is to end.
         key: Public key, PEM, that must have signed the bundles, at the same path on every machine.
         min_replicas: As in `Scaling`.
@@ -150,6 +152,7 @@ class AppArguments(BaseModel):
     max_delay_ms: float = CoreOptions.max_delay_ms
     queue: int = CoreOptions.queue
     timeout_s: float = CoreOptions.timeout_s
+    max_pixels: int = Field(Limits.pixels, ge=1, le=MAX_PIXELS)
     drain_s: int = CoreOptions.drain_s
     key: Path | None = CoreOptions.key
     min_replicas: int = Scaling.min_replicas
@@ -166,6 +169,7 @@ def app(args: AppArguments) -> Any:
         pairs = (word.partition("=") for word in places.split(","))
         places = {name: Path(folder) for name, _, folder in pairs}
     plain = args.model_dump(exclude={"bundles"})
+    plain["limits"] = Limits(pixels=plain.pop("max_pixels"))
     plain["device"] = args.device or usual_device(args.runtime)
     scaling = Scaling(**{name: plain.pop(name) for name in Scaling.__dataclass_fields__})
     return build_ray_app(places, CoreOptions(**plain), scaling)

@@ -49,6 +49,10 @@ def command(
     timeout_s: Annotated[
         float | None, typer.Option(min=0.001, help="A request's time limit; later is a 504.")
     ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, max=40_000_000, help="Largest picture; default 25 million pixels."),
+    ] = None,
     drain_s: Annotated[
         int | None, typer.Option(min=1, help="After SIGTERM, time for requests in progress.")
     ] = None,
@@ -73,6 +77,7 @@ def command(
             "--threads belongs to --runtime onnx: an engine runs on the GPU; leave it out."
         )
     from mdpd_deploy.serve import CoreOptions, serve_bundles, usual_device
+    from mdpd_deploy.serve.core import Limits
 
     named = name_bundles(bundles)
     asked: dict[str, Any] = {
@@ -85,6 +90,7 @@ def command(
         "timeout_s": timeout_s,
         "drain_s": drain_s,
         "key": key,
+        "limits": Limits() if max_pixels is None else Limits(pixels=max_pixels),
     }
     options = CoreOptions(**{name: value for name, value in asked.items() if value is not None})
 

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mdpd_deploy.data.images import MAX_PIXELS
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -16,7 +14,10 @@ class Limits:
         header_bytes: Request line and headers.
         tensors: Inputs, or requested outputs, of one request.
         text_bytes: One text in UTF-8, before it is tokenised.
-        pixels: Width times height of a picture, read from its header; fixed in `data.images`.
+        texts_bytes: All texts of a request.
+        pixels: Width times height of a picture, read from its header; `data.images.MAX_PIXELS` at
+            most. What phones make by default fits, and what a process that decodes it may take is 20
+            bytes of memory for each.
     """
 
     body_bytes: int = 16_000_000
@@ -24,7 +25,8 @@ class Limits:
     header_bytes: int = 16_384
     tensors: int = 16
     text_bytes: int = 100_000
-    pixels: int = field(default=MAX_PIXELS, init=False)
+    texts_bytes: int = 1_000_000
+    pixels: int = 25_000_000
 
 
 def usual_device(runtime: str) -> str:
