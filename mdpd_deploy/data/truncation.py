@@ -47,9 +47,9 @@ def keep_tokens(encoding: Encoding, most: int) -> list[int] | None:
         encoding: Of a text or a pair, not truncated.
         most: Tokens kept, special ones included.
     """
-    owners = encoding.sequence_ids  # 0 or 1; None for a special token
-    if len(owners) <= most:
+    if len(encoding) <= most:
         return None
+    owners = encoding.sequence_ids  # 0 or 1; None for a special token
     counts = owners.count(0), owners.count(1)
     left = list(_shares(*counts, most - len(owners) + sum(counts)))
     kept: list[int] = []
