@@ -76,8 +76,7 @@ def command(
         raise UserError(
             "--threads belongs to --runtime onnx: an engine runs on the GPU; leave it out."
         )
-    from mdpd_deploy.serve import CoreOptions, serve_bundles, usual_device
-    from mdpd_deploy.serve.core import Limits
+    from mdpd_deploy.serve import CoreOptions, Limits, serve_bundles, usual_device
 
     named = name_bundles(bundles)
     asked: dict[str, Any] = {
