@@ -8,7 +8,7 @@ if __name__ != "mdpd_deploy.serve":
 
 if TYPE_CHECKING:
     from mdpd_deploy.serve.benchmark import Grid, run_benchmark
-    from mdpd_deploy.serve.core import CoreOptions, RequestCore
+    from mdpd_deploy.serve.core import CoreOptions, Limits, RequestCore
     from mdpd_deploy.serve.core.options import usual_device
     from mdpd_deploy.serve.graph_race import race_graphs
     from mdpd_deploy.serve.latency import FEWEST_OPENINGS, Plan
@@ -40,6 +40,7 @@ _HOME = {
     "Grid": "benchmark",
     "InputSource": "latency_inputs",
     "LatencyReport": "latency_report",
+    "Limits": "core",
     "Plan": "latency",
     "RequestCore": "core",
     "Scaling": "ray_app",
@@ -72,6 +73,7 @@ __all__ = [
     "Grid",
     "InputSource",
     "LatencyReport",
+    "Limits",
     "Plan",
     "RequestCore",
     "Scaling",

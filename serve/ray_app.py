@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from mdpd_deploy.bundle import load_bundle
+from mdpd_deploy.data.images import MAX_PIXELS
 from mdpd_deploy.errors import UserError, WorkFailed, missing_extra
-from mdpd_deploy.serve.core import CoreOptions, RequestCore
+from mdpd_deploy.serve.core import CoreOptions, Limits, RequestCore
 from mdpd_deploy.serve.core.options import usual_device
 from mdpd_deploy.serve.web.callers import called_by
 from mdpd_deploy.serve.web.listener import bind
@@ -133,6 +134,7 @@ class AppArguments(BaseModel):
         max_delay_ms: How long an idle replica waits for more rows.
         queue: Most rows of a model in progress in a replica.
         timeout_s: A request's time limit.
+        max_pixels: Width times height of a picture.
         drain_s: Time for the requests in progress when a replica is to end.
         key: Public key, PEM, that must have signed the bundles, at the same path on every machine.
         allow_hosts: Names by which clients may call the server, or `NAME,NAME`.
@@ -153,6 +155,7 @@ class AppArguments(BaseModel):
     max_delay_ms: float = CoreOptions.max_delay_ms
     queue: int = CoreOptions.queue
     timeout_s: float = CoreOptions.timeout_s
+    max_pixels: int = Field(Limits.pixels, ge=1, le=MAX_PIXELS)
     drain_s: int = CoreOptions.drain_s
     key: Path | None = CoreOptions.key
     allow_hosts: tuple[str, ...] | str = CoreOptions.allow_hosts
@@ -172,6 +175,7 @@ def app(args: AppArguments) -> Any:
     plain = args.model_dump(exclude={"bundles"})
     if isinstance(args.allow_hosts, str):
         plain["allow_hosts"] = tuple(filter(None, args.allow_hosts.split(",")))
+    plain["limits"] = Limits(pixels=plain.pop("max_pixels"))
     plain["device"] = args.device or usual_device(args.runtime)
     scaling = Scaling(**{name: plain.pop(name) for name in Scaling.__dataclass_fields__})
     return build_ray_app(places, CoreOptions(**plain), scaling)

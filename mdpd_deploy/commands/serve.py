@@ -51,6 +51,10 @@ def command(
     timeout_s: Annotated[
         float | None, typer.Option(min=0.001, help="A request's time limit; later is a 504.")
     ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, max=40_000_000, help="Largest picture; default 25 million pixels."),
+    ] = None,
     drain_s: Annotated[
         int | None, typer.Option(min=1, help="After SIGTERM, time for requests in progress.")
     ] = None,
@@ -82,7 +86,7 @@ def command(
         raise UserError(
             "--threads belongs to --runtime onnx: an engine runs on the GPU; leave it out."
         )
-    from mdpd_deploy.serve import CoreOptions, serve_bundles, usual_device
+    from mdpd_deploy.serve import CoreOptions, Limits, serve_bundles, usual_device
 
     named = name_bundles(bundles)
     asked: dict[str, Any] = {
@@ -96,6 +100,7 @@ def command(
         "drain_s": drain_s,
         "key": key,
         "allow_hosts": tuple(allow_host or ()),
+        "limits": Limits() if max_pixels is None else Limits(pixels=max_pixels),
     }
     options = CoreOptions(**{name: value for name, value in asked.items() if value is not None})
 

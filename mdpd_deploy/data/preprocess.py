@@ -12,7 +12,7 @@ tokenizers do with `truncation="longest_first"`, cut at the side that the tokeni
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +23,7 @@ from tokenizers import Encoding, Tokenizer
 
 from mdpd_deploy.data.examples import Raw, Text
 from mdpd_deploy.data.images import MAX_PIXELS, open_image
+from mdpd_deploy.data.truncation import Side, cut_text, keep_tokens
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import read_json, write_json, write_text
 from mdpd_deploy.unicode import require_unicode
@@ -180,6 +181,7 @@ class TextPreprocess:
         input_names: The arrays wanted, in the graph's order (RoBERTa has no `token_type_ids`).
         max_length: Most tokens kept, special ones included; of a pair the longer text gives first.
             Texts are cut at their end, or at their beginning where the tokenizer says so.
+        side: Where texts are cut, `right` or `left`: the tokenizer's own setting.
         pad_id: The padding token.
         pad: N is that of the batch's longest text, or always `max_length`.
     """
@@ -189,6 +191,7 @@ class TextPreprocess:
     max_length: int
     pad_id: int
     pad: Literal["longest", "max"] = "longest"
+    side: Side = field(default="right", init=False)
 
     def __post_init__(self) -> None:
         unknown = set(self.input_names) - {"input_ids", "attention_mask", "token_type_ids"}
@@ -206,7 +209,8 @@ class TextPreprocess:
             own = Tokenizer.from_str(self.tokenizer.to_str())
             side = (own.truncation or {}).get("direction", "right")
             own.no_padding()
-            own.enable_truncation(self.max_length, strategy="longest_first", direction=side)
+            own.no_truncation()  # see `truncation`
+        object.__setattr__(self, "side", side)
         object.__setattr__(self, "tokenizer", own)
 
     def __call__(self, raws: Sequence[Raw]) -> dict[str, NDArray[Any]]:
@@ -215,18 +219,23 @@ class TextPreprocess:
         Raises:
             UserError: For a picture, or if the tokenizer is broken.
         """
-        texts = [_text(raw) for raw in raws]
         with _panics_in_words():
+            texts = [
+                cut_text(self.tokenizer, _text(raw), self.max_length, self.side) for raw in raws
+            ]
             encodings = self.tokenizer.encode_batch(texts)
+        kept = [keep_tokens(encoding, self.max_length, self.side) for encoding in encodings]
         length = self.max_length
         if self.pad == "longest":
-            length = max(len(encoding.ids) for encoding in encodings)
+            length = max(min(len(encoding), length) for encoding in encodings)
         arrays: dict[str, NDArray[Any]] = {}
         for name in self.input_names:
             filler = self.pad_id if name == "input_ids" else 0
             array = np.full((len(raws), length), filler, dtype=np.int64)
-            for row, encoding in zip(array, encodings, strict=True):
+            for row, encoding, positions in zip(array, encodings, kept, strict=True):
                 values = _values(encoding, name)
+                if positions is not None:
+                    values = [values[position] for position in positions]
                 row[: len(values)] = values
             arrays[name] = array
         return arrays
@@ -239,9 +248,8 @@ class TextPreprocess:
         """
         texts = [_text(raw) for raw in raws]
         with _panics_in_words():
-            whole = Tokenizer.from_str(self.tokenizer.to_str())
-            whole.no_truncation()
-            return np.array([len(found.ids) for found in whole.encode_batch_fast(texts)], np.int64)
+            found = self.tokenizer.encode_batch_fast(texts)
+        return np.array([len(encoding.ids) for encoding in found], np.int64)
 
     def save(self, folder: Path) -> None:
         """Write `preprocess.json` and `tokenizer.json` into a folder."""
@@ -253,7 +261,11 @@ class TextPreprocess:
             "pad_id": self.pad_id,
             "pad": self.pad,
         }
-        write_text(folder / TOKENIZER_FILE, self.tokenizer.to_str())
+        written = Tokenizer.from_str(self.tokenizer.to_str())
+        written.enable_truncation(  # for others
+            self.max_length, strategy="longest_first", direction=self.side
+        )
+        write_text(folder / TOKENIZER_FILE, written.to_str())
         write_json(folder / FILE, plain)
 
 

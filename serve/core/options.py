@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mdpd_deploy.data.images import MAX_PIXELS
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.serve.core.refusal import shown
 
@@ -21,7 +20,10 @@ class Limits:
         text_bytes: One text in UTF-8, before it is tokenised.
         connections: Open at once; one client may have half of them.
         ask_s: Seconds in which a connection must have sent the head of its next request.
-        pixels: Width times height of a picture, read from its header; fixed in `data.images`.
+        texts_bytes: All texts of a request.
+        pixels: Width times height of a picture, read from its header; `data.images.MAX_PIXELS` at
+            most. What phones make by default fits, and what a process that decodes it may take is 20
+            bytes of memory for each.
     """
 
     body_bytes: int = 16_000_000
@@ -31,7 +33,8 @@ class Limits:
     text_bytes: int = 100_000
     connections: int = 1024
     ask_s: float = 10.0
-    pixels: int = field(default=MAX_PIXELS, init=False)
+    texts_bytes: int = 1_000_000
+    pixels: int = 25_000_000
 
 
 def usual_device(runtime: str) -> str:

@@ -10,6 +10,7 @@ from mdpd_deploy.serve.core.json_limit import tensors_limit
 from mdpd_deploy.serve.core.refusal import invalid, shown
 from mdpd_deploy.serve.web.body import Bodies, json_length
 from mdpd_deploy.serve.web.callers import BINARY, JSON, PICTURE, check_type
+from mdpd_deploy.serve.web.leaving import while_connected
 from mdpd_deploy.serve.web.metrics import Metrics
 from mdpd_deploy.serve.web.page import read_page
 
@@ -50,7 +51,8 @@ def add_protocol_routes(
         length = json_length(request)
         most = tensors_limit(served.inputs).most_bytes if length is None else None
         async with bodies.read(request, most) as body:
-            answer = await core.infer(model, body, json_length=length, version=version)
+            work = core.infer(model, body, json_length=length, version=version)
+            answer = await while_connected(request, work)
         metrics.on_wait(model, answer.queue_ms)
         reply = answer.reply
         if reply.json_length is None:
@@ -82,9 +84,10 @@ def add_plain_routes(app: "FastAPI", core: RequestCore, bodies: Bodies, metrics:
         check_encoding(request.headers.get("content-encoding"))
         check_type(request.headers.raw, (JSON,))
         async with bodies.read(request, served.texts_limit.most_bytes) as body:
-            asked = await core.parse(lambda: _read_plain(body, served), len(body))
+            work = core.parse(lambda: _read_plain(body, served), len(body))
+            asked = await while_connected(request, work)
         task = asked.task or request.query_params.get("task")
-        answer = await core.predict(model, asked.raws, task=task)
+        answer = await while_connected(request, core.predict(model, asked.raws, task=task))
         metrics.on_wait(model, answer.queue_ms)
         return _json(_plain(answer, asked.top))
 
@@ -95,7 +98,8 @@ def add_plain_routes(app: "FastAPI", core: RequestCore, bodies: Bodies, metrics:
         query = request.query_params
         top = _top(query.get("top"))
         async with bodies.read(request) as body:
-            answer = await core.classify(model, body, task=query.get("task"))
+            work = core.classify(model, body, task=query.get("task"))
+            answer = await while_connected(request, work)
         metrics.on_wait(model, answer.queue_ms)
         return _json(_plain(answer, top))
 
