@@ -218,7 +218,7 @@ def test_json_that_no_request_of_the_model_has_is_refused_before_it_is_made(body
 
 
 def test_what_a_text_holds_is_not_counted():
-    limit = texts_limit(max_batch=2, text_bytes=50_000)
+    limit = texts_limit(max_batch=2, text_bytes=50_000, texts_bytes=1_000_000)
     text = ',[{"\\' * 10_000
     for escaped in (True, False):
         body = json.dumps({"inputs": [[text, text]] * 2}, ensure_ascii=escaped).encode()

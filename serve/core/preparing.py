@@ -76,8 +76,11 @@ class Preparers:
         try:
             kind, answer = await self._ask(child, preprocess, inputs)
         except (asyncio.IncompleteReadError, ConnectionError) as err:
-            self._begin(child)
-            raise await child.why_it_ended() from err
+            try:
+                refusal = await child.why_it_ended()
+            finally:  # not before: killing it would take its exit code
+                self._begin(child)
+            raise refusal from err
         except BaseException:  # nobody waits for it any more
             self._begin(child)
             raise
