@@ -1,6 +1,5 @@
 """The tasks that a bundle's graph answers: one, or several on one backbone. No torch here (D27)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from mdpd_deploy.data.preprocess import TOKENIZER_FILE, Preprocess, load_preprocess
 from mdpd_deploy.deltas import load_delta
 from mdpd_deploy.errors import UserError, unknown
+from mdpd_deploy.files import Read, read_json
 from mdpd_deploy.manifest import (
     BASE_FILE,
     DELTA_FILE,
@@ -17,6 +17,7 @@ from mdpd_deploy.manifest import (
     PREPROCESSOR,
     TASKS,
     Manifest,
+    reader,
 )
 from mdpd_deploy.runner import TASK_ID
 
@@ -62,35 +63,42 @@ def load_tasks(folder: Path, plain: dict[str, Any], manifest: Manifest) -> tuple
     Raises:
         UserError: If preprocessing or a delta contradicts the manifest.
     """
+    read = reader(folder, plain)
     if not manifest.tasks:
-        preprocess = load_preprocess(folder / PREPROCESSOR)
-        _check(folder, folder / PREPROCESSOR, plain, manifest, preprocess.input_names)
+        preprocess = load_preprocess(folder / PREPROCESSOR, read=read)
+        _check(folder, folder / PREPROCESSOR, plain, manifest, preprocess.input_names, read)
         name = manifest.task.rpartition("/")[2]
         return (_task(name, 0, plain, preprocess, folder / GOLDEN_FILE),)
     return tuple(
-        _one_of_many(folder, index, facts, manifest) for index, facts in enumerate(plain["tasks"])
+        _one_of_many(folder, index, facts, manifest, read)
+        for index, facts in enumerate(plain["tasks"])
     )
 
 
-def open_task(folder: Path, index: int, facts: Mapping[str, Any]) -> Task:
+def open_task(
+    folder: Path, index: int, facts: Mapping[str, Any], read: Read = Path.read_bytes
+) -> Task:
     """Open one of several tasks from its folder in a bundle, with its preprocessing.
 
     Args:
         folder: The bundle.
         index: The task's `task_id`.
         facts: The task's entry in the manifest.
+        read: How files are read.
     """
     own = folder / TASKS / facts["name"]
     tokenizer, shared = own / TOKENIZER_FILE, folder / PREPROCESSOR / TOKENIZER_FILE
-    preprocess = load_preprocess(own, tokenizer if tokenizer.is_file() else shared)
+    preprocess = load_preprocess(own, tokenizer if tokenizer.is_file() else shared, read=read)
     return _task(facts["name"], index, facts, preprocess, own / GOLDEN_FILE)
 
 
-def _one_of_many(folder: Path, index: int, facts: dict[str, Any], manifest: Manifest) -> Task:
-    task = open_task(folder, index, facts)
+def _one_of_many(
+    folder: Path, index: int, facts: dict[str, Any], manifest: Manifest, read: Read
+) -> Task:
+    task = open_task(folder, index, facts, read)
     own = folder / TASKS / task.name
-    _check(folder, own, facts, manifest, (*task.preprocess.input_names, TASK_ID))
-    delta = load_delta(own / DELTA_FILE, manifest.files[BASE_FILE].sha256)
+    _check(folder, own, facts, manifest, (*task.preprocess.input_names, TASK_ID), read)
+    delta = load_delta(own / DELTA_FILE, manifest.files[BASE_FILE].sha256, read)
     if delta.width != task.width:
         raise UserError(
             f"bundle {folder}: the delta of {task.name!r} answers {delta.width} outputs and "
@@ -107,9 +115,14 @@ def _task(
 
 
 def _check(
-    folder: Path, where: Path, facts: Mapping[str, Any], manifest: Manifest, inputs: Sequence[str]
+    folder: Path,
+    where: Path,
+    facts: Mapping[str, Any],
+    manifest: Manifest,
+    inputs: Sequence[str],
+    read: Read,
 ) -> None:
-    written = json.loads((where / "preprocess.json").read_text(encoding="utf-8"))
+    written = read_json(where / "preprocess.json", "preprocessing", read)
     ports = [port.name for port in manifest.inputs]
     if written != facts["preprocess"] or ports != list(inputs):
         raise UserError(

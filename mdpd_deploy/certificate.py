@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mdpd_deploy.errors import VerificationError
-from mdpd_deploy.files import read_json
+from mdpd_deploy.files import Read, read_json
 from mdpd_deploy.manifest import PARITY_FILE
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -104,18 +104,21 @@ class Certificate(_Record):
     golden: Annotated[Golden | None, BeforeValidator(_none_if_empty)] = None
 
 
-def read_certificate(bundle: Path, task: str | None = None) -> Certificate:
+def read_certificate(
+    bundle: Path, task: str | None = None, read: Read = Path.read_bytes
+) -> Certificate:
     """Read the numbers of a bundle's gates.
 
     Args:
         bundle: The folder.
         task: Which task's, where the bundle answers several.
+        read: How files are read.
 
     Raises:
         UserError: If the file is missing or no JSON.
         VerificationError: If it does not hold what a certificate holds.
     """
-    plain = read_json(bundle / PARITY_FILE, "bundle")
+    plain = read_json(bundle / PARITY_FILE, "bundle", read)
     if task is not None:
         plain = plain.get(task) if isinstance(plain, dict) else None
     try:

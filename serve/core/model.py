@@ -76,7 +76,9 @@ class ServedModel:
         manifest = self.bundle.manifest
         self.runner = make_runner(self.bundle, options)
         self.tasks: dict[str, Task] = {task.name: task for task in self.bundle.tasks}
-        ranges = read_value_ranges(path / MODEL_FILE) | {TASK_ID: (0, len(self.tasks) - 1)}
+        ranges = read_value_ranges(path / MODEL_FILE, self.bundle.read) | {
+            TASK_ID: (0, len(self.tasks) - 1)
+        }
         self.inputs = read_specs(manifest["inputs"], manifest["shapes"], ranges)
         self.outputs = read_specs(manifest["outputs"], manifest["shapes"], {})
         self.max_batch = self._choose_max_batch(options.max_batch)
