@@ -1,7 +1,9 @@
 """The tasks that a bundle's graph answers: one, or several on one backbone. No torch here (D27)."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,7 @@ def load_tasks(folder: Path, plain: dict[str, Any], manifest: Manifest) -> tuple
     if not manifest.tasks:
         preprocess = load_preprocess(folder / PREPROCESSOR, read=read)
         _check(folder, folder / PREPROCESSOR, plain, manifest, preprocess.input_names, read)
-        name = manifest.task.rpartition("/")[2]
-        return (_task(name, 0, plain, preprocess, folder / GOLDEN_FILE),)
+        return (_task(name_of(plain), 0, plain, preprocess, folder / GOLDEN_FILE),)
     return tuple(
         _one_of_many(folder, index, facts, manifest, read)
         for index, facts in enumerate(plain["tasks"])
@@ -87,9 +88,47 @@ def open_task(
         read: How files are read.
     """
     own = folder / TASKS / facts["name"]
-    tokenizer, shared = own / TOKENIZER_FILE, folder / PREPROCESSOR / TOKENIZER_FILE
-    preprocess = load_preprocess(own, tokenizer if tokenizer.is_file() else shared, read=read)
+    preprocess = load_preprocess(own, tokenizer_of(folder, facts["name"]), read=read)
     return _task(facts["name"], index, facts, preprocess, own / GOLDEN_FILE)
+
+
+def tokenizer_of(folder: Path, task: str | None = None) -> Path | None:
+    """Return the tokenizer of a bundle or of one of its several tasks; None for pictures."""
+    own = [] if task is None else [folder / TASKS / task / TOKENIZER_FILE]
+    files = [*own, folder / PREPROCESSOR / TOKENIZER_FILE]
+    return next((file for file in files if file.is_file()), None)
+
+
+def meaning_of(
+    folder: Path,
+    facts: Mapping[str, Any],
+    task: str | None = None,
+    read: Read = Path.read_bytes,
+) -> dict[str, str | None]:
+    """Return the digests of what gives a task's inputs and outputs their meaning.
+
+    Args:
+        folder: The bundle, sealed or not.
+        facts: What its manifest says of the task.
+        task: Its name, where the bundle answers several.
+        read: How files are read.
+    """
+    tokenizer = tokenizer_of(folder, task)
+    outputs = [task or name_of(facts), facts["kind"], facts["pair"], facts["labels"]]
+    return {
+        "outputs_sha256": _sha256_of(outputs),
+        "preprocessing_sha256": _sha256_of(facts["preprocess"]),
+        "tokenizer_sha256": None if tokenizer is None else sha256(read(tokenizer)).hexdigest(),
+    }
+
+
+def name_of(facts: Mapping[str, Any]) -> str:
+    """Return the name by which the only task of a bundle is asked."""
+    return str(facts["task"]).rpartition("/")[2]
+
+
+def _sha256_of(plain: Any) -> str:
+    return sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _one_of_many(

@@ -38,6 +38,14 @@ class Graph(_Record):
     values_sha256: Digest
 
 
+class Meaning(_Record):
+    """What a task's inputs and outputs mean; see `bundle_tasks.meaning_of`."""
+
+    outputs_sha256: Digest
+    preprocessing_sha256: Digest
+    tokenizer_sha256: Digest | None
+
+
 class Identity(_Record):
     """What the graph shares with the bare backbone's.
 
@@ -97,6 +105,7 @@ class Certificate(_Record):
     """`parity.json`; a part is None where its gate did not apply, or before it was kept."""
 
     graph: Graph | None = None
+    meaning: Meaning | None = None
     side_free: Annotated[Numbers | None, BeforeValidator(_none_if_empty)] = None
     identity: Annotated[Identity | None, BeforeValidator(_none_if_empty)] = None
     parity: Annotated[Parity | None, BeforeValidator(_none_if_empty)] = None

@@ -66,6 +66,7 @@ class Signature:
     outputs: tuple[tuple[str, TypeAndShape, tuple[str, str]], ...]
     nodes: tuple[Node, ...]
     opset: int
+    beyond: tuple[str, ...] = ()  # what an export of ours has nothing of; see `_beyond`
 
     @property
     def weights(self) -> list[Weight]:
@@ -76,7 +77,8 @@ class Signature:
     def structure_sha256(self) -> str:
         """Hex SHA-256 of all that `same_structure` compares: equal for equal structures."""
         nodes = [node.structure for node in self.nodes]
-        return _sha256_of([self.opset, self.inputs, self.outputs, nodes])
+        beyond = [self.beyond] if self.beyond else []
+        return _sha256_of([self.opset, self.inputs, self.outputs, nodes, *beyond])
 
     @property
     def values_sha256(self) -> str:
@@ -115,7 +117,23 @@ def graph_signature(path: Path, read: Read | None = None) -> Signature:
         outputs=tuple((value.name, types[value.name], made[value.name]) for value in graph.output),
         nodes=tuple(nodes),
         opset=proto.opset_import[0].version,
+        beyond=tuple(_beyond(proto)),
     )
+
+
+def _beyond(proto: onnx.ModelProto) -> Iterator[str]:
+    """Yield all that decides what operators mean beside the version of ONNX's own.
+
+    Another set of operators, a second version of the same, functions that stand for operators, and
+    what else a graph may carry to be run.
+    """
+    first, *others = proto.opset_import
+    if first.domain or others:
+        yield from (f"opset {entry.domain}:{entry.version}" for entry in proto.opset_import)
+    graph = proto.graph
+    for message in (*proto.functions, *proto.training_info, *graph.sparse_initializer):
+        raw: bytes = message.SerializeToString(deterministic=True)
+        yield hashlib.sha256(raw).hexdigest()
 
 
 def same_structure(a: Path, b: Path) -> list[str]:
@@ -129,6 +147,7 @@ def same_structure(a: Path, b: Path) -> list[str]:
         f"{what}: {left} and {right}"
         for what, left, right in (
             ("opset", first.opset, second.opset),
+            ("operators beyond ONNX's own", first.beyond, second.beyond),
             ("inputs", first.inputs, second.inputs),
             ("number of nodes", len(first.nodes), len(second.nodes)),
             ("outputs", first.outputs, second.outputs),

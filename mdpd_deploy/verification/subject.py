@@ -18,6 +18,7 @@ from mdpd_deploy.manifest import MODEL_FILE
 from mdpd_deploy.runner import Forward, Runner
 
 Verdict = Literal["passed", "recorded", "not applicable", "not recorded", "not run", "failed"]
+KEEPING = ("side", "prompt", "prefix")  # methods that leave something beside backbone and head
 SOUND = ("passed", "recorded", "not applicable")
 
 
@@ -72,8 +73,15 @@ class Subject:
 
     @property
     def faded(self) -> bool:
-        """Whether nothing is deployed beside backbone and head."""
-        return bool(self.bundle.manifest["faded"])
+        """Whether nothing is deployed beside backbone and head: then every proof is asked for.
+
+        It follows from the method and from what the export proved. What the manifest says of it
+        counts for nothing, since one word of it would switch the proofs off.
+        """
+        if self.bundle.mixed or self.bundle.manifest["method"] not in KEEPING:
+            return True
+        record = self.certificate
+        return record.identity is not None or record.side_free is not None
 
     @property
     def precision(self) -> str:

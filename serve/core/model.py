@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.bundle import Bundle, Task, load_bundle
+from mdpd_deploy.bundle import Bundle, Task
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError
@@ -19,7 +19,7 @@ from mdpd_deploy.serve.core.json_limit import texts_limit
 from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.core.refusal import Refusal, draining, invalid, not_found, shown
 from mdpd_deploy.serve.core.tensors import Arrays, Axis, TensorSpec, read_specs
-from mdpd_deploy.signing import check_signature
+from mdpd_deploy.signing import load_signed
 
 MASK = "attention_mask"
 VERSION = "1"  # a bundle is one version; another one is another bundle
@@ -70,9 +70,7 @@ class ServedModel:
         make_runner: RunnerFactory = open_runner,
     ) -> None:
         self.name = name
-        if options.key is not None:  # before anything is parsed
-            check_signature(path, options.key)
-        self.bundle = load_bundle(path)
+        self.bundle, _ = load_signed(path, options.key)
         manifest = self.bundle.manifest
         self.runner = make_runner(self.bundle, options)
         self.tasks: dict[str, Task] = {task.name: task for task in self.bundle.tasks}
