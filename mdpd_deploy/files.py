@@ -15,6 +15,8 @@ from mdpd_deploy.errors import UserError, WorkFailed
 
 Read = Callable[[Path], bytes]  # how a file comes into memory, whole
 
+MOST_VALUES = 500_000  # in one JSON file; a bundle of 512 tasks has some 100,000
+
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -82,9 +84,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str, read: Read = Path.read_bytes) -> Any:
-    """Read a JSON file of ours; raises `UserError` that names it when missing or damaged."""
+    """Read a JSON file of ours; raises `UserError` that names it when missing, damaged or huge."""
     try:
-        return json.loads(read(path).decode("utf-8"))
+        raw = read(path)
+        if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values")  # an empty list takes 56 bytes
+        return json.loads(raw.decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{what}: {path} does not exist.") from None
     except (OSError, ValueError, RecursionError) as err:  # also numbers of 5000 digits, and depth

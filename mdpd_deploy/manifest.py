@@ -11,9 +11,9 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from mdpd_deploy.errors import UserError, printable
 from mdpd_deploy.files import Read, fsync_path, read_json, sha256_file, write_json
@@ -32,6 +32,11 @@ TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of a folder and of a word in
 SCHEMA = "1.1"  # a reader refuses another major number, and ignores what a later minor one adds
 METADATA_PREFIX = "mdpd."
 MAX_MANIFEST_BYTES = 16_000_000  # a real one has a few kB
+MOST_FILES = 20_000  # five for each of 512 tasks are 2,560
+
+
+# A list of half a million wrong items would be half a million errors, with words for each.
+Words = Annotated[list[str], FailFast()]
 
 
 class FileEntry(BaseModel):
@@ -79,8 +84,8 @@ class TaskEntry(BaseModel):
     task: str
     kind: Literal["classify", "regress"]
     pair: bool
-    labels: list[str]
-    metrics: list[str] = Field(min_length=1)
+    labels: Words
+    metrics: Words = Field(min_length=1)
     data: dict[str, Any]
     preprocess: dict[str, Any]
     verification: dict[str, Any]
@@ -102,12 +107,12 @@ class Manifest(BaseModel):
     pair: bool
     method: str
     faded: bool
-    labels: list[str]
-    metrics: list[str]
+    labels: Words
+    metrics: Words
     data: dict[str, Any]
     preprocess: dict[str, Any]
-    tasks: list[TaskEntry] = []
-    inputs: list[Port] = Field(min_length=1)
+    tasks: Annotated[list[TaskEntry], FailFast()] = []
+    inputs: Annotated[list[Port], FailFast()] = Field(min_length=1)
     outputs: list[Port] = Field(min_length=1, max_length=1)
     shapes: dict[str, AxisRange]
     precision: str
@@ -116,9 +121,9 @@ class Manifest(BaseModel):
     engine: Engine
     verification: dict[str, Any]
     source: dict[str, Any]
-    versions: dict[str, str]
-    caches: dict[str, FileEntry]
-    files: dict[str, FileEntry]
+    versions: dict[str, str] = Field(max_length=MOST_FILES)
+    caches: dict[str, FileEntry] = Field(max_length=MOST_FILES)
+    files: dict[str, FileEntry] = Field(max_length=MOST_FILES)
 
     @model_validator(mode="after")
     def _one_or_many(self) -> Self:

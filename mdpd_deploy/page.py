@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
+from mdpd_deploy.shown import shown
+
 VOID = frozenset({"img", "meta"})
 
 
@@ -28,7 +30,7 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
             attribute out, True gives it no value.
     """
     opening = "".join(
-        f" {key.rstrip('_')}" + ("" if value is True else f'="{html.escape(str(value))}"')
+        f" {key.rstrip('_')}" + ("" if value is True else f'="{html.escape(shown(str(value)))}"')
         for key, value in attributes.items()
         if value is not None and value is not False
     )
@@ -46,7 +48,7 @@ def join(children: Iterable[object]) -> Html:
         elif isinstance(child, list | tuple):
             parts.append(join(child))
         elif child is not None:
-            parts.append(html.escape(str(child)))
+            parts.append(html.escape(shown(str(child))))
     return Html("".join(parts))
 
 

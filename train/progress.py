@@ -4,7 +4,6 @@ import sys
 from typing import Any, Self
 
 import psutil
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -12,6 +11,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from mdpd_deploy.terminal import Console
 
 
 class ProgressBar:

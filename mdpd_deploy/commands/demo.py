@@ -98,8 +98,9 @@ def _figures(run: "Run", probe: "Run", bundle: "Bundle", latency: dict[str, Any]
 
 
 def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from mdpd_deploy.terminal import Console
 
     accuracy, params = result["accuracy"], result["params"]
     table = Table(title="handwritten digits · MDPD over UniPT · 797 test digits", show_header=False)

@@ -12,10 +12,9 @@ from mdpd_deploy.commands import options
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mdpd_deploy.config import Config
     from mdpd_deploy.run import Run
+    from mdpd_deploy.terminal import Console
     from mdpd_deploy.train import MemoryRow, Plan
 
 
@@ -230,8 +229,9 @@ def _is_main_process() -> bool:
 def _print_run(run: Run, *, as_json: bool) -> None:
     from json import dumps
 
-    from rich.console import Console
     from rich.table import Table
+
+    from mdpd_deploy.terminal import Console
 
     if as_json:
         print(dumps({"run": str(run.path), **run.summary}))
@@ -262,8 +262,9 @@ def _print_run(run: Run, *, as_json: bool) -> None:
 def _print_plan(plan: Plan, *, as_json: bool) -> None:
     from json import dumps
 
-    from rich.console import Console
     from rich.table import Table
+
+    from mdpd_deploy.terminal import Console
 
     if as_json:
         print(dumps(plan.to_dict()))

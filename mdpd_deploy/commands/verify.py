@@ -146,8 +146,9 @@ def verify_bundle(
 
 
 def _print(report: Report) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from mdpd_deploy.terminal import Console
 
     table = Table(title=f"{report.bundle} on {report.device}")
     for heading in ("check", "verdict", "what was seen"):

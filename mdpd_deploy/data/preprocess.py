@@ -23,6 +23,7 @@ from tokenizers import Encoding, Tokenizer
 
 from mdpd_deploy.data.examples import Raw, Text
 from mdpd_deploy.data.images import MAX_PIXELS, open_image
+from mdpd_deploy.data.tokenizer_limits import check_tokenizer
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import Read, read_json, write_json, write_text
 
@@ -280,7 +281,9 @@ def _load_image(plain: dict[str, Any]) -> ImagePreprocess:
 def _load_text(plain: dict[str, Any], tokenizer_file: Path, read: Read) -> TextPreprocess:
     try:
         with _panics_in_words():
-            tokenizer = Tokenizer.from_str(read(tokenizer_file).decode("utf-8"))
+            raw = read(tokenizer_file)
+            check_tokenizer(raw)
+            tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
     except UserError:
         raise
     except Exception as err:  # the Rust side raises bare Exception
