@@ -25,6 +25,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from mdpd_deploy.errors import MdpdError
+from mdpd_deploy.shown import shown
 
 
 class Verb(NamedTuple):
@@ -160,12 +161,20 @@ def _take_debug(words: list[str]) -> tuple[bool, list[str]]:
     return len(options) < end, options + words[end:]
 
 
+class _Shown(logging.Formatter):
+    """Messages as a terminal may have them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
 @contextlib.contextmanager
 def _messages(*, debug: bool) -> Iterator[None]:
     """Show our own messages on stderr, and those of libraries only with `--debug`."""
     root, ours = logging.getLogger(), logging.getLogger("mdpd_deploy")
     before = root.level, ours.level
     handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Shown())
     root.addHandler(handler)
     root.setLevel(logging.WARNING if debug else logging.ERROR)
     ours.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -221,7 +230,7 @@ def _usage_hint(err: TyperException) -> str:
 
 def _say(message: str) -> None:
     """Print at most `_ERROR_LINES` lines on stderr."""
-    lines = message.splitlines()
+    lines = shown(message).splitlines()
     if len(lines) > _ERROR_LINES:
         lines = [*lines[: _ERROR_LINES - 1], "..."]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
+from mdpd_deploy.shown import shown
+
 VOID = frozenset({"img", "meta"})
 
 
@@ -51,8 +53,8 @@ def join(children: Iterable[object]) -> Html:
 
 
 def _escaped(value: object) -> str:
-    """Return a value as text of a page; what UTF-8 cannot write, as in odd file names, is `?`."""
-    return html.escape(str(value)).encode("utf-8", "replace").decode("utf-8")
+    """Return a value as text of a page; what is not visible, or no Unicode, is spelt out."""
+    return html.escape(shown(str(value)))
 
 
 def document(title: str, *sections: object) -> str:

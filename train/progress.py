@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +16,7 @@ from rich.table import Column
 from mdpd_deploy.page import duration
 from mdpd_deploy.scores import split_name
 from mdpd_deploy.tasks.metrics import Values, metric_text
+from mdpd_deploy.terminal import Console
 
 TENTHS = 10  # a log file gets a line for each of so many parts of the steps,
 SILENCE = 30.0  # and one after so many seconds without any

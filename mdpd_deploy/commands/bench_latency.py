@@ -81,9 +81,8 @@ def command(
         plain = {**report.to_dict(raw=False), "folder": str(folder)}
         typer.echo(encoder.dumps(plain, indent=2, allow_nan=False))
         return
-    from rich.console import Console
-
     from mdpd_deploy.serve import render
+    from mdpd_deploy.terminal import Console
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(render(report))

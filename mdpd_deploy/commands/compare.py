@@ -344,11 +344,10 @@ def _print_forecast(
     from dataclasses import asdict
     from json import dumps
 
-    from rich.console import Console
-
     from mdpd_deploy.commands.train import print_memory
     from mdpd_deploy.data import load_task
     from mdpd_deploy.study import expand_tasks
+    from mdpd_deploy.terminal import Console
     from mdpd_deploy.train import forecast_methods
 
     base, task = shared_config(config, sets, flags, guess=not tasks)
@@ -377,9 +376,8 @@ def _print_forecast(
 
 
 def _print(results: Results, folder: Path) -> None:
-    from rich.console import Console
-
     from mdpd_deploy.study import render
+    from mdpd_deploy.terminal import Console
 
     width = max(Console().width, WIDTH)
     console = Console(highlight=False, soft_wrap=True, width=width)

@@ -150,8 +150,9 @@ def _write_page(path: Path, result: dict[str, Any]) -> None:
 
 
 def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from mdpd_deploy.terminal import Console
 
     table = Table(title=TITLE, show_header=False)
     for name, value in _rows(result):

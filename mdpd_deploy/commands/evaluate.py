@@ -216,10 +216,10 @@ def _sizes(splits: dict[str, Split]) -> dict[str, int]:
 
 
 def _print(found: Evaluation) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from mdpd_deploy.tasks.metrics import metric_text
+    from mdpd_deploy.terminal import Console
 
     table = Table(title=f"{found.task} · {found.runtime} on {found.provider}")
     for heading in ("split", "examples", "model", "metric", "value"):

@@ -50,7 +50,7 @@ def command(
     runner = opened.runner(place, runtime=runtime)
     predictions = opened.predict(raws, batch, runner=runner, task=asked.name)
     if json:
-        import json as encoder
+        from mdpd_deploy.shown import to_json
 
         rows = [
             {"input": name, **prediction.to_json(top)}
@@ -62,7 +62,7 @@ def command(
             "provider": runner.provider,
             "predictions": rows,
         }
-        typer.echo(encoder.dumps(plain, indent=2, ensure_ascii=False))
+        typer.echo(to_json(plain))
     else:
         _print(names, predictions, top)
 
@@ -112,8 +112,9 @@ def _shown(raw: Raw) -> str:
 
 
 def _print(names: Sequence[str], predictions: Sequence[Prediction], top: int) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from mdpd_deploy.terminal import Console
 
     table = Table()
     table.add_column("input", overflow="fold")
@@ -141,7 +142,9 @@ def _cells(prediction: Prediction, top: int) -> list[Any]:
 
 
 def _plain(text: str) -> Any:
-    """Keep brackets in the user's words from being read as rich's markup."""
+    """Keep brackets from being read as rich's markup, and widths those of what is shown."""
     from rich.text import Text
 
-    return Text(text)
+    from mdpd_deploy.shown import shown
+
+    return Text(shown(text))

@@ -13,10 +13,9 @@ from mdpd_deploy.commands import options
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mdpd_deploy.config import Config
     from mdpd_deploy.run import Run
+    from mdpd_deploy.terminal import Console
     from mdpd_deploy.train import MemoryRow, Plan
 
 log = logging.getLogger(__name__)
@@ -276,11 +275,11 @@ def _is_main_process() -> bool:
 def _print_run(run: Run, *, as_json: bool) -> None:
     from json import dumps
 
-    from rich.console import Console
     from rich.table import Table
 
     from mdpd_deploy.scores import scores_of
     from mdpd_deploy.tasks.metrics import metric_text
+    from mdpd_deploy.terminal import Console
 
     if as_json:
         print(dumps({"run": str(run.path), **run.summary}))
@@ -313,9 +312,9 @@ def _print_run(run: Run, *, as_json: bool) -> None:
 def _print_plan(plan: Plan, *, as_json: bool) -> None:
     from json import dumps
 
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+
+    from mdpd_deploy.terminal import Console
 
     if as_json:
         print(dumps(plan.to_dict()))
@@ -343,9 +342,9 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     )
     table.add_row("device", plan.device)
     for note in plan.notes:
-        table.add_row("note", escape(note))
+        table.add_row("note", note)
     if plan.inventory.line:
-        table.add_row("data", escape(plan.inventory.line))
+        table.add_row("data", plan.inventory.line)
     console = Console()
     console.print(table)
     own = plan.method + (f":{plan.side}" if plan.side else "")

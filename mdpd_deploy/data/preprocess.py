@@ -23,9 +23,10 @@ from tokenizers import Encoding, Tokenizer
 
 from mdpd_deploy.data.examples import Raw, Text
 from mdpd_deploy.data.images import MAX_PIXELS, open_image
+from mdpd_deploy.data.tokenizer_limits import check_tokenizer
 from mdpd_deploy.data.truncation import Side, cut_text, keep_tokens
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.files import read_json, write_json, write_text
+from mdpd_deploy.files import Read, read_json, write_json, write_text
 from mdpd_deploy.unicode import require_unicode
 
 FILE = "preprocess.json"
@@ -272,18 +273,21 @@ class TextPreprocess:
 Preprocess = ImagePreprocess | TextPreprocess
 
 
-def load_preprocess(folder: Path, tokenizer_file: Path | None = None) -> Preprocess:
+def load_preprocess(
+    folder: Path, tokenizer_file: Path | None = None, *, read: Read = Path.read_bytes
+) -> Preprocess:
     """Read what `save` wrote.
 
     Args:
         folder: Holds `preprocess.json`.
         tokenizer_file: The tokenizer of a text model; None = the one in the folder.
+        read: How files are read.
 
     Raises:
         UserError: If a file is missing, damaged or of another schema.
     """
     path = folder / FILE
-    plain = read_json(path, "preprocessing")
+    plain = read_json(path, "preprocessing", read)
     if not isinstance(plain, dict) or plain.get("schema") != SCHEMA:
         found = plain.get("schema") if isinstance(plain, dict) else type(plain).__name__
         raise UserError(
@@ -294,7 +298,7 @@ def load_preprocess(folder: Path, tokenizer_file: Path | None = None) -> Preproc
         if plain["kind"] == "image":
             return _load_image(plain)
         if plain["kind"] == "text":
-            return _load_text(plain, tokenizer_file or folder / TOKENIZER_FILE)
+            return _load_text(plain, tokenizer_file or folder / TOKENIZER_FILE, read)
     except (KeyError, TypeError, ValueError, OverflowError) as err:
         raise UserError(f"{path} is damaged ({err!r:.200}): take it from a sound copy.") from err
     raise UserError(f"{path} has the unknown kind {plain['kind']!r:.60}: expected image or text.")
@@ -314,10 +318,14 @@ def _load_image(plain: dict[str, Any]) -> ImagePreprocess:
     )
 
 
-def _load_text(plain: dict[str, Any], tokenizer_file: Path) -> TextPreprocess:
+def _load_text(plain: dict[str, Any], tokenizer_file: Path, read: Read) -> TextPreprocess:
     try:
         with _panics_in_words():
-            tokenizer = Tokenizer.from_str(tokenizer_file.read_text(encoding="utf-8"))
+            raw = read(tokenizer_file)
+            check_tokenizer(raw)
+            tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
+    except UserError:
+        raise
     except Exception as err:  # the Rust side raises bare Exception
         raise UserError(
             f"the tokenizer {tokenizer_file} cannot be read ({err}): take it from a sound copy."

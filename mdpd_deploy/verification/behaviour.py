@@ -50,7 +50,7 @@ def check_golden(subject: Subject) -> Seen:
     if subject.needs_gpu:
         return Seen("recorded", f"{subject.precision} cannot be run on a CPU; held at export")
     assert subject.task.golden is not None
-    golden = load_golden(subject.task.golden)
+    golden = load_golden(subject.task.golden, subject.bundle.read)
     found = replay(golden, subject.task.preprocess, subject.forward, record.spread)
     if not found.preprocessing_diff == 0:  # also true for NaN
         raise VerificationError(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.bundle import Bundle, Task, load_bundle
+from mdpd_deploy.bundle import Bundle, Task
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError, WorkFailed
@@ -26,7 +26,7 @@ from mdpd_deploy.serve.core.refusal import (
     shown,
 )
 from mdpd_deploy.serve.core.tensors import Arrays, Axis, TensorSpec, read_specs
-from mdpd_deploy.signing import check_signature
+from mdpd_deploy.signing import load_signed
 
 MASK = "attention_mask"
 VERSION = "1"  # a bundle is one version; another one is another bundle
@@ -77,13 +77,13 @@ class ServedModel:
         make_runner: RunnerFactory = open_runner,
     ) -> None:
         self.name = name
-        if options.key is not None:  # before anything is parsed
-            check_signature(path, options.key)
-        self.bundle = load_bundle(path)
+        self.bundle, _ = load_signed(path, options.key)
         manifest = self.bundle.manifest
         self.runner = make_runner(self.bundle, options)
         self.tasks: dict[str, Task] = {task.name: task for task in self.bundle.tasks}
-        ranges = read_value_ranges(path / MODEL_FILE) | {TASK_ID: (0, len(self.tasks) - 1)}
+        ranges = read_value_ranges(path / MODEL_FILE, self.bundle.read) | {
+            TASK_ID: (0, len(self.tasks) - 1)
+        }
         self.inputs = read_specs(manifest["inputs"], manifest["shapes"], ranges)
         self.outputs = read_specs(manifest["outputs"], manifest["shapes"], {})
         self.max_batch = self._choose_max_batch(options.max_batch)
