@@ -30,7 +30,8 @@ class Plan:
     """What a run would do, without running it.
 
     Attributes:
-        memory_table: What every method would need in this run's place, this one's included.
+        memory_table: What every method would need in this run's place, this one's included; empty
+            unless it was asked for.
     """
 
     task: str
@@ -53,16 +54,21 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, *, all_methods: bool = False) -> Plan:
     """Read the data and build the model, forecast the memory, and stop there.
+
+    Args:
+        config: The run.
+        all_methods: Forecast every other method in its place too; that takes a second or more each.
 
     Raises:
         UserError: For anything in the config or the data that cannot work.
     """
-    return _plan(prepare(config))
+    setup = prepare(config)
+    return _plan(setup, _every_method(setup) if all_methods else ())
 
 
-def _plan(setup: Setup) -> Plan:
+def _plan(setup: Setup, memory_table: tuple[MemoryRow, ...]) -> Plan:
     config, method = setup.config, setup.method
     memory = _forecast(setup)
     groups = method.parameter_counts
@@ -86,13 +92,16 @@ def _plan(setup: Setup) -> Plan:
         },
         forecast_bytes=memory["forecast_bytes"],
         forecast_parts=memory["forecast_parts"],
-        memory_table=forecast_methods(
-            entry_configs(config, [entry.label for entry in default_entries()]),
-            outputs=setup.data.outputs,
-            kind=setup.data.kind,
-        ),
+        memory_table=memory_table,
         device=str(setup.state.device),
         notes=setup.data.notes,
+    )
+
+
+def _every_method(setup: Setup) -> tuple[MemoryRow, ...]:
+    labels = [entry.label for entry in default_entries()]
+    return forecast_methods(
+        entry_configs(setup.config, labels), outputs=setup.data.outputs, kind=setup.data.kind
     )
 
 
