@@ -46,7 +46,7 @@ def _row(name: str, config: Config, outputs: int, kind: str) -> MemoryRow:
         return MemoryRow(name, need, papers=paper_figure(name, config))
     except UserError as err:
         return MemoryRow(name, None, str(err))
-    except Exception as err:  # noqa: BLE001 - a bug in one method must not hide the others' rows
+    except Exception as err:  # a bug in one method must not hide the rows of the others
         logging.getLogger(__name__).debug("the forecast of %s failed", name, exc_info=True)
         reason = (str(err).splitlines() or [""])[0][:300]
         return MemoryRow(name, None, f"internal error: {type(err).__name__}: {reason}")

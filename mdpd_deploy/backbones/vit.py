@@ -131,7 +131,11 @@ class VitBackbone(Backbone):
 
         block: Any = self.block(index)
         attention = (Layer(("attn.qkv",), stacked=3), *_inner(block, "attn"), Layer(("attn.proj",)))
-        mlp = (Layer(_mlp_inputs(block), stacked=self._gated(block)), *_inner(block, "mlp"), Layer(("mlp.fc2",)))
+        mlp = (
+            Layer(_mlp_inputs(block), stacked=self._gated(block)),
+            *_inner(block, "mlp"),
+            Layer(("mlp.fc2",)),
+        )
         first, second = Layer(("norm1",), linear=False), Layer(("norm2",), linear=False)
         if isinstance(block, ResPostBlock):
             return (*attention, first, *mlp, second)

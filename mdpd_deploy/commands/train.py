@@ -55,9 +55,7 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Print the plan and its memory forecast; no training."
-        ),
+        typer.Option("--dry-run", help="Print the plan and its memory forecast; no training."),
     ] = False,
     all_methods: Annotated[
         bool,
