@@ -7,10 +7,12 @@ typer and rich (D26). `main` is the one place that turns exceptions into words a
     1    the work failed (a gate, divergence, the disk, or a bug of ours)
     2    bad usage or bad input
     130  interrupted
+    143  ended by SIGTERM, as schedulers do
 """
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
@@ -59,6 +61,7 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 INTERRUPTED = 130
+_ENDED = {INTERRUPTED: "interrupted", 143: "terminated"}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ERROR_LINES = 12
 
@@ -129,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     debug, words = _take_debug(words)
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    with _messages(debug=debug):
+    with _any_text(), _messages(debug=debug):
         return _run(words, debug=debug)
 
 
@@ -148,8 +151,8 @@ def _run(words: list[str], *, debug: bool) -> int:
         code, message = _explain(err)
         if message:
             _say(message)
-    if code == INTERRUPTED:
-        _say("interrupted")
+    if code in _ENDED:
+        _say(_ENDED[code])
     return code if isinstance(code, int) else int(code is not None)
 
 
@@ -158,6 +161,22 @@ def _take_debug(words: list[str]) -> tuple[bool, list[str]]:
     end = words.index("--") if "--" in words else len(words)
     options = [word for word in words[:end] if word != "--debug"]
     return len(options) < end, options + words[end:]
+
+
+@contextlib.contextmanager
+def _any_text() -> Iterator[None]:
+    """Print what a terminal's encoding lacks as an escape, as `caf\\xe9`, instead of failing on it."""
+    before = []
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            before.append((stream, stream.errors))
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            with contextlib.suppress(ValueError):  # closed meanwhile
+                stream.reconfigure(errors=errors)
 
 
 @contextlib.contextmanager

@@ -319,3 +319,54 @@ def test_a_refused_allocation_is_out_of_memory(verb, capsys):
     verb(command)
     assert cli.main(["trial"]) == 1
     assert "out of memory" in capsys.readouterr().err
+
+
+ODD = "caf\u00e9 \u4f60\u597d \U0001f600 \udce9"  # the last: a byte of an argument that is no UTF-8
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_any_text_can_be_printed_on_any_terminal(encoding, tmp_path, run_python):
+    """On both streams, by print, typer, rich, logging and our own errors."""
+    script = f"""
+import logging, sys, types, typer
+from rich.console import Console
+from rich.table import Table
+from mdpd_deploy import cli
+from mdpd_deploy.errors import UserError
+def command() -> None:
+    text = {ODD!a}
+    print(text)
+    typer.echo(text)
+    table = Table(title=text)
+    table.add_row(text)
+    Console().print(table)
+    logging.getLogger("mdpd_deploy.trial").info(text)
+    raise UserError(text + "\u2026")
+module = types.ModuleType("mdpd_deploy.commands.trial")
+module.command = command
+sys.modules[module.__name__] = module
+cli.VERBS["trial"] = cli.Verb("trial", "command", "A trial.")
+code = cli.main(["trial"])
+assert sys.stdout.errors == "strict"
+sys.exit(code)
+"""
+    done = run_python("-c", script, cwd=tmp_path, PYTHONIOENCODING=encoding + ":strict")
+    assert done.returncode == 2, done.stderr
+    assert "internal error" not in done.stderr and "error: caf" in done.stderr
+    assert done.stdout.count("caf") == 4
+    if encoding == "ascii":
+        assert r"caf\xe9 \u4f60\u597d \U0001f600 \udce9" in done.stdout
+
+
+def test_predictions_are_printed_on_any_terminal(tiny_text_bundle, tmp_path, run_python):
+    words = (
+        "-m",
+        "mdpd_deploy",
+        "predict",
+        str(tiny_text_bundle.path),
+        "caf\u00e9 \U0001f600 good",
+    )
+    table = run_python(*words, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert table.returncode == 0 and r"caf\xe9" in table.stdout, table.stderr
+    plain = run_python(*words, "--json", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert json.loads(plain.stdout)["predictions"][0]["input"] == words[-1]

@@ -62,7 +62,7 @@ def command(
             "provider": runner.provider,
             "predictions": rows,
         }
-        typer.echo(encoder.dumps(plain, indent=2, ensure_ascii=False))
+        typer.echo(encoder.dumps(plain, indent=2))
     else:
         _print(names, predictions, top)
 
