@@ -1,5 +1,6 @@
 """A whole training run: plan it, run it, resume it."""
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from mdpd_deploy.train.loop import train
 from mdpd_deploy.train.memory_table import MemoryRow, forecast_methods
 from mdpd_deploy.train.progress import ProgressBar
 from mdpd_deploy.train.setup import Setup, default_out, prepare, process_state
+from mdpd_deploy.train.stopping import stop_requests
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -186,12 +190,18 @@ def _is_ours(folder: Path) -> bool:
 
 def _go(setup: Setup, out: Path, *, quiet: bool) -> Run:
     main = setup.state.is_main_process
-    with ProgressBar(setup.steps, enabled=main and not quiet) as bar:
-        for note in setup.data.notes:
-            bar.say(note)
-        progress = train(setup, out, bar)
-    setup.state.wait_for_everyone()
-    run = finish(setup, out, progress, _forecast(setup))
+    try:
+        with stop_requests() as stop:
+            with ProgressBar(setup.steps, enabled=main and not quiet) as bar, stop.waiting():
+                for note in setup.data.notes if main else ():
+                    _LOGGER.info(note) if quiet else bar.say(note)
+                progress = train(setup, out, bar, stop)
+            setup.state.wait_for_everyone()
+            run = finish(setup, out, progress, _forecast(setup))
+    except (KeyboardInterrupt, SystemExit):
+        if main:
+            _LOGGER.info("stopped: `mdpd train --resume %s` goes on from its last checkpoint", out)
+        raise
     setup.state.wait_for_everyone()
     return run
 

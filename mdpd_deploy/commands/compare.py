@@ -300,8 +300,8 @@ def _ended_by_sigterm() -> Iterator[None]:
     import signal
     import threading
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
