@@ -370,3 +370,32 @@ def test_predictions_are_printed_on_any_terminal(tiny_text_bundle, tmp_path, run
     assert table.returncode == 0 and r"caf\xe9" in table.stdout, table.stderr
     plain = run_python(*words, "--json", cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert json.loads(plain.stdout)["predictions"][0]["input"] == words[-1]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["${oc.env:SECRET}", "${oc.env:NONE,${oc.env:SECRET}}", "a${${train.how}:SECRET}",
+     "${ oc.env : SECRET }", "${oc.decode:'[1]'}", "[1, {a: '${oc.env:SECRET}'}]"],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["out: {}", "data: {}", "data:\n  labels: [{}]"])
+def test_a_config_reads_nothing_from_its_surroundings(value, place, tmp_path, monkeypatch, capsys):
+    """A stranger's file must not bring a secret of ours into config.yaml, report or messages."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    quoted = value if value[0] == "[" else json.dumps(value)
+    (tmp_path / "c.yaml").write_text(place.format(quoted) + "\n")
+    words = ["train", str(tmp_path / "c.yaml"), "--set", "data.limit=5", "--dry-run"]
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert "c.yaml" in err and "asks for more than another option" in err
+    assert len(err.splitlines()) == 1 and "hunter2" not in out + err
+
+
+def test_an_option_may_still_refer_to_another(tmp_path):
+    from mdpd_deploy.config import load_config
+
+    (tmp_path / "c.yaml").write_text("train: {batch: 4, eval_batch: '${.batch}'}\n")
+    assert load_config(tmp_path / "c.yaml").train.eval_batch == 4
+    assigned = ["train.batch=4", "train.eval_batch=${train.batch}"]
+    assert load_config(sets=assigned).train.eval_batch == 4
+    with pytest.raises(UserError, match=r"^--set: .*asks for more than another option"):
+        load_config(sets=["out=${oc.env:HOME}"])
