@@ -21,6 +21,7 @@ from mdpd_deploy.commands.study_plan import (
     shared_config,
     stored_plan,
 )
+from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import MdpdError, UserError
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def command(
         raise typer.Exit(1)
 
 
+@torch_defaults()
 def compare(
     config: Path | str | Config | None = None,
     *,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
+from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def command(
         )
 
 
+@torch_defaults()
 def export_run(
     run: str | Path | None = None,
     *,
@@ -357,6 +359,7 @@ def _timer(
     return time_graphs
 
 
+@torch_defaults()
 def export_runs(
     runs: Sequence[Path | str],
     *,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdpd_deploy.commands import options
+from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def command(
         _print_run(run, as_json=json)
 
 
+@torch_defaults()
 def fit(
     config: Path | str | Config | None = None,
     *,
@@ -140,6 +142,7 @@ def fit(
     return fit_run(checked, overwrite=overwrite, quiet=quiet)
 
 
+@torch_defaults()
 def plan(
     config: Path | str | Config | None = None,
     *,
@@ -155,7 +158,7 @@ def plan(
         set: Assignments.
         **flags: The words of `mdpd train`.
     """
-    checked = build_config(config, set, flags)
+    checked = build_config(config, set, flags)  # before torch, as above
     from mdpd_deploy.train import make_plan
 
     return make_plan(checked, all_methods=all_methods)
