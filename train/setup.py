@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from mdpd_deploy.backbones import Backbone, load_backbone
+from mdpd_deploy.backbones import Backbone, check_backbone, load_backbone
 from mdpd_deploy.config import Config, DataConfig
 from mdpd_deploy.data import TaskData, check_images, load_task
 from mdpd_deploy.errors import UserError
@@ -60,6 +60,7 @@ def prepare(config: Config) -> Setup:
         UserError: For anything the user gave that cannot work.
     """
     check_trackers(config.track.to)
+    check_backbone(config.backbone)
     state = process_state(config.train.device)
     data = load_task(config.task, config.data, seed=config.train.seed)
     if data.modality == "image":

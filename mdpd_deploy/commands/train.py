@@ -136,7 +136,7 @@ def fit(
         from mdpd_deploy.train import resume_run
 
         return resume_run(Path(resume), quiet=quiet)
-    checked = build_config(config, set, flags)  # before torch: a typing mistake is answered at once
+    checked = _named(config, set, flags)  # before torch: a typing mistake is answered at once
     from mdpd_deploy.train import fit_run
 
     return fit_run(checked, overwrite=overwrite, quiet=quiet)
@@ -158,10 +158,21 @@ def plan(
         set: Assignments.
         **flags: The words of `mdpd train`.
     """
-    checked = build_config(config, set, flags)  # before torch, as above
+    checked = _named(config, set, flags)  # before torch, as above
     from mdpd_deploy.train import make_plan
 
     return make_plan(checked, all_methods=all_methods)
+
+
+def _named(
+    config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]
+) -> Config:
+    """Return `build_config` of one training, whose every name is known."""
+    from mdpd_deploy.names import check_names
+
+    checked = build_config(config, sets, flags)
+    check_names(checked)
+    return checked
 
 
 def build_config(

@@ -28,6 +28,7 @@ __all__ = [
     "Text",
     "check_images",
     "data_fingerprint",
+    "find_reader",
     "load_evaluation",
     "load_task",
     "readable",
