@@ -63,6 +63,16 @@ _QUIET = {
 INTERRUPTED = 130
 _ENDED = {INTERRUPTED: "interrupted", 143: "terminated"}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MACHINE = {  # what fails in the machine and not in us, and the mend
+    errno.EMFILE: "Raise the limit on open files (`ulimit -n`)",
+    errno.ENFILE: "Close other programs",
+    errno.EAGAIN: "Close other programs or raise the limit on processes (`ulimit -u`)",
+    errno.EIO: "Check the disk or the connection to it",
+    errno.ESTALE: "Check the connection to the disk",
+    errno.EACCES: "Check who may use it",
+    errno.EPERM: "Check who may use it",
+    errno.EROFS: "Choose another place",
+}
 _ERROR_LINES = 12
 
 
@@ -211,6 +221,9 @@ def _explain(err: Exception) -> tuple[int, str]:
     if isinstance(err, OSError) and err.errno in _DISK_FULL:
         where = f" {err.filename}" if err.filename else ""
         return 1, f"error: could not write{where}: {err.strerror}. Free some space and try again."
+    if isinstance(err, OSError) and err.errno in _MACHINE:
+        where = f"could not use {err.filename}" if err.filename else "the system refused"
+        return 1, f"error: {where}: {err.strerror}. {_MACHINE[err.errno]} and try again."
     if _is_out_of_memory(err):
         return (
             1,

@@ -399,3 +399,19 @@ def test_an_option_may_still_refer_to_another(tmp_path):
     assert load_config(sets=assigned).train.eval_batch == 4
     with pytest.raises(UserError, match=r"^--set: .*asks for more than another option"):
         load_config(sets=["out=${oc.env:HOME}"])
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [("EMFILE", "ulimit -n"), ("EIO", "Check the disk"), ("EAGAIN", "ulimit -u")],
+)
+def test_what_fails_in_the_machine_is_no_bug_of_ours(verb, capsys, number, mend):
+    def fail():
+        code = getattr(errno, number)
+        raise OSError(code, "it is so", "/x/y" if number != "EAGAIN" else None)
+
+    verb(fail)
+    assert cli.main(["trial"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    start = "the system refused" if number == "EAGAIN" else "could not use /x/y"
+    assert said.startswith(f"error: {start}: it is so. ") and mend in said
