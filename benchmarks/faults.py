@@ -4,9 +4,9 @@
     python benchmarks/faults.py --every 5       # every fifth
 
 A tiny vision transformer is trained for two steps, exported and signed. Each verb is first run to
-count its calls below a folder of its own: opening (EMFILE), writing (the file is `/dev/full`:
-ENOSPC), fsync (EIO), renaming (EIO), making a folder (ENOSPC), forking (EAGAIN). Then it is run
-again and again with the n-th of them failing. Allowed is exit code 1 or 2 with one sentence and
+count its calls below a folder of its own: opening (EMFILE), writing (ENOSPC, also of tensors),
+fsync (EIO), renaming (EIO), making a folder (ENOSPC), forking (EAGAIN). Then it is run again and
+again with the n-th of them failing; no device or file outside of that folder is touched. Allowed is exit code 1 or 2 with one sentence and
 nothing half-written, after which the same command succeeds; or success, with a sound result.
 """
 
@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from safetensors import SafetensorError
 
 from mdpd_deploy.cli import main as mdpd
 
@@ -79,7 +81,7 @@ class Faults:
         def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
             self.fail("open", file)
             if set(mode) & set("wax+") and self.due("write", file):
-                file, mode = "/dev/full", mode.replace("x", "w")
+                return _stream_on_full_disk(file, mode)
             return opened(file, mode, *args, **kwargs)
 
         def os_open(path: Any, *args: Any, **kwargs: Any) -> int:
@@ -87,10 +89,10 @@ class Faults:
             return os_opened(path, *args, **kwargs)
 
         def serialise(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> None:
-            place = "/dev/full" if self.due("tensors", filename) else filename
-            if place != filename:
-                Path(filename).write_bytes(b"half")  # as a disk that fills up leaves it
-            serialised(tensors, place, *args, **kwargs)
+            if self.due("tensors", filename):
+                Path(filename).write_bytes(b"half")  # as a disk that fills up may leave it
+                raise SafetensorError("I/O error: No space left on device (os error 28)")
+            serialised(tensors, filename, *args, **kwargs)
 
         def before(kind: str, function: Any) -> Any:
             def called(*args: Any, **kwargs: Any) -> Any:
@@ -112,6 +114,19 @@ class Faults:
                 stack.enter_context(patch.object(owner, name, made))
             stack.enter_context(patch.object(tempfile, "tempdir", str(self.root / "tmp")))
             yield
+
+
+class _FullDisk(io.FileIO):
+    """A file that can be made and not written to."""
+
+    def write(self, data: Any, /) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _stream_on_full_disk(file: Any, mode: str) -> Any:
+    """Return what `open` would; its buffer fails when it is flushed or closed."""
+    buffer = io.BufferedWriter(_FullDisk(file, mode.replace("b", "").replace("t", "").strip("+")))
+    return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding="utf-8")
 
 
 def _serialiser() -> Any:
