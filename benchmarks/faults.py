@@ -30,6 +30,7 @@ from unittest.mock import patch
 from safetensors import SafetensorError
 
 from mdpd_deploy.cli import main as mdpd
+from mdpd_deploy.errors import MdpdError
 
 KINDS = {
     "open": errno.EMFILE, "write": errno.ENOSPC, "tensors": errno.ENOSPC, "fsync": errno.EIO,
@@ -220,7 +221,7 @@ def train_trial(backbone: Path, pictures: Path) -> Trial:
 def export_trial(run: Path) -> Trial:
     """A bundle with every gate."""
     words = ("export", str(run), "--out", "{out}")
-    return Trial("export", words, lambda out: words, _bundle_trouble, _anything)
+    return Trial("export", words, lambda out: (*words, "--overwrite"), _bundle_trouble, _half)
 
 
 def sign_trial(bundle: Path, key: Path) -> Trial:
@@ -247,8 +248,12 @@ def _bundle_trouble(bundle: Path) -> str | None:
     return None
 
 
-def _anything(out: Path) -> str | None:
-    return "a bundle" if out.exists() else None
+def _half(out: Path) -> str | None:
+    """A whole bundle may be there: where what follows its last rename has failed."""
+    try:
+        return _bundle_trouble(out) if out.exists() else None
+    except MdpdError as err:
+        return str(err)
 
 
 # --- the table -----------------------------------------------------------------------------------
