@@ -185,7 +185,8 @@ def page(tables: Sequence[Setting], words: Sequence[str]) -> str:
         "bf16 is `train.precision=bf16`: frozen weights held in bf16, trained ones in float32 "
         "under autocast. `side:NAME` keeps its side "
         "network at inference. r divides a side network's width; DTL and methods without a side "
-        "network have none. `mdpd train --dry-run` prints this table for your backbone and data."
+        "network have none. `mdpd train --dry-run --all-methods` prints this table for your "
+        "backbone and data."
     )
     parts = ["# Training memory, method by method", how, summary(*tables[:2]), words_of_tables]
     for setting in tables:

@@ -6,6 +6,7 @@ defaults below.
 """
 
 import hashlib
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -23,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from mdpd_deploy.errors import UserError
+from mdpd_deploy.errors import UserError, printable
 from mdpd_deploy.unicode import is_encoding, require_unicode
 
 SIDE_ALIASES = {"dtl": "dtlv1"}
@@ -295,8 +296,11 @@ def load_config(
             loaded = OmegaConf.load(file)
             if not isinstance(loaded, DictConfig):
                 raise UserError(f"{file} must hold `name: value` lines.")
+            _refuse_resolvers(OmegaConf.to_container(loaded), file)  # a merge may resolve
             merged = OmegaConf.merge(merged, loaded)
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(sets or []))
+        assigned = OmegaConf.from_dotlist(sets or [])
+        _refuse_resolvers(OmegaConf.to_container(assigned), "--set")
+        merged = OmegaConf.merge(merged, assigned)
         plain = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise UserError(f"the config file {file} does not exist.") from None
@@ -312,6 +316,28 @@ def load_config(
         if value is not None:
             _put(plain, name.split("."), value)
     return check_config(plain)
+
+
+_REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")  # ${train.batch}: another option of the file
+
+
+def _refuse_resolvers(value: object, where: Path | str) -> None:
+    """Refuse `${oc.env:NAME}` and all that reads or computes: a config may come from a stranger.
+
+    What a variable holds would go into the run's config.yaml, its report and messages.
+    """
+    if isinstance(value, dict):
+        for item in value.values():
+            _refuse_resolvers(item, where)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_resolvers(item, where)
+    elif isinstance(value, str) and "${" in _REFERENCE.sub("", value):
+        raise UserError(
+            f"{where}: {printable(value)[:80]!r} asks for more than another option, and "
+            "a config reads nothing from its surroundings: write the value itself, or give it by "
+            "--set or a flag."
+        )
 
 
 def _put(plain: dict[Any, Any], path: list[str], value: Any) -> None:

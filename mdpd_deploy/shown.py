@@ -4,8 +4,6 @@ An escape sequence in them would drive the terminal, and a mark that turns the d
 would show another word than the one that is there.
 """
 
-import json
-from typing import Any
 from unicodedata import category
 
 _KEPT = frozenset("\n\u200c\u200d")  # both joiners are part of Persian words and of emoji
@@ -14,12 +12,6 @@ _KEPT = frozenset("\n\u200c\u200d")  # both joiners are part of Persian words an
 def shown(text: str) -> str:
     """Return a text with all that is not visible spelt out, e.g. `\\x1b`; lines stay lines."""
     return "".join(c if _is_harmless(c) else ascii(c)[1:-1] for c in text)
-
-
-def to_json(plain: Any) -> str:
-    """Return indented JSON for a terminal: letters as they are, what is not visible escaped."""
-    text = json.dumps(plain, indent=2, ensure_ascii=False)
-    return "".join(c if _is_harmless(c) else json.dumps(c)[1:-1] for c in text)
 
 
 def _is_harmless(character: str) -> bool:

@@ -26,6 +26,7 @@ from mdpd_deploy.tasks.metrics import Values, compute, majority
 from mdpd_deploy.train.cautions import result_cautions
 from mdpd_deploy.train.checkpoint import Progress, load_best
 from mdpd_deploy.train.evaluate import Outputs, run_over
+from mdpd_deploy.train.loop import require_folder
 from mdpd_deploy.train.predictions import Predictions, pick_samples
 from mdpd_deploy.train.report import write_report
 from mdpd_deploy.train.setup import Setup
@@ -40,6 +41,8 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
         progress: From `train`.
         forecast: `memory.forecast_bytes` and its parts.
     """
+    if setup.state.is_main_process:
+        require_folder(out)
     if setup.config.train.keep == "best":
         load_best(out / "checkpoints", setup.method)
     if setup.state.is_main_process:
@@ -73,6 +76,7 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
     )
     summary["status"] = "completed"
     if setup.state.is_main_process:
+        require_folder(out)
         report(setup, out, summary, outputs["validation"], side.get("validation"))
         write_json(out / "summary.json", summary)
     return run

@@ -1,5 +1,6 @@
 """A whole training run: plan it, run it, resume it."""
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from mdpd_deploy.train.loop import train
 from mdpd_deploy.train.memory_table import MemoryRow, forecast_methods
 from mdpd_deploy.train.progress import ProgressBar
 from mdpd_deploy.train.setup import Setup, default_out, prepare, process_state, with_resize
+from mdpd_deploy.train.stopping import stop_requests
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Plan:
     Attributes:
         sees: What the backbone makes of an input, e.g. `pictures of 32 × 32 pixels`.
         licence: Of its weights.
-        memory_table: What every method would need in this run's place, this one's included.
+        memory_table: What every method would need in this run's place, this one's included; empty
+            unless it was asked for.
         tokens: How long the texts of each split are, and how many are cut; empty for images.
         text_length: Tokens of the batch that the forecasts are for; None for images.
     """
@@ -64,16 +69,21 @@ class Plan:
         return {**asdict(self), "inventory": self.inventory.to_dict()}
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, *, all_methods: bool = False) -> Plan:
     """Read the data and build the model, forecast the memory, and stop there.
+
+    Args:
+        config: The run.
+        all_methods: Forecast every other method in its place too; that takes a second or more each.
 
     Raises:
         UserError: For anything in the config or the data that cannot work.
     """
-    return _plan(prepare(with_resize(config)))
+    setup = prepare(with_resize(config))
+    return _plan(setup, _every_method(setup) if all_methods else ())
 
 
-def _plan(setup: Setup) -> Plan:
+def _plan(setup: Setup, memory_table: tuple[MemoryRow, ...]) -> Plan:
     config, method = setup.config, setup.method
     memory = _forecast(setup)
     groups = method.parameter_counts
@@ -99,17 +109,22 @@ def _plan(setup: Setup) -> Plan:
         },
         forecast_bytes=memory["forecast_bytes"],
         forecast_parts=memory["forecast_parts"],
-        memory_table=forecast_methods(
-            entry_configs(config, [entry.label for entry in default_entries()]),
-            outputs=setup.data.outputs,
-            kind=setup.data.kind,
-            text_length=setup.text_length,
-        ),
+        memory_table=memory_table,
         tokens=setup.lengths,
         text_length=setup.text_length,
         device=str(setup.state.device),
         notes=setup.notes,
         inventory=setup.data.inventory,
+    )
+
+
+def _every_method(setup: Setup) -> tuple[MemoryRow, ...]:
+    labels = [entry.label for entry in default_entries()]
+    return forecast_methods(
+        entry_configs(setup.config, labels),
+        outputs=setup.data.outputs,
+        kind=setup.data.kind,
+        text_length=setup.text_length,
     )
 
 
@@ -199,16 +214,22 @@ def _is_ours(folder: Path) -> bool:
 
 def _go(setup: Setup, out: Path, *, quiet: bool) -> Run:
     main = setup.state.is_main_process
-    with ProgressBar(setup.steps, enabled=main and not quiet) as bar:
-        for line in (setup.card.words, *setup.notes):
-            bar.say(line)
-        if setup.data.inventory.line:
-            bar.say(setup.data.inventory.line)
-        progress = train(setup, out, bar)
-    setup.state.wait_for_everyone()
-    run = finish(setup, out, progress, _forecast(setup))
-    for note in run.summary["notes"][len(setup.data.notes) :]:
-        bar.say(note)
+    try:
+        with stop_requests() as stop:
+            with ProgressBar(setup.steps, enabled=main and not quiet) as bar, stop.waiting():
+                say = _LOGGER.info if quiet else bar.say
+                for line in (setup.card.words, *setup.notes, setup.data.inventory.line):
+                    if main and line:
+                        say(line)
+                progress = train(setup, out, bar, stop)
+            setup.state.wait_for_everyone()
+            run = finish(setup, out, progress, _forecast(setup))
+    except (KeyboardInterrupt, SystemExit):
+        if main:
+            _LOGGER.info("stopped: `mdpd train --resume %s` goes on from its last checkpoint", out)
+        raise
+    for note in run.summary["notes"][len(setup.notes) :] if main else ():
+        say(note)
     setup.state.wait_for_everyone()
     return run
 

@@ -1,5 +1,6 @@
 """The memory forecast of many methods side by side, at one backbone, batch and precision."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,3 +47,7 @@ def _row(name: str, config: Config, outputs: int, kind: str, text_length: int | 
         return MemoryRow(name, need, papers=paper_figure(name, config))
     except UserError as err:
         return MemoryRow(name, None, str(err))
+    except Exception as err:  # a bug in one method must not hide the rows of the others
+        logging.getLogger(__name__).debug("the forecast of %s failed", name, exc_info=True)
+        reason = (str(err).splitlines() or [""])[0][:300]
+        return MemoryRow(name, None, f"internal error: {type(err).__name__}: {reason}")

@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from mdpd_deploy.backbones import Backbone, Card, card_of, load_backbone
+from mdpd_deploy.backbones import Backbone, Card, card_of, check_backbone, load_backbone
 from mdpd_deploy.config import Config, DataConfig
 from mdpd_deploy.data import TaskData, check_images, default_resize, load_task
 from mdpd_deploy.data.cautions import data_cautions
@@ -83,6 +83,7 @@ def prepare(config: Config) -> Setup:
         UserError: For anything the user gave that cannot work.
     """
     check_trackers(config.track.to)
+    check_backbone(config.backbone)
     state = process_state(config.train.device)
     data = load_task(config.task, config.data, seed=config.train.seed)
     if data.modality == "image":

@@ -7,7 +7,7 @@ that registers its `Family`, and one line in `load.py`.
 from mdpd_deploy.backbones.base import Backbone, BackboneSource, Inputs, weights_sha256
 from mdpd_deploy.backbones.card import Card, card_of
 from mdpd_deploy.backbones.family import BACKBONES, Family, LoadRequest
-from mdpd_deploy.backbones.load import load_backbone
+from mdpd_deploy.backbones.load import check_backbone, load_backbone
 
 __all__ = [
     "BACKBONES",
@@ -18,6 +18,7 @@ __all__ = [
     "Inputs",
     "LoadRequest",
     "card_of",
+    "check_backbone",
     "load_backbone",
     "weights_sha256",
 ]

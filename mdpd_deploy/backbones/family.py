@@ -45,6 +45,10 @@ class Family(ABC):
     def matches(cls, config: BackboneConfig) -> bool:
         """Tell whether `config.name` means this family; reads at most a folder's config.json."""
 
+    @classmethod  # noqa: B027  # some know only when they load
+    def check(cls, config: BackboneConfig) -> None:
+        """Refuse a name that cannot be loaded, as far as that is known without reading weights."""
+
     @classmethod
     @abstractmethod
     def load(cls, request: LoadRequest) -> tuple[Backbone, str | None]:

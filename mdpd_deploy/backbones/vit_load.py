@@ -55,6 +55,10 @@ class VitFamily(Family):
         )
 
     @classmethod
+    def check(cls, config: BackboneConfig) -> None:
+        _plan(config)
+
+    @classmethod
     def load(cls, request: LoadRequest) -> tuple[Backbone, str | None]:
         config = request.config
         plan = _plan(config)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdpd_deploy.commands.options import split_numbers, split_words
+from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def command(
     console.print(f"report and chart: {folder}")
 
 
+@torch_defaults()
 def bench_latency(
     run_or_bundle: str | Path | None = None,
     *,

@@ -21,6 +21,7 @@ from mdpd_deploy.commands.study_plan import (
     shared_config,
     stored_plan,
 )
+from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import MdpdError, UserError
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def command(
         raise typer.Exit(1)
 
 
+@torch_defaults()
 def compare(
     config: Path | str | Config | None = None,
     *,
@@ -300,8 +302,8 @@ def _ended_by_sigterm() -> Iterator[None]:
     import signal
     import threading
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def bundle_splits(bundle: Bundle, asked: Task, data: str | None) -> dict[str, Sp
     )
 
 
+@torch_defaults()
 def evaluate_run(path: Path | None, data: str | None, *, batch: int, device: str) -> Evaluation:
     """Measure a run with PyTorch: the deployed model and, for MDPD, its side network.
 

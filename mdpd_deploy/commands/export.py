@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
+from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ def command(
         )
 
 
+@torch_defaults()
 def export_run(
     run: str | Path | None = None,
     *,
@@ -358,6 +360,7 @@ def _timer(
     return time_graphs
 
 
+@torch_defaults()
 def export_runs(
     runs: Sequence[Path | str],
     *,

@@ -50,7 +50,7 @@ def command(
     runner = opened.runner(place, runtime=runtime)
     predictions = opened.predict(raws, batch, runner=runner, task=asked.name)
     if json:
-        from mdpd_deploy.shown import to_json
+        import json as encoder
 
         rows = [
             {"input": name, **prediction.to_json(top)}
@@ -62,7 +62,7 @@ def command(
             "provider": runner.provider,
             "predictions": rows,
         }
-        typer.echo(to_json(plain))
+        typer.echo(encoder.dumps(plain, indent=2))
     else:
         _print(names, predictions, top)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdpd_deploy.commands import options
+from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,9 +63,11 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Print the plan and every method's memory forecast; no training."
-        ),
+        typer.Option("--dry-run", help="Print the plan and its memory forecast; no training."),
+    ] = False,
+    all_methods: Annotated[
+        bool,
+        typer.Option("--all-methods", help="With --dry-run: forecast every other method too."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
@@ -90,13 +93,17 @@ def command(
     if dry_run:
         if resume is not None:
             raise UserError("--dry-run plans a new run: leave --resume out.")
-        _print_plan(plan(config, set=set_ or (), **flags), as_json=json)
+        made = plan(config, all_methods=all_methods, set=set_ or (), **flags)
+        _print_plan(made, as_json=json)
         return
+    if all_methods:
+        raise UserError("--all-methods is a table of --dry-run: add that, or leave it out.")
     run = fit(config, set=set_ or (), resume=resume, overwrite=overwrite, quiet=json, **flags)
     if _is_main_process():
         _print_run(run, as_json=json)
 
 
+@torch_defaults()
 def fit(
     config: Path | str | Config | None = None,
     *,
@@ -136,19 +143,43 @@ def fit(
         from mdpd_deploy.train import resume_run
 
         return resume_run(Path(resume), quiet=quiet)
-    checked = build_config(config, set, flags)  # before torch: a typing mistake is answered at once
+    checked = _named(config, set, flags)  # before torch: a typing mistake is answered at once
     from mdpd_deploy.train import fit_run
 
     return fit_run(checked, overwrite=overwrite, quiet=quiet)
 
 
+@torch_defaults()
 def plan(
-    config: Path | str | Config | None = None, *, set: Sequence[str] = (), **flags: Any
+    config: Path | str | Config | None = None,
+    *,
+    all_methods: bool = False,
+    set: Sequence[str] = (),
+    **flags: Any,
 ) -> Plan:
-    """Return what `fit` with the same words would do, memory forecast included."""
+    """Return what `fit` with the same words would do, memory forecast included.
+
+    Args:
+        config: As for `fit`, and so are `set` and `flags`.
+        all_methods: Forecast every other method in its place too.
+        set: Assignments.
+        **flags: The words of `mdpd train`.
+    """
+    checked = _named(config, set, flags)  # before torch, as above
     from mdpd_deploy.train import make_plan
 
-    return make_plan(build_config(config, set, flags))
+    return make_plan(checked, all_methods=all_methods)
+
+
+def _named(
+    config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]
+) -> Config:
+    """Return `build_config` of one training, whose every name is known."""
+    from mdpd_deploy.names import check_names
+
+    checked = build_config(config, sets, flags)
+    check_names(checked)
+    return checked
 
 
 def build_config(
@@ -347,8 +378,11 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
         table.add_row("data", plan.inventory.line)
     console = Console()
     console.print(table)
-    own = plan.method + (f":{plan.side}" if plan.side else "")
-    print_memory(console, plan.memory_table, "in this run's place", own=own)
+    if plan.memory_table:
+        own = plan.method + (f":{plan.side}" if plan.side else "")
+        print_memory(console, plan.memory_table, "in this run's place", own=own)
+    else:
+        console.print("Add --all-methods to see what every other method would need.")
 
 
 def print_memory(

@@ -29,6 +29,7 @@ __all__ = [
     "check_images",
     "data_fingerprint",
     "default_resize",
+    "find_reader",
     "load_evaluation",
     "load_task",
     "readable",
