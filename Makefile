@@ -17,12 +17,19 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST_ARGS ?= -n 2 --dist loadscope
 
-.PHONY: help demo test lint types tests clean
+# What a release is looked at with; an environment of its own keeps these out of the project's.
+TOOLS := build/tools
+TOOL_PACKAGES := cyclonedx-bom==7.5.0 pip-audit==2.10.1
+SBOM := dist/sbom.cdx.json
+
+.PHONY: help demo test lint types tests audit sbom clean
 
 help:
 	@echo "make demo   set up and run the main job on the embedded example (minutes)"
 	@echo "make test   set up and run every check: lint, types, tests"
 	@echo "make lint | types | tests   one of them"
+	@echo "make audit  look every pinned version up in the database of known holes (needs the network)"
+	@echo "make sbom   write the bill of materials of this environment to $(SBOM)"
 	@echo "make clean  remove the environment and everything that was built"
 
 demo: $(VENV)/.ready-demo
@@ -41,6 +48,22 @@ types: $(VENV)/.ready-dev
 
 tests: $(VENV)/.ready-dev
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# --strict: a package that could not be looked up fails the audit, it does not pass it.
+audit: $(TOOLS)/.ready
+	$(TOOLS)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict \
+		--progress-spinner off
+
+sbom: $(TOOLS)/.ready $(VENV)/.ready-demo
+	@mkdir -p $(dir $(SBOM))
+	$(TOOLS)/bin/cyclonedx-py environment $(VENV) --pyproject pyproject.toml \
+		--output-reproducible --output-file $(SBOM)
+	@sed -i 's#file://[^"]*#.#' $(SBOM)  # where the project lies on this machine is nobody's business
+
+$(TOOLS)/.ready: Makefile | $(VENV)/.made
+	$(BIN)/python -m venv --clear $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --no-input $(TOOL_PACKAGES)
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

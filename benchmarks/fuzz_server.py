@@ -3,12 +3,14 @@
     python benchmarks/fuzz_server.py runs/A/bundles/onnx-fp32 … --requests 10000 --out fuzz.json
 
 Half of the requests are sound ones with a few bytes or values changed, so that they get far; the
-rest is made up. Every answer must be a 2xx, a 4xx or, by design, a 503 or 504; the process must stay
-the same, within its memory, and answer sound requests at the end.
+rest is made up, or large on purpose: JPEGs of many scans, 16-bit pictures and texts up to the limits
+and beyond, numbers of hundreds of digits. Every answer must be a 2xx, a 4xx or, by design, a 503 or
+504; the process must stay the same, within its memory, and answer sound requests at the end.
 """
 
 import argparse
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -27,14 +29,23 @@ from PIL import Image
 from served import Client, start
 
 ALLOWED = {*range(200, 500), 503, 504}
-SLOW_S = 30.0  # no answer in this time counts as a hang
+# What a page of another site makes a browser send; every fiftieth request has one of these.
+FOREIGN = (
+    {"Host": "a.stranger"},
+    {"Origin": "http://a.stranger"},
+    {"Content-Type": "text/plain"},
+    {"Content-Type": "multipart/form-data"},
+)
+BUFFERED = 200_000  # bytes of a body that a client can send before anybody reads them
+SLOW_S = 60.0  # no answer in this time counts as a hang
 
+HUGE = st.integers(1, 400).map(lambda digits: 10**digits) | st.integers(-(10**400), 10**400)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    st.none() | st.booleans() | st.integers() | HUGE | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=10), inner, max_size=5),
     max_leaves=25,
 )  # fmt: skip
-SIZES = st.integers(-3, 40) | st.sampled_from([0, -1, 10**9, 2**63, 10**30])
+SIZES = st.integers(-3, 40) | st.sampled_from([0, -1, 10**9, 2**63, 10**30]) | HUGE
 
 
 def sound_tensors(model: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -86,6 +97,41 @@ def bomb(edge: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
 
 
+def many_scans(count: int, edge: int) -> bytes:
+    """A sound progressive JPEG of edge² pixels whose last scan comes again and again."""
+    stream = io.BytesIO()
+    Image.new("RGB", (edge, edge), (10, 200, 90)).save(stream, "JPEG", progressive=True)
+    raw = stream.getvalue()
+    scan = raw[raw.rindex(b"\xff\xda") : -2]
+    return raw[:-2] + scan * (count - raw.count(b"\xff\xda")) + b"\xff\xd9"
+
+
+def sixteen_bits(edge: int) -> bytes:
+    """A PNG of edge² grey pixels of 16 bits, which take a thousandth of that as a file."""
+    stream = io.BytesIO()
+    Image.new("I;16", (edge, edge), 25_700).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def large_picture(draw) -> bytes:
+    """A picture that takes much time or memory for its bytes."""
+    edge = draw(st.sampled_from([500, 1000, 2500, 5000, 6000]))
+    if draw(st.booleans()):
+        return sixteen_bits(edge)
+    if draw(st.booleans()):
+        return bomb(draw(st.sampled_from([6_000, 13_000, 60_000])))
+    return many_scans(draw(st.sampled_from([20, 100, 101, 20_000])), edge)
+
+
+def large_texts(draw) -> list:
+    """Texts, or pairs, of up to the size that one may have, or all may have together, or more."""
+    text = draw(st.sampled_from(["the film ", " ", "a", ".", "电影", "\u0301", "x" * 99 + " "]))
+    size = draw(st.sampled_from([3_000, 30_000, 99_999, 100_000, 100_001]))
+    one = (text * size).encode()[:size].decode(errors="ignore")
+    count = draw(st.sampled_from([1, 2, 9, 10, 32]))
+    return [one if draw(st.booleans()) else [one, one]] * count
+
+
 @st.composite
 def requests(draw, models: list[dict], plain: list[dict]) -> tuple[str, bytes, dict[str, str]]:
     """One request: path, body, headers."""
@@ -99,16 +145,18 @@ def requests(draw, models: list[dict], plain: list[dict]) -> tuple[str, bytes, d
         model = draw(st.sampled_from(plain))
         task = draw(st.sampled_from(model["tasks"]))["name"]
         texts = draw(st.lists(st.text(max_size=60), max_size=4))
+        if draw(st.integers(0, 19)) == 0:
+            texts = large_texts(draw)
         body = draw(
             st.just({"inputs": texts, "task": task})
-            | st.fixed_dictionaries({"inputs": JSON}, optional={"task": JSON, "top": JSON})
+            | st.fixed_dictionaries({"inputs": JSON}, optional={"task": JSON, "top": JSON | SIZES})
         )
         return f"/v1/models/{model['name']}/predict", json.dumps(body).encode(), {}
     if kind == "picture":
         name = draw(st.sampled_from([model["name"] for model in plain]))
         body = damage(draw, picture(rng))
-        if draw(st.integers(0, 49)) == 0:
-            body = bomb(draw(st.sampled_from([6_000, 13_000, 60_000])))
+        if draw(st.integers(0, 19)) == 0:
+            body = large_picture(draw)
         return f"/v1/models/{name}/classify", body, {}
     model = draw(st.sampled_from(models))
     head, tail = protocol_body(sound_tensors(model, rng), kind == "binary")
@@ -132,6 +180,8 @@ def change(draw, head: dict) -> None:
         entry[field] = draw(value.get(field, JSON) | JSON)
     if draw(st.integers(0, 9)) == 0:
         head[draw(st.sampled_from(["id", "outputs", "parameters", "inputs"]))] = draw(JSON)
+    if draw(st.integers(0, 19)) == 0:
+        head["parameters"] = {draw(st.sampled_from(["timeout", "priority"])): draw(HUGE)}
 
 
 def damage(draw, raw: bytes) -> bytes:
@@ -144,12 +194,23 @@ def damage(draw, raw: bytes) -> bytes:
     return bytes(changed[:end]) + draw(st.just(b"") | st.binary(max_size=20))
 
 
+def of_children(process: psutil.Process) -> float:
+    """Memory of the processes that prepare inputs, together, in MB."""
+    total = 0
+    for child in process.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += child.memory_info().rss
+    return round(total / 1e6, 1)
+
+
 def fuzz(port: int, process: psutil.Process, count: int, seed: int) -> dict:
     """Send `count` requests; return what came back and what memory was used."""
     client = Client(port, SLOW_S)
     plain = client.get("/v1/models")["models"]
     models = [client.get(f"/v2/models/{model['name']}") for model in plain]
     found: dict = {"statuses": Counter(), "bad": [], "no_answer": Counter(), "slowest_s": 0.0}
+    found["hung_up"] = Counter()
+    found["rss_mb_peak_of_children"] = 0.0
     memory: list[int] = []
 
     @settings(
@@ -159,6 +220,8 @@ def fuzz(port: int, process: psutil.Process, count: int, seed: int) -> dict:
     @given(request=requests(models, plain))
     def send(request: tuple[str, bytes, dict[str, str]]) -> None:
         path, body, headers = request
+        if len(memory) % 50 == 0:
+            headers = headers | FOREIGN[len(memory) // 50 % len(FOREIGN)]
         started = time.perf_counter()
         try:
             status, _ = client.ask("POST", path, body, headers)
@@ -166,10 +229,16 @@ def fuzz(port: int, process: psutil.Process, count: int, seed: int) -> dict:
             if status not in ALLOWED and len(found["bad"]) < 20:
                 raw = base64.b64encode(body[:2000]).decode()
                 found["bad"].append({"status": status, "path": path, "body": raw})
+        except (BrokenPipeError, ConnectionResetError) as err:
+            large = len(body) > BUFFERED  # refused, and hung up on, while it was still being sent
+            found["hung_up" if large else "no_answer"][type(err).__name__] += 1
         except (OSError, http.client.HTTPException) as err:
             found["no_answer"][type(err).__name__] += 1
         found["slowest_s"] = max(found["slowest_s"], time.perf_counter() - started)
         memory.append(process.memory_info().rss)
+        found["rss_mb_peak_of_children"] = max(
+            found["rss_mb_peak_of_children"], of_children(process)
+        )
 
     from hypothesis import seed as fixed
 

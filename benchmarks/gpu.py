@@ -30,7 +30,7 @@ from memory import PRECISIONS, Setting
 
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.machine import describe
-from mdpd_deploy.serve import Plan, choose_device, rival_names
+from mdpd_deploy.serve import FEWEST_OPENINGS, Plan, choose_device, rival_names
 from mdpd_deploy.train import default_entries, entry_configs, parse_entry
 
 LIMIT_S = 1800.0  # of a row; compiling nine models takes minutes
@@ -248,6 +248,8 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
         if unknown := set(getattr(args, name)) - set(choices):
             parser.error(f"--{name}: {min(unknown)} is none of {', '.join(choices)}")
     args.methods = [parse_entry(word).label for word in args.methods]
+    if args.openings < FEWEST_OPENINGS:
+        parser.error(f"--openings {args.openings}: give at least {FEWEST_OPENINGS}")
     args.batches = [int(batch) for batch in args.batches]
     args.rivals = list(rival_names(args.rivals))
     return args

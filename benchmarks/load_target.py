@@ -22,7 +22,7 @@ from mdpd_deploy.golden import load_golden
 from mdpd_deploy.runner import TASK_ID
 
 TOLERANCE = 1e-3  # of the outputs' spread: padding and batching move float32 by far less
-_TYPES = {"float32": "FP32", "int64": "INT64"}
+DATATYPES = {"float32": "FP32", "int64": "INT64"}
 
 
 @contextlib.contextmanager
@@ -108,7 +108,7 @@ def _protocol_request(
     inputs = [
         {
             "name": key,
-            "datatype": _TYPES[str(array.dtype)],
+            "datatype": DATATYPES[str(array.dtype)],
             "shape": list(array.shape),
             "parameters": {"binary_data_size": array.nbytes},
         }

@@ -39,7 +39,7 @@ from mdpd_deploy.mixed import Swap
 from mdpd_deploy.mixed_graph import TABLE, mixed_graph
 from mdpd_deploy.runner import open_session
 from mdpd_deploy.serve.estimate import paired_ratio, percentiles_ms
-from mdpd_deploy.serve.latency import CellTimes, Plan, join, measure
+from mdpd_deploy.serve.latency import FEWEST_OPENINGS, CellTimes, Plan, join, measure
 
 SPIN = {"session.force_spinning_stop": "1"}  # else idle sessions take the others' processor
 CLOCKS = {"wall": time.perf_counter_ns, "cpu": time.process_time_ns}
@@ -412,6 +412,8 @@ def main() -> None:
                         help="cpu: this process's own time, for a machine that others use too")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("many-tasks"))
     args = parser.parse_args()
+    if args.openings < FEWEST_OPENINGS:
+        parser.error(f"--openings {args.openings}: give at least {FEWEST_OPENINGS}")
     args.out.mkdir(parents=True, exist_ok=True)
     for path in args.bundles:
         bundle = load_bundle(path)

@@ -185,7 +185,8 @@ def page(tables: Sequence[Setting], words: Sequence[str]) -> str:
         "bf16 is `train.precision=bf16`: frozen weights held in bf16, trained ones in float32 "
         "under autocast. `side:NAME` keeps its side "
         "network at inference. r divides a side network's width; DTL and methods without a side "
-        "network have none. `mdpd train --dry-run` prints this table for your backbone and data."
+        "network have none. `mdpd train --dry-run --all-methods` prints this table for your "
+        "backbone and data."
     )
     parts = ["# Training memory, method by method", how, summary(*tables[:2]), words_of_tables]
     for setting in tables:
@@ -193,7 +194,8 @@ def page(tables: Sequence[Setting], words: Sequence[str]) -> str:
         if setting in tables[:2]:
             parts.append(
                 "The papers measured on CUDA, each in a harness of its own; on BitFit they differ "
-                "from one another. Compare within a column."
+                "from one another. Compare within a column. Our UniPT and SHERL are not of the sizes "
+                "that MDPD's paper has (5.19 and 5.08 M): its versions of them for ViT are unreleased."
             )
         else:
             parts.append(without_dropout(setting))

@@ -3,7 +3,8 @@
     python benchmarks/serve_load.py BUNDLE --engines local,ray --out docs/results/serve-load
     python benchmarks/serve_load.py BUNDLE --soak-minutes 30 --share 0.8 --out soak
 
-Three parts: *overhead*, one request at a time against ONNX Runtime called in this process, in turn;
+Three parts: *overhead*, one request at a time, by clients that people use on kept connections,
+against ONNX Runtime called in this process, in turn;
 *ramp*, open-loop Poisson load at rising rates until no server carries it (see open_loop.py), the
 servers in turn at each rate; *soak*, a mix of protocol and raw requests at a share of the knee,
 watching memory. Every answer is compared with the bundle's golden vectors. The client runs on the
@@ -13,16 +14,15 @@ machine that it measures, so knees are lower than a server of its own would show
 import argparse
 import asyncio
 import contextlib
-import http.client
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
+from kept_lines import CLIENTS
 from load_chart import write_charts
 from load_target import graph_arrays, memory_bytes, plain_requests, protocol_requests, started
 from open_loop import KNEE_FACTOR, Request, apply_load, carried, find_knee, summarise
@@ -34,40 +34,50 @@ from mdpd_deploy.runner import OnnxRunner
 from mdpd_deploy.serve.estimate import paired_ratio
 
 WARM_UP = 30  # requests
+_BARE = ("bare", "")
 
 
 def measure_overhead(
-    urls: dict[str, str], bundle: Bundle, request: Request, threads: int, rounds: int
+    urls: dict[str, str],
+    clients: Sequence[str],
+    bundle: Bundle,
+    request: Request,
+    threads: int,
+    rounds: int,
 ) -> dict[str, Any]:
-    """Time a bare call and one request to each server, in turn; ms and 95 % intervals."""
+    """Time a bare call and one request by each client to each server, in turn.
+
+    Returns:
+        Times in ms with 95 % intervals, by server and by client.
+    """
     task = bundle.tasks[0]
     assert task.golden is not None
     arrays = graph_arrays(bundle, task, load_golden(task.golden).raws[:1])
     runner = OnnxRunner(bundle.path / "model.onnx", threads=threads)
-    calls = {"bare": lambda: runner(arrays)}
+    calls: dict[tuple[str, str], Any] = {_BARE: lambda: runner(arrays)}
     rng = np.random.default_rng(0)
     with contextlib.ExitStack() as stack:
         for name, url in urls.items():
-            place = urlsplit(url)
-            line = http.client.HTTPConnection(place.hostname, place.port)
-            stack.callback(line.close)
-            calls[name] = lambda line=line: _ask(line, request)
+            for client in clients:
+                calls[name, client], close = CLIENTS[client](url, request, arrays)
+                stack.callback(close)
         for call in calls.values():
             for _ in range(WARM_UP):
                 call()
-        times: dict[str, list[int]] = {name: [] for name in calls}
+        times: dict[tuple[str, str], list[int]] = {key: [] for key in calls}
+        order = list(calls)
         for _ in range(rounds):
-            for name in rng.permutation(list(calls)):
+            for place in rng.permutation(len(order)):
                 begin = time.perf_counter_ns()
-                calls[name]()
-                times[name].append(time.perf_counter_ns() - begin)
-    bare = np.array(times.pop("bare"))
+                calls[order[place]]()
+                times[order[place]].append(time.perf_counter_ns() - begin)
+    bare = np.array(times.pop(_BARE))
     found: dict[str, Any] = {"rounds": rounds, "bare_p50_ms": _ms(np.median(bare))}
-    for name, values in times.items():
+    for (name, client), values in times.items():
         taken = np.array(values)
         ratio = paired_ratio(taken, bare, seed=0)
         low, middle, high = _median_interval(taken - bare)
-        found[name] = {
+        found.setdefault(name, {})[client] = {
             "p50_ms": _ms(np.median(taken)),
             "added_ms": _ms(middle),
             "added_ci95_ms": [_ms(low), _ms(high)],
@@ -75,17 +85,6 @@ def measure_overhead(
             "ratio_ci95": [round(ratio.low, 3), round(ratio.high, 3)],
         }
     return found
-
-
-def _ask(line: http.client.HTTPConnection, request: Request) -> None:
-    line.request("POST", request.path, request.body, request.headers)
-    answer = line.getresponse()
-    body = answer.read()
-    if answer.status != 200:
-        raise SystemExit(f"{request.path} was answered with {answer.status}: {body[:200]!r}")
-    problem = request.problem(body, answer.headers)
-    if problem:
-        raise SystemExit(f"{request.path}: {problem}")
 
 
 def _median_interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -171,6 +170,9 @@ def main() -> None:
     parser.add_argument("--engines", default="local", help="local, ray, or both")
     parser.add_argument("--threads", type=int, default=cpu_count(), help="inside one operator")
     parser.add_argument("--rows", type=int, default=1, help="inputs of one request")
+    parser.add_argument("--clients", default=",".join(CLIENTS), help="of the overhead")
+    ramp_or_not = argparse.BooleanOptionalAction
+    parser.add_argument("--ramp", action=ramp_or_not, default=True, help="rising rates")
     parser.add_argument("--rounds", type=int, default=500, help="of the overhead")
     parser.add_argument("--seconds", type=float, default=15, help="of each rate")
     parser.add_argument("--first-rate", type=float, help="default: a tenth of a bare call's")
@@ -181,6 +183,8 @@ def main() -> None:
     parser.add_argument("--soak-rate", type=float, help="instead of a share; leaves the ramp out")
     parser.add_argument("--out", type=Path, default=Path("serve-load"), help="without ending")
     args = parser.parse_args()
+    if args.soak_minutes and not args.ramp and args.soak_rate is None:
+        parser.error("--no-ramp finds no knee to take a share of: name a rate with --soak-rate.")
     bundle = load_bundle(args.bundle)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
@@ -201,8 +205,14 @@ def main() -> None:
         requests = protocol_requests(args.name, bundle, args.rows)
         if args.soak_rate is None:
             single = protocol_requests(args.name, bundle)[0]
-            report["overhead"] = measure_overhead(urls, bundle, single, args.threads, args.rounds)
+            clients = args.clients.split(",")
+            if unknown := set(clients) - set(CLIENTS):
+                raise SystemExit(f"--clients {','.join(unknown)}: choose of {', '.join(CLIENTS)}.")
+            report["overhead"] = measure_overhead(
+                urls, clients, bundle, single, args.threads, args.rounds
+            )
             print(json.dumps(report["overhead"], indent=2), flush=True)
+        if args.soak_rate is None and args.ramp:
             bare = 1e3 / report["overhead"]["bare_p50_ms"]
             rates = rising(args.first_rate or 0.1 * bare, args.step, args.max_rate)
             levels = ramp(urls, requests, rates, args.seconds)
@@ -217,6 +227,7 @@ def main() -> None:
                 raise SystemExit("no rate was carried: name one with --soak-rate.")
             mixed = requests + plain_requests(args.name, bundle)
             report["soak"] = soak(urls[name], processes[name], mixed, rate, args.soak_minutes)
+    report["load_average_after"] = os.getloadavg()
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     for path in write_charts(report, args.out):
         print(path)

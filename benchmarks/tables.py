@@ -4,6 +4,7 @@
     python benchmarks/tables.py mrpc --data DATA --encoder ENCODER --out runs/tables
     python benchmarks/tables.py mrpc --print
     python benchmarks/tables.py answer             # MDPD against norms and head, from docs/results
+    python benchmarks/tables.py kept               # MDPD against the side network kept at inference
     python benchmarks/tables.py overview           # every method on every task, from docs/results
     python benchmarks/tables.py rates              # every method at the best of three rates
     python benchmarks/tables.py picture > stsb.svg # the same against training memory
@@ -197,14 +198,15 @@ def overview(results: Path) -> str:
 
 
 NORMS = ("norms", TUNED)
+UNIPT = ("mdpd:unipt", TASK)
 ANSWER = {  # row → file, task, the method's names (of compare, of transfer)
-    "SST-2": ("glue-200.json", "glue/sst2", ("mdpd:unipt", TASK)),
-    "STS-B": ("glue-200.json", "glue/stsb", ("mdpd:unipt", TASK)),
-    "MRPC": ("mrpc.jsonl", "glue/mrpc", ("mdpd:unipt", TASK)),
-    "CIFAR-10, 5 epochs": ("cifar10.jsonl", "vtab/cifar10", ("mdpd:unipt", TASK)),
-    "CIFAR-10, 20 epochs": ("cifar10-20-epochs.json", "vtab/cifar10", ("mdpd:unipt", TASK)),
+    "SST-2": ("glue-200.json", "glue/sst2", UNIPT),
+    "STS-B": ("glue-200.json", "glue/stsb", UNIPT),
+    "MRPC": ("mrpc.jsonl", "glue/mrpc", UNIPT),
+    "CIFAR-10, 5 epochs": ("cifar10.jsonl", "vtab/cifar10", UNIPT),
+    "CIFAR-10, 20 epochs": ("cifar10-20-epochs.json", "vtab/cifar10", UNIPT),
     "the same, KL": ("cifar10-20-epochs.json", "vtab/cifar10", (KL, KL)),
-    "the same, stopped": ("cifar10-20-epochs-stopped.json", "vtab/cifar10", ("mdpd:unipt", TASK)),
+    "the same, stopped": ("cifar10-20-epochs-stopped.json", "vtab/cifar10", UNIPT),
     "the same, stopped, KL": ("cifar10-20-epochs-stopped.json", "vtab/cifar10", (KL, KL)),
     **{
         f"STS-B at the best rate, {method}": ("stsb-sweep.json", "glue/stsb", (method, method))
@@ -215,16 +217,44 @@ ANSWER = {  # row → file, task, the method's names (of compare, of transfer)
 
 def answer(results: Path) -> str:
     """Return a method − norms and head, seed by seed, as Markdown: points with Student's interval."""
-    from mdpd_deploy.intervals import student_interval
-
     lines = ["| MDPD over UniPT, or the method named | seeds | − norms and head |", "|---|---|---|"]
     for name, (file, task, names) in ANSWER.items():
-        place = NORMS[file.endswith("l")], names[file.endswith("l")]
-        norms, found = (_scores(results / file, task, method) for method in place)
-        gaps = [100 * (found[seed] - norms[seed]) for seed in found if seed in norms]
-        mean, low, high = student_interval(gaps)
-        lines.append(f"| {name} | {len(gaps)} | {mean:+.1f} [{low:+.1f}, {high:+.1f}] |")
+        count, gap = _difference(results / file, task, names, NORMS)
+        lines.append(f"| {name} | {count} | {gap} |")
     return "\n".join(lines)
+
+
+KEPT = {  # row → file, task: MDPD against what the paper compares it with
+    "SST-2": ("glue-200.json", "glue/sst2"),
+    "STS-B": ("glue-200.json", "glue/stsb"),
+    "MRPC": ("mrpc.jsonl", "glue/mrpc"),
+    "CIFAR-10, 5 epochs": ("cifar10.jsonl", "vtab/cifar10"),
+}
+
+
+def kept(results: Path) -> str:
+    """Return MDPD over UniPT − UniPT alone, kept at inference, seed by seed, as Markdown."""
+    lines = ["| MDPD over UniPT, deployed | seeds | − UniPT, kept |", "|---|---|---|"]
+    for name, (file, task) in KEPT.items():
+        count, gap = _difference(results / file, task, UNIPT, ("side:unipt", "unipt"))
+        lines.append(f"| {name} | {count} | {gap} |")
+    return "\n".join(lines)
+
+
+def _difference(
+    file: Path, task: str, names: tuple[str, str], others: tuple[str, str]
+) -> tuple[int, str]:
+    """Return the seeds that two methods share and their difference in points with its interval.
+
+    Both are named as `mdpd compare` has them, and as `transfer.py` has them.
+    """
+    from mdpd_deploy.intervals import student_interval
+
+    of_transfer = file.suffix == ".jsonl"
+    found, base = (_scores(file, task, pair[of_transfer]) for pair in (names, others))
+    gaps = [100 * (found[seed] - base[seed]) for seed in found if seed in base]
+    mean, low, high = student_interval(gaps)
+    return len(gaps), f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 RATES = {
@@ -324,7 +354,7 @@ def picture(results: Path) -> str:
     return f'{start} xmlns="http://www.w3.org/2000/svg"{end}{style}{rest}'
 
 
-VIEWS = {"answer": answer, "overview": overview, "rates": rates, "picture": picture}
+VIEWS = {"answer": answer, "kept": kept, "overview": overview, "rates": rates, "picture": picture}
 
 
 def words_of(table: Table, command: str, places: dict[str, str]) -> list[str]:

@@ -28,10 +28,10 @@ def check_engine(bundle: Bundle, runner: Runner, profiles: Profiles, *, tf32: bo
     """
     precision, graph = str(bundle.manifest["precision"]), bundle.path / MODEL_FILE
     if not bundle.mixed:
-        golden = load_golden(bundle.path / GOLDEN_FILE)
+        golden = load_golden(bundle.path / GOLDEN_FILE, bundle.read)
     else:  # each task's own golden outputs were held against the graph at export
         golden = _all_tasks(bundle)
-        golden = replace(golden, outputs=OnnxRunner(graph)(golden.arrays))
+        golden = replace(golden, outputs=bundle.runner()(golden.arrays))
     known = max(recorded(bundle, task).output_diff for task in bundle.tasks)
     parity = require_parity(runner, graph, golden, profiles, precision, tf32=tf32, known=known)
     prove(bundle, runner)
@@ -83,7 +83,7 @@ def require_parity(
 
 def _all_tasks(bundle: Bundle) -> Golden:
     """Return the first task's golden inputs, asked of every task in turn."""
-    golden = load_golden(bundle.path / TASKS / bundle.tasks[0].name / GOLDEN_FILE)
+    golden = load_golden(bundle.path / TASKS / bundle.tasks[0].name / GOLDEN_FILE, bundle.read)
     count = len(bundle.tasks)
     arrays = {name: np.concatenate([array] * count) for name, array in golden.arrays.items()}
     arrays[TASK_ID] = np.repeat(np.arange(count, dtype=np.int64), len(golden.outputs))

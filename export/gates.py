@@ -27,10 +27,11 @@ from mdpd_deploy.graph_signature import Signature, graph_signature, value_digest
 from mdpd_deploy.model import TaskModel
 from mdpd_deploy.onnx_graph import OnnxGraph, changed_weights, export_onnx, same_structure
 from mdpd_deploy.parity import Arrays, Parity, compare_with_torch, shape_batches, torch_outputs
-from mdpd_deploy.parity_policy import ParityMode
+from mdpd_deploy.parity_policy import ParityMode, label_spread
 from mdpd_deploy.runner import Forward
+from mdpd_deploy.scores import split_name
 from mdpd_deploy.sides.base import SideNetwork
-from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, compute
+from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, Values, agree, compute, metric_text
 
 METRIC_TOLERANCE = 1e-3  # 0.1 point, D15
 GOLDEN_CASE = "golden inputs"
@@ -150,7 +151,7 @@ class Measured:
 
     split: Split
     metrics: Sequence[str]
-    reported: dict[str, float] | None
+    reported: Values | None
     batch: int
 
 
@@ -174,7 +175,11 @@ def check_metric(
     if measured.reported is not None:
         _compare("PyTorch", by_torch, "the run's summary", measured.reported, labels)
     primary = names[0]
-    note = f"{primary} {by_onnx[primary]:.4f} on {len(labels)} examples, PyTorch {by_torch[primary]:.4f}"
+    where = split_name("validation", len(labels))
+    note = (
+        f"{primary} {metric_text(by_onnx[primary])} on {where}, "
+        f"PyTorch {metric_text(by_torch[primary])}"
+    )
     details = {
         "examples": len(labels),
         "examples_sha256": split_sha256(measured.split),
@@ -252,21 +257,21 @@ def _both_outputs(
 
 def allowed_drop(name: str, labels: NDArray[np.int64] | NDArray[np.float64]) -> float:
     """Return how far a metric may be off: 0.1 point or one example, the larger (D15)."""
-    scale = max(float(np.std(labels)), 1e-12) if name in LOWER_IS_BETTER else 1.0
+    scale = label_spread(labels) if name in LOWER_IS_BETTER else 1.0
     return max(METRIC_TOLERANCE, 1 / len(labels)) * scale
 
 
 def _compare(
     what: str,
-    found: dict[str, float],
+    found: Values,
     other: str,
-    expected: dict[str, float],
+    expected: Values,
     labels: NDArray[np.int64] | NDArray[np.float64],
 ) -> None:
     """Raise when a metric differs by more than `allowed_drop`."""
     for name in found.keys() & expected.keys():
-        if not abs(found[name] - expected[name]) <= allowed_drop(name, labels):  # true for NaN
+        if not agree(found[name], expected[name], allowed_drop(name, labels)):
             raise VerificationError(
-                f"metric: {name} is {found[name]:.4f} by {what} and {expected[name]:.4f} by "
-                f"{other}, {len(labels)} examples."
+                f"metric: {name} is {metric_text(found[name])} by {what} and "
+                f"{metric_text(expected[name])} by {other}, {len(labels)} examples."
             )

@@ -11,7 +11,7 @@ import onnx
 
 from mdpd_deploy import verification
 from mdpd_deploy.bundle import Bundle, is_bundle, load_bundle
-from mdpd_deploy.bundle_tasks import Task, open_task
+from mdpd_deploy.bundle_tasks import Task, meaning_of, open_task
 from mdpd_deploy.data.preprocess import TOKENIZER_FILE
 from mdpd_deploy.deltas import Delta
 from mdpd_deploy.errors import MdpdError, UserError
@@ -124,7 +124,14 @@ def _write(members: Sequence[Member], folder: Path, scratch: Path, options: Expo
         entry["verification"] = {g.name: {"verdict": g.verdict, "note": g.note} for g in gates}
     facts["verification"] = _summary(passed)
     written = {"graph": graph_signature(path).digests}
-    details = [written | {gate.name: gate.details for gate in gates} for gates in passed]
+    details = [
+        {
+            **written,
+            "meaning": meaning_of(folder, entry, entry["name"]),
+            **{gate.name: gate.details for gate in gates},
+        }
+        for entry, gates in zip(facts["tasks"], passed, strict=True)
+    ]
     write_json(folder / PARITY_FILE, {m.name: d for m, d in zip(members, details, strict=True)})
     seal(folder, facts)
 
@@ -155,7 +162,7 @@ def share_tokenizer(files: Sequence[Path], folder: Path) -> None:
         return
     contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     for content in contents:
-        content.pop("truncation", None)
+        (content["truncation"] or {}).pop("max_length", None)
     (folder / PREPROCESSOR).mkdir()
     files[0].rename(folder / PREPROCESSOR / TOKENIZER_FILE)
     for file, content in zip(files[1:], contents[1:], strict=True):

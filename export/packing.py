@@ -10,6 +10,7 @@ import onnx
 
 from mdpd_deploy import verification
 from mdpd_deploy.bundle import Bundle, is_bundle, load_bundle
+from mdpd_deploy.bundle_tasks import meaning_of
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.errors import UserError, VerificationError
 from mdpd_deploy.export import gates
@@ -117,7 +118,8 @@ def pack(
         facts["verification"] = {
             gate.name: {"verdict": gate.verdict, "note": gate.note} for gate in settled.gates
         }
-        write_json(folder / PARITY_FILE, settled.details)
+        meaning = {"meaning": meaning_of(folder, facts)}
+        write_json(folder / PARITY_FILE, settled.details | meaning)
         seal(folder, facts)
         sealed = load_bundle(folder)
         certificate = verification.verify(verification.Subject(sealed))

@@ -19,7 +19,8 @@ from mdpd_deploy.model import TaskModel
 from mdpd_deploy.parity import Parity, compare_with_torch, torch_outputs
 from mdpd_deploy.parity_policy import ParityMode, Policy, agreement, paired_drop
 from mdpd_deploy.runner import OnnxRunner
-from mdpd_deploy.tasks.metrics import compute
+from mdpd_deploy.scores import split_name
+from mdpd_deploy.tasks.metrics import compute, metric_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,15 +94,16 @@ def check_reduced_metric(
             f"{kept.rows - kept.same} of {kept.rows} clear predictions change, "
             f"{policy.agreement:.1%} must stay"
         )
+    where = split_name("validation", len(labels))
     if drop.value > allowed:
         problems.append(
-            f"{names[0]} drops by {100 * drop.value:.2f} points {interval} on {len(labels)} "
-            f"examples, allowed {100 * allowed:.2f}"
+            f"{names[0]} drops by {100 * drop.value:.2f} points {interval} on {where}, "
+            f"allowed {100 * allowed:.2f}"
         )
     by_onnx, by_torch = compute(names, outputs, labels), compute(names, expected, labels)
     note = (
-        f"{names[0]} {by_onnx[names[0]]:.4f} on {len(labels)} examples, PyTorch FP32 "
-        f"{by_torch[names[0]]:.4f}; drop {100 * drop.value:+.2f} points {interval}, allowed "
+        f"{names[0]} {metric_text(by_onnx[names[0]])} on {where}, PyTorch FP32 "
+        f"{metric_text(by_torch[names[0]])}; drop {100 * drop.value:+.2f} points {interval}, allowed "
         f"{100 * allowed:.2f}; {kept.same} of {kept.rows} clear predictions stay"
     )
     details = {

@@ -4,7 +4,6 @@ The graph is the bundle's `base.onnx` with the weights of tasks as constants ins
 that TensorRT may fuse them; the engine is then any of the tasks by a refit.
 """
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -60,14 +59,14 @@ def constant_base(bundle: Bundle, folder: Path) -> tuple[Path, dict[str, tuple[i
     Returns:
         The graph, and the shapes of the weights that tasks exchange, by name.
     """
-    proto = onnx.load(bundle.path / BASE_FILE, load_external_data=False)
+    proto = onnx.load_model_from_string(bundle.read(bundle.path / BASE_FILE))
     weights = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     fed = [value.name for value in proto.graph.input if value.name in weights]
     kept = [value for value in proto.graph.input if value.name not in weights]
     del proto.graph.input[:]
     proto.graph.input.extend(kept)
     onnx.save(proto, folder / BASE_FILE)
-    shutil.copy(bundle.path / EXTERNAL_FILE, folder)
+    bundle.copy(EXTERNAL_FILE, folder / EXTERNAL_FILE)
     return folder / BASE_FILE, {name: weights[name] for name in fed}
 
 
@@ -82,8 +81,8 @@ def _tasks(bundle: Bundle, shapes: dict[str, tuple[int, ...]]) -> dict[str, Swap
     found = {}
     for task in bundle.tasks:
         place = bundle.path / TASKS / task.name
-        golden = load_golden(place / GOLDEN_FILE)
-        tensors = load_delta(place / DELTA_FILE, base).fit(shapes)
+        golden = load_golden(place / GOLDEN_FILE, bundle.read)
+        tensors = load_delta(place / DELTA_FILE, base, bundle.read).fit(shapes)
         case = Case("golden inputs", golden.arrays, golden.outputs)
         found[task.name] = SwapTask(tensors, case)
     return found

@@ -18,6 +18,7 @@ from mdpd_deploy.export.reduced import Candidate
 logger = logging.getLogger(__name__)
 
 FASTER = "faster"
+UNCLEAR = "cannot-tell"
 
 
 class Timing(Protocol):
@@ -143,7 +144,9 @@ def _recommendation(
 ) -> str:
     timing = race.timings[chosen]
     low, high = timing.ci95
-    others = " and ".join(name for name in race.timings if name not in {base, *warned})
+    timed = [name for name in race.timings if name not in {base, *warned}]
+    unclear = [name for name in timed if race.timings[name].verdict == UNCLEAR]
+    others = " and ".join(name for name in timed if name not in unclear)
     if chosen != base:
         told = (
             f"{chosen} is kept: the fastest that passes its gates, {timing.median:.2f} "
@@ -153,6 +156,8 @@ def _recommendation(
         told = f"{others} did not pay here: {base} is kept"
     else:
         told = f"{base} is kept"
+    if unclear:
+        told = f"{told}; whether {' and '.join(unclear)} pays, this machine cannot tell"
     if warned:
         told = f"{told}; {' and '.join(warned)} missed a gate and cannot be chosen"
     return f"{told}; {' and '.join(failed)} failed" if failed else told

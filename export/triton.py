@@ -10,7 +10,6 @@ has a preprocessing of its own.
 """
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -127,19 +126,22 @@ def _write_config(model: Path, config: dict[str, Any], labels: tuple[str, ...]) 
 def _copy_graph(bundle: Bundle, backend: Backend, version: Path) -> None:
     """Copy the engine; or the graph, with external weights as a folder `model.onnx` that has both."""
     if backend == "tensorrt":
-        shutil.copyfile(bundle.path / PLAN_FILE, version / PLAN_FILE)
+        bundle.copy(PLAN_FILE, version / PLAN_FILE)
         return
     target = version / MODEL_FILE
-    if (bundle.path / EXTERNAL_FILE).is_file():
+    if EXTERNAL_FILE in bundle.manifest["files"]:
         target.mkdir()
-        shutil.copyfile(bundle.path / EXTERNAL_FILE, target / EXTERNAL_FILE)
+        bundle.copy(EXTERNAL_FILE, target / EXTERNAL_FILE)
         target = target / MODEL_FILE
-    shutil.copyfile(bundle.path / MODEL_FILE, target)
+    bundle.copy(MODEL_FILE, target)
 
 
 def _write_preprocess(bundle: Bundle, version: Path) -> None:
     (version / "model.py").write_text(MODEL, encoding="utf-8")
-    shutil.copytree(bundle.path / PREPROCESSOR, version / PREPROCESSOR)
+    (version / PREPROCESSOR).mkdir()
+    for name in bundle.manifest["files"]:
+        if name.startswith(f"{PREPROCESSOR}/"):
+            bundle.copy(name, version / name)
 
 
 def _write_warmup(bundle: Bundle, signature: Signature, folder: Path) -> None:
@@ -150,7 +152,7 @@ def _write_warmup(bundle: Bundle, signature: Signature, folder: Path) -> None:
     folder.mkdir()
     first = bundle.tasks[0]
     assert first.golden is not None
-    arrays = load_golden(first.golden).arrays
+    arrays = load_golden(first.golden, bundle.read).arrays
     arrays = {**arrays, TASK_ID: np.full(1, first.index, dtype=np.int64)}
     for _, rows in signature.rows().values():
         for port in signature.inputs:
@@ -172,7 +174,7 @@ def _choose(bundle: Bundle, options: TritonOptions) -> tuple[Backend, dict[str, 
         )
     if options.device == "cpu":
         raise UserError("--device cpu: a TensorRT engine runs on a GPU; use --backend onnxruntime.")
-    return backend, read_json(bundle.path / KEY_FILE, "engine")["key"]
+    return backend, read_json(bundle.path / KEY_FILE, "engine", bundle.read)["key"]
 
 
 def _graph_profiles(manifest: Manifest) -> dict[str, Shapes]:

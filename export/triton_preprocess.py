@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.data.examples import Raw
+from mdpd_deploy.data.examples import Raw, refuse_empty
 from mdpd_deploy.data.images import decode_image
 from mdpd_deploy.data.preprocess import Preprocess, TextPreprocess, load_preprocess
-from mdpd_deploy.errors import UserError
+from mdpd_deploy.errors import MdpdError, UserError
 from mdpd_deploy.manifest import PREPROCESSOR
 
 MODEL = '''"""Raw inputs → the graph's inputs, by the bundle's own preprocessing."""
@@ -53,11 +53,11 @@ class TritonPreprocess:
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request, in order."""
         raws: list[Raw] = []
-        answers: list[slice | UserError] = []
+        answers: list[slice | MdpdError] = []
         for request in requests:
             try:
                 mine = self._read(request)
-            except UserError as err:
+            except MdpdError as err:
                 answers.append(err)
                 continue
             answers.append(slice(len(raws), len(raws) + len(mine)))
@@ -83,10 +83,12 @@ class TritonPreprocess:
             texts = [value.decode("utf-8") for value in row]
         except UnicodeDecodeError:
             raise UserError("the text is not UTF-8: encode it so.") from None
-        return texts[0] if len(texts) == 1 else (texts[0], texts[1])
+        raw: Raw = texts[0] if len(texts) == 1 else (texts[0], texts[1])
+        refuse_empty([raw])
+        return raw
 
-    def _respond(self, answer: slice | UserError, arrays: dict[str, NDArray[Any]]) -> Any:
-        if isinstance(answer, UserError):
+    def _respond(self, answer: slice | MdpdError, arrays: dict[str, NDArray[Any]]) -> Any:
+        if isinstance(answer, MdpdError):
             error = self.triton.TritonError(str(answer))
             return self.triton.InferenceResponse(output_tensors=[], error=error)
         tensors = [

@@ -18,9 +18,8 @@ BUNDLE/preprocessor/       the tokenizer that tasks share
 BUNDLE/model.plan, model.plan.json, timing.cache   TensorRT engine, see `engine_cache.py`
 """
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdpd_deploy.bundle_tasks import Task, choose_task, load_tasks
-from mdpd_deploy.data.examples import Raw
+from mdpd_deploy.data.examples import Raw, refuse_empty
 from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.deltas import load_delta
 from mdpd_deploy.errors import UserError, unknown
@@ -41,9 +40,12 @@ from mdpd_deploy.manifest import (
     MODEL_FILE,
     TASKS,
     check_graph,
+    copy_listed,
     read_checked,
+    reader,
 )
 from mdpd_deploy.mixed import Swap, TaskRunner, mixed_batch
+from mdpd_deploy.once import OncePerProcess
 from mdpd_deploy.runner import TASK_ID, Forward, OnnxRunner, Runner
 
 __all__ = [
@@ -100,11 +102,20 @@ class Bundle:
     path: Path
     manifest: dict[str, Any]
     tasks: tuple[Task, ...]
+    _open: OncePerProcess[Runner] = field(default_factory=OncePerProcess, repr=False)
 
     @property
     def mixed(self) -> bool:
         """Whether the graph answers several tasks and takes `task_id`."""
         return "tasks" in self.manifest
+
+    def read(self, path: Path) -> bytes:
+        """Return the bytes of a file of the bundle; `UserError` unless they are what was loaded."""
+        return reader(self.path, self.manifest)(path)
+
+    def copy(self, name: str, target: Path) -> None:
+        """Copy a file of the bundle; raises as `read`."""
+        copy_listed(self.path, self.manifest, name, target)
 
     def task(self, name: str | None = None) -> Task:
         """Return a task by name, or the only one; `UserError` names the valid ones."""
@@ -156,7 +167,9 @@ class Bundle:
                     "int8-cpu bundle."
                 )
             graph = self.path / MODEL_FILE
-            return OnnxRunner(graph, device=device, threads=threads, entries=entries)
+            return OnnxRunner(
+                graph, device=device, threads=threads, entries=entries, read=self.read
+            )
         if device != "cuda":
             raise UserError(f"--device {device}: a TensorRT engine runs with --device cuda only.")
         from mdpd_deploy.engine_cache import open_bundle_engine
@@ -177,10 +190,11 @@ class Bundle:
             raise UserError(f"bundle {self.path} has one task: there is nothing to swap.")
         base = self.manifest["files"][BASE_FILE]["sha256"]
         deltas = {
-            task.name: load_delta(self.path / TASKS / task.name / DELTA_FILE, base)
+            task.name: load_delta(self.path / TASKS / task.name / DELTA_FILE, base, self.read)
             for task in self.tasks
         }
-        return Swap(self.path / BASE_FILE, deltas, device=device, threads=threads)
+        base_graph = self.path / BASE_FILE
+        return Swap(base_graph, deltas, device=device, threads=threads, read=self.read)
 
     def predict(
         self,
@@ -195,18 +209,18 @@ class Bundle:
         Args:
             raws: Texts, pairs of texts, image paths or pictures, as in training.
             batch: Inputs per run of the graph.
-            runner: An open graph to use; default: one is opened on the CPU.
+            runner: An open graph to use; default: one on the CPU, opened at the first call and kept.
             task: Which task to ask; needed where the bundle has several.
 
         Raises:
-            UserError: For an input of the wrong kind, a picture that cannot be read, or a task that
+            UserError: For an empty text or an input of another kind, a picture that cannot be read, or a task that
                 is missing or unknown.
         """
         asked = self.task(task)
         if not raws:
             return []
         self._check_kind(asked, raws)
-        opened = runner or self.runner()
+        opened = runner or self._open.get(self.runner)
         size = min(batch, opened.max_batch or batch)
         outputs = run_batches(asked.preprocess, self.runner_of(asked, opened), raws, size)
         return [to_prediction(row, asked.label_names) for row in outputs]
@@ -223,7 +237,7 @@ class Bundle:
         Args:
             requests: (task name, raw input), in any order.
             batch: Inputs per run of the graph.
-            runner: An open graph to use; default: one is opened on the CPU.
+            runner: An open graph to use; default: one on the CPU, opened at the first call and kept.
 
         Raises:
             UserError: As `predict`.
@@ -233,7 +247,7 @@ class Bundle:
         asked = [(self.task(name), raw) for name, raw in requests]
         for task, raw in asked:
             self._check_kind(task, [raw])
-        opened = runner or self.runner()
+        opened = runner or self._open.get(self.runner)
         size = min(batch, opened.max_batch or batch)
         found: list[Prediction] = []
         for start in range(0, len(asked), size):
@@ -265,10 +279,10 @@ class Bundle:
             )
         import onnx
         from onnx import numpy_helper
-        from safetensors.numpy import load_file
+        from safetensors.numpy import load
 
-        proto = onnx.load(self.path / MODEL_FILE, load_external_data=False)
-        bare = load_file(self.path / BARE_FILE)
+        proto = onnx.load_model_from_string(self.read(self.path / MODEL_FILE))
+        bare = load(self.read(self.path / BARE_FILE))
         lost = set(bare) - {tensor.name for tensor in proto.graph.initializer}
         if lost:
             raise UserError(
@@ -281,9 +295,8 @@ class Bundle:
                 values = bare[tensor.name].astype(dtype)
                 tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
         path.write_bytes(proto.SerializeToString())
-        external = self.path / EXTERNAL_FILE
-        if external.is_file():
-            shutil.copyfile(external, path.parent / EXTERNAL_FILE)
+        if EXTERNAL_FILE in self.manifest["files"]:
+            self.copy(EXTERNAL_FILE, path.parent / EXTERNAL_FILE)
         return path
 
     def _check_kind(self, task: Task, raws: Sequence[Raw]) -> None:
@@ -293,6 +306,7 @@ class Bundle:
                     wanted = "pairs of texts" if task.pair else "single texts"
                     what = f"task {task.name!r}" if self.mixed else "this model"
                     raise UserError(f"{what} takes {wanted}: given {raw!r:.60}.")
+            refuse_empty(raws)
 
 
 def load_bundle(path: Path | str) -> Bundle:
@@ -314,7 +328,7 @@ def load_bundle(path: Path | str) -> Bundle:
     """
     folder = Path(path)
     plain, manifest = read_checked(folder)
-    check_graph(folder, manifest)
+    check_graph(folder, manifest, reader(folder, plain))
     return Bundle(folder, plain, load_tasks(folder, plain, manifest))
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mdpd_deploy.errors import VerificationError
-from mdpd_deploy.files import read_json
+from mdpd_deploy.files import Read, read_json
 from mdpd_deploy.manifest import PARITY_FILE
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -36,6 +36,14 @@ class Graph(_Record):
 
     structure_sha256: Digest
     values_sha256: Digest
+
+
+class Meaning(_Record):
+    """What a task's inputs and outputs mean; see `bundle_tasks.meaning_of`."""
+
+    outputs_sha256: Digest
+    preprocessing_sha256: Digest
+    tokenizer_sha256: Digest | None
 
 
 class Identity(_Record):
@@ -74,11 +82,11 @@ class Parity(_Record):
 class Metric(_Record):
     """The task metric through ONNX Runtime, and on which examples.
 
-    `allowed` is how far each metric may be off; it and the digest are None in bundles of before.
+    A metric without a value is undefined on them. `allowed` is how far each metric may be off; it and the digest are None in bundles of before.
     """
 
     examples: int = Field(ge=1)
-    onnx: dict[str, float] = Field(min_length=1)
+    onnx: dict[str, float | None] = Field(min_length=1)
     examples_sha256: Digest | None = None
     allowed: dict[str, float] | None = None
 
@@ -97,6 +105,7 @@ class Certificate(_Record):
     """`parity.json`; a part is None where its gate did not apply, or before it was kept."""
 
     graph: Graph | None = None
+    meaning: Meaning | None = None
     side_free: Annotated[Numbers | None, BeforeValidator(_none_if_empty)] = None
     identity: Annotated[Identity | None, BeforeValidator(_none_if_empty)] = None
     parity: Annotated[Parity | None, BeforeValidator(_none_if_empty)] = None
@@ -104,18 +113,21 @@ class Certificate(_Record):
     golden: Annotated[Golden | None, BeforeValidator(_none_if_empty)] = None
 
 
-def read_certificate(bundle: Path, task: str | None = None) -> Certificate:
+def read_certificate(
+    bundle: Path, task: str | None = None, read: Read = Path.read_bytes
+) -> Certificate:
     """Read the numbers of a bundle's gates.
 
     Args:
         bundle: The folder.
         task: Which task's, where the bundle answers several.
+        read: How files are read.
 
     Raises:
         UserError: If the file is missing or no JSON.
         VerificationError: If it does not hold what a certificate holds.
     """
-    plain = read_json(bundle / PARITY_FILE, "bundle")
+    plain = read_json(bundle / PARITY_FILE, "bundle", read)
     if task is not None:
         plain = plain.get(task) if isinstance(plain, dict) else None
     try:

@@ -7,10 +7,12 @@ typer and rich (D26). `main` is the one place that turns exceptions into words a
     1    the work failed (a gate, divergence, the disk, or a bug of ours)
     2    bad usage or bad input
     130  interrupted
+    143  ended by SIGTERM, as schedulers do
 """
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
@@ -25,6 +27,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from mdpd_deploy.errors import MdpdError
+from mdpd_deploy.shown import shown
 
 
 class Verb(NamedTuple):
@@ -59,7 +62,18 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 INTERRUPTED = 130
+_ENDED = {INTERRUPTED: "interrupted", 143: "terminated"}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MACHINE = {  # what fails in the machine and not in us, and the mend
+    errno.EMFILE: "Raise the limit on open files (`ulimit -n`)",
+    errno.ENFILE: "Close other programs",
+    errno.EAGAIN: "Close other programs or raise the limit on processes (`ulimit -u`)",
+    errno.EIO: "Check the disk or the connection to it",
+    errno.ESTALE: "Check the connection to the disk",
+    errno.EACCES: "Check who may use it",
+    errno.EPERM: "Check who may use it",
+    errno.EROFS: "Choose another place",
+}
 _ERROR_LINES = 12
 
 
@@ -129,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     debug, words = _take_debug(words)
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    with _messages(debug=debug):
+    with _any_text(), _messages(debug=debug):
         return _run(words, debug=debug)
 
 
@@ -148,8 +162,8 @@ def _run(words: list[str], *, debug: bool) -> int:
         code, message = _explain(err)
         if message:
             _say(message)
-    if code == INTERRUPTED:
-        _say("interrupted")
+    if code in _ENDED:
+        _say(_ENDED[code])
     return code if isinstance(code, int) else int(code is not None)
 
 
@@ -160,12 +174,36 @@ def _take_debug(words: list[str]) -> tuple[bool, list[str]]:
     return len(options) < end, options + words[end:]
 
 
+class _Shown(logging.Formatter):
+    """Messages as a terminal may have them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
+@contextlib.contextmanager
+def _any_text() -> Iterator[None]:
+    """Print what a terminal's encoding lacks as an escape, as `caf\\xe9`, instead of failing on it."""
+    before = []
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            before.append((stream, stream.errors))
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            with contextlib.suppress(ValueError):  # closed meanwhile
+                stream.reconfigure(errors=errors)
+
+
 @contextlib.contextmanager
 def _messages(*, debug: bool) -> Iterator[None]:
     """Show our own messages on stderr, and those of libraries only with `--debug`."""
     root, ours = logging.getLogger(), logging.getLogger("mdpd_deploy")
     before = root.level, ours.level
     handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Shown())
     root.addHandler(handler)
     root.setLevel(logging.WARNING if debug else logging.ERROR)
     ours.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -192,6 +230,9 @@ def _explain(err: Exception) -> tuple[int, str]:
     if isinstance(err, OSError) and err.errno in _DISK_FULL:
         where = f" {err.filename}" if err.filename else ""
         return 1, f"error: could not write{where}: {err.strerror}. Free some space and try again."
+    if isinstance(err, OSError) and err.errno in _MACHINE:
+        where = f"could not use {err.filename}" if err.filename else "the system refused"
+        return 1, f"error: {where}: {err.strerror}. {_MACHINE[err.errno]} and try again."
     if _is_out_of_memory(err):
         return (
             1,
@@ -221,7 +262,7 @@ def _usage_hint(err: TyperException) -> str:
 
 def _say(message: str) -> None:
     """Print at most `_ERROR_LINES` lines on stderr."""
-    lines = message.splitlines()
+    lines = shown(message).splitlines()
     if len(lines) > _ERROR_LINES:
         lines = [*lines[: _ERROR_LINES - 1], "..."]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ defaults below.
 """
 
 import hashlib
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -23,7 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from mdpd_deploy.errors import UserError
+from mdpd_deploy.errors import UserError, printable
+from mdpd_deploy.unicode import is_encoding, require_unicode
 
 SIDE_ALIASES = {"dtl": "dtlv1"}
 BUILTIN_BACKBONE = "builtin:vit-xs-tin32"
@@ -40,6 +42,11 @@ def _whole_number_as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+# The default of an option that the first runs did not have: it is written only where it is set, so
+# that the checkpoints and bundles of older runs still know their config.
+YOUNGER = Field(default=None, exclude_if=lambda value: value is None)
+
+
 class DataConfig(Section):
     """Which examples, and how they become tensors."""
 
@@ -48,12 +55,16 @@ class DataConfig(Section):
     text: list[str] | None = None  # --text A[,B]: one or two text columns
     image: str | None = None  # --image: the column of image paths
     label: str | None = None  # --label: the label column
+    encoding: str | None = YOUNGER  # of tables that are text, e.g. latin-1; default: UTF-8
     # class names in order; default: sorted names of the train split
     labels: list[Annotated[str, BeforeValidator(_whole_number_as_text)]] | None = None
     max_length: int = Field(default=128, ge=4)  # tokens kept of a text
     pad: Literal["longest", "max"] = "longest"  # pad a batch to its longest text, or to max_length
     # training images: mirror; random crop + mirror
     augment: Literal["none", "flip", "crop"] = "none"
+    # a picture's way to the model's size: all of it squashed, its middle cropped, or all of it with
+    # a border; default: squash for vtab/ and vtab-full/, else crop
+    resize: Literal["squash", "crop", "pad"] | None = YOUNGER
     # an unreadable training image ends the run, or not
     bad_images: Literal["stop", "skip"] = "stop"
     # split off when there is no validation data
@@ -63,6 +74,13 @@ class DataConfig(Section):
     # use only the first N training examples (after a shuffle)
     limit: int | None = Field(default=None, ge=1)
     workers: int = Field(default=0, ge=0)  # loader processes
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_is_known(cls, name: str | None) -> str | None:
+        if name is not None and not is_encoding(name):
+            raise ValueError("Python knows no encoding of texts by this name, as utf-8 or latin-1")
+        return name
 
 
 class BackboneConfig(Section):
@@ -174,7 +192,8 @@ class TrainConfig(Section):
     norm_grad: str = "recompute"  # recompute | full | late:K | local | none
     # let the side pass also move norms it runs through (literal joint)
     late_norm_grad: bool = False
-    student_task_weight: float = Field(default=1.0, ge=0)  # task loss on the backbone's own head
+    # task loss on the backbone's own head; the paper has none, and at 1 its logits loss is hardly felt
+    student_task_weight: float = Field(default=1.0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen weights held, side autocast, in bf16
     class_weights: Literal["none", "balanced"] | list[Annotated[float, Field(ge=0)]] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -277,19 +296,48 @@ def load_config(
             loaded = OmegaConf.load(file)
             if not isinstance(loaded, DictConfig):
                 raise UserError(f"{file} must hold `name: value` lines.")
+            _refuse_resolvers(OmegaConf.to_container(loaded), file)  # a merge may resolve
             merged = OmegaConf.merge(merged, loaded)
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(sets or []))
+        assigned = OmegaConf.from_dotlist(sets or [])
+        _refuse_resolvers(OmegaConf.to_container(assigned), "--set")
+        merged = OmegaConf.merge(merged, assigned)
         plain = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise UserError(f"the config file {file} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as err:
-        reason = str(err).splitlines()[0]
+    except RecursionError:
+        raise UserError(
+            f"the options are nested too deeply ({file or '--set'}): they have two levels."
+        ) from None
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as err:
+        reason = _first_line(err)
         raise UserError(f"the options could not be read ({file or '--set'}): {reason}") from err
     assert isinstance(plain, dict)
     for name, value in (flags or {}).items():
         if value is not None:
             _put(plain, name.split("."), value)
     return check_config(plain)
+
+
+_REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")  # ${train.batch}: another option of the file
+
+
+def _refuse_resolvers(value: object, where: Path | str) -> None:
+    """Refuse `${oc.env:NAME}` and all that reads or computes: a config may come from a stranger.
+
+    What a variable holds would go into the run's config.yaml, its report and messages.
+    """
+    if isinstance(value, dict):
+        for item in value.values():
+            _refuse_resolvers(item, where)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_resolvers(item, where)
+    elif isinstance(value, str) and "${" in _REFERENCE.sub("", value):
+        raise UserError(
+            f"{where}: {printable(value)[:80]!r} asks for more than another option, and "
+            "a config reads nothing from its surroundings: write the value itself, or give it by "
+            "--set or a flag."
+        )
 
 
 def _put(plain: dict[Any, Any], path: list[str], value: Any) -> None:
@@ -310,19 +358,34 @@ def read_config(path: Path) -> Config:
     """
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
-        raise UserError(f"{path} cannot be read ({str(err).splitlines()[0]}).") from err
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply: it is no config of mdpd.") from None
+    except (OSError, ValueError, yaml.YAMLError) as err:  # ValueError: no UTF-8, no number or date
+        raise UserError(f"{path} cannot be read ({_first_line(err)}).") from err
     if not isinstance(plain, dict):
         raise UserError(f"{path} must hold `name: value` lines.")
     return check_config(plain)
 
 
+def _first_line(err: Exception) -> str:
+    """Say what is wrong, and at which line of the YAML where that is known."""
+    reason = str(err).splitlines()[0].split(";")[0]
+    if not isinstance(err, yaml.MarkedYAMLError) or err.problem_mark is None:
+        return reason
+    return f"line {err.problem_mark.line + 1}: {err.problem or reason}"
+
+
 def check_config(plain: dict[Any, Any]) -> Config:
     """Validate a plain dict; raises `UserError` with the option's path and the mend."""
     try:
-        return Config.model_validate(plain)
+        config = Config.model_validate(plain)
     except ValidationError as err:
         raise UserError(_first_problem(err)) from None
+    for name, value in config.flat().items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                require_unicode(text, f"option {name}:")
+    return config
 
 
 def _first_problem(err: ValidationError) -> str:

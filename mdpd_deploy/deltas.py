@@ -5,6 +5,7 @@ that graph's notes the SHA-256 of the weights beside it, so a delta fits one bac
 un-scaling of a regression task is folded into its head. No torch here (D27).
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.files import Read
 
 HEAD_WEIGHT, HEAD_BIAS = "head.linear.weight", "head.linear.bias"
 FORMAT = "mdpd-delta-1"
@@ -63,24 +65,24 @@ class Delta:
         return {name: _padded(name, self.tensors[name], shape) for name, shape in shapes.items()}
 
 
-def load_delta(path: Path, base_sha256: str) -> Delta:
+def load_delta(path: Path, base_sha256: str, read: Read = Path.read_bytes) -> Delta:
     """Read what `Delta.save` wrote.
 
     Args:
         path: The file.
         base_sha256: Of the base graph that it is for.
+        read: How the file is read.
 
     Raises:
         UserError: If the file is damaged, no delta, or of another base graph; one sentence.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
 
     try:
-        with safe_open(path, framework="np") as stream:
-            notes: dict[str, str] = stream.metadata() or {}
-            tensors: dict[str, NDArray[Any]] = {
-                name: stream.get_tensor(name) for name in sorted(stream.keys())
-            }
+        raw = read(path)
+        tensors: dict[str, NDArray[Any]] = dict(sorted(load(raw).items()))
+        notes = _notes(raw)
     except (OSError, SafetensorError, TypeError, ValueError) as err:
         raise UserError(f"the delta {path} cannot be read ({err}): {_MEND}.") from err
     if notes.get("format") != FORMAT:
@@ -99,6 +101,13 @@ def load_delta(path: Path, base_sha256: str) -> Delta:
     if not {HEAD_WEIGHT, HEAD_BIAS} <= set(tensors):
         raise UserError(f"the delta {path} has no head ({HEAD_WEIGHT}, {HEAD_BIAS}): {_MEND}.")
     return Delta(base_sha256, tensors)
+
+
+def _notes(raw: bytes) -> dict[str, str]:
+    """Return the notes in a sound safetensors file, which the library reads from a path only."""
+    size = int.from_bytes(raw[:8], "little")
+    notes: dict[str, str] = json.loads(raw[8 : 8 + size]).get("__metadata__", {})
+    return notes
 
 
 def _padded(name: str, value: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -10,13 +10,14 @@ was built to run on later releases or other GPUs. All of them are compared befor
 
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import read_json
-from mdpd_deploy.manifest import EXTERNAL_FILE, MODEL_FILE, graph_notes
+from mdpd_deploy.manifest import EXTERNAL_FILE, MODEL_FILE, graph_notes, reader
 from mdpd_deploy.trt_cuda import Gpu, current_gpu
 from mdpd_deploy.trt_library import import_trt
 from mdpd_deploy.trt_runner import TrtRunner
@@ -94,7 +95,7 @@ def read_key(folder: Path, manifest: Mapping[str, Any]) -> EngineKey | None:
     present = [name for name in CACHE_FILES if (folder / name).is_file()]
     if PLAN_FILE not in present or KEY_FILE not in present:
         return None
-    plain = read_json(folder / KEY_FILE, "engine")
+    plain = read_json(folder / KEY_FILE, "engine", reader(folder, manifest))
     try:
         key = EngineKey.model_validate(plain["key"])
         plan_sha256 = plain["plan_sha256"]
@@ -145,7 +146,7 @@ def open_bundle_engine(folder: Path, manifest: Mapping[str, Any]) -> TrtRunner:
     if key is None:
         raise UserError(
             f"{folder} holds no TensorRT engine: build one on the GPU machine with "
-            f"`mdpd build-engine {folder}`."
+            f"`mdpd build-engine {quote(str(folder))}`."
         )
     trt = import_trt("running a TensorRT engine")
     problem = misfit(key, graph_hashes(manifest), trt.__version__, current_gpu())

@@ -5,13 +5,17 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from mdpd_deploy.errors import UserError, WorkFailed
+
+Read = Callable[[Path], bytes]  # how a file comes into memory, whole
+
+MOST_VALUES = 500_000  # in one JSON file; a bundle of 512 tasks has some 100,000
 
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
@@ -79,10 +83,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file of ours; raises `UserError` that names it when missing or damaged."""
+def read_json(path: Path, what: str, read: Read = Path.read_bytes) -> Any:
+    """Read a JSON file of ours; raises `UserError` that names it when missing, damaged or huge."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        raw = read(path)
+        if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values")  # an empty list takes 56 bytes
+        return json.loads(raw.decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{what}: {path} does not exist.") from None
     except (OSError, ValueError, RecursionError) as err:  # also numbers of 5000 digits, and depth

@@ -17,6 +17,7 @@ from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.images import open_image
 from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.files import Read
 from mdpd_deploy.runner import Forward
 
 MOST = 256  # golden inputs that are read; they run as one batch, and an export keeps 8
@@ -66,13 +67,13 @@ def keep_raw(raw: Raw) -> Raw:
     return image
 
 
-def load_golden(path: Path) -> Golden:
+def load_golden(path: Path, read: Read = Path.read_bytes) -> Golden:
     """Read what `Golden.save` wrote; raises `UserError` when it is damaged."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     try:
-        tensors = load_file(path)
+        tensors = load(read(path))
         outputs = tensors["output"]
         if outputs.ndim != 2 or not 1 <= len(outputs) <= MOST:
             raise ValueError(f"outputs of the shape {outputs.shape}")

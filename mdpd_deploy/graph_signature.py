@@ -16,6 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import external_data_helper, numpy_helper
 
+from mdpd_deploy.files import Read
+
 TypeAndShape = tuple[int, tuple[str, ...]]
 
 
@@ -64,6 +66,7 @@ class Signature:
     outputs: tuple[tuple[str, TypeAndShape, tuple[str, str]], ...]
     nodes: tuple[Node, ...]
     opset: int
+    beyond: tuple[str, ...] = ()  # what an export of ours has nothing of; see `_beyond`
 
     @property
     def weights(self) -> list[Weight]:
@@ -74,7 +77,8 @@ class Signature:
     def structure_sha256(self) -> str:
         """Hex SHA-256 of all that `same_structure` compares: equal for equal structures."""
         nodes = [node.structure for node in self.nodes]
-        return _sha256_of([self.opset, self.inputs, self.outputs, nodes])
+        beyond = [self.beyond] if self.beyond else []
+        return _sha256_of([self.opset, self.inputs, self.outputs, nodes, *beyond])
 
     @property
     def values_sha256(self) -> str:
@@ -87,11 +91,16 @@ class Signature:
         return {"structure_sha256": self.structure_sha256, "values_sha256": self.values_sha256}
 
 
-def graph_signature(path: Path) -> Signature:
-    """Read a graph and return its signature; weights outside the file are read beside it."""
-    proto = onnx.load(path, load_external_data=False)
+def graph_signature(path: Path, read: Read | None = None) -> Signature:
+    """Read a graph and return its signature.
+
+    Args:
+        path: The `.onnx` file; weights outside it are read beside it.
+        read: How the files are read; None = from the disk, one weight at a time.
+    """
+    proto = onnx.load_model_from_string((read or Path.read_bytes)(path))
     graph = proto.graph
-    weight_of = _weight_reader(graph, path.parent)
+    weight_of = _weight_reader(graph, path.parent, read)
     types = {v.name: _type_and_shape(v) for v in (*graph.value_info, *graph.input, *graph.output)}
     made = {value.name: ("value", f"input {value.name}") for value in graph.input}
     made[""] = ("value", "absent")
@@ -108,7 +117,23 @@ def graph_signature(path: Path) -> Signature:
         outputs=tuple((value.name, types[value.name], made[value.name]) for value in graph.output),
         nodes=tuple(nodes),
         opset=proto.opset_import[0].version,
+        beyond=tuple(_beyond(proto)),
     )
+
+
+def _beyond(proto: onnx.ModelProto) -> Iterator[str]:
+    """Yield all that decides what operators mean beside the version of ONNX's own.
+
+    Another set of operators, a second version of the same, functions that stand for operators, and
+    what else a graph may carry to be run.
+    """
+    first, *others = proto.opset_import
+    if first.domain or others:
+        yield from (f"opset {entry.domain}:{entry.version}" for entry in proto.opset_import)
+    graph = proto.graph
+    for message in (*proto.functions, *proto.training_info, *graph.sparse_initializer):
+        raw: bytes = message.SerializeToString(deterministic=True)
+        yield hashlib.sha256(raw).hexdigest()
 
 
 def same_structure(a: Path, b: Path) -> list[str]:
@@ -122,6 +147,7 @@ def same_structure(a: Path, b: Path) -> list[str]:
         f"{what}: {left} and {right}"
         for what, left, right in (
             ("opset", first.opset, second.opset),
+            ("operators beyond ONNX's own", first.beyond, second.beyond),
             ("inputs", first.inputs, second.inputs),
             ("number of nodes", len(first.nodes), len(second.nodes)),
             ("outputs", first.outputs, second.outputs),
@@ -168,9 +194,12 @@ def _sha256_of(plain: Any) -> str:
     return hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode()).hexdigest()
 
 
-def _weight_reader(graph: onnx.GraphProto, folder: Path) -> Callable[[str], Weight]:
+def _weight_reader(
+    graph: onnx.GraphProto, folder: Path, read: Read | None
+) -> Callable[[str], Weight]:
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     seen: dict[str, Weight] = {}
+    files: dict[str, bytes] = {}
 
     def weight_of(name: str) -> Weight:
         if name not in seen:
@@ -178,7 +207,11 @@ def _weight_reader(graph: onnx.GraphProto, folder: Path) -> Callable[[str], Weig
             if external_data_helper.uses_external_data(tensor):
                 loaded = onnx.TensorProto()  # a copy, so that one tensor at a time is in memory
                 loaded.CopyFrom(tensor)
-                external_data_helper.load_external_data_for_tensor(loaded, str(folder))
+                if read is None:
+                    external_data_helper.load_external_data_for_tensor(loaded, str(folder))
+                else:
+                    loaded.raw_data = _part(tensor, folder, read, files)
+                    loaded.data_location = onnx.TensorProto.DEFAULT
             else:
                 loaded = tensor
             digest = value_digest(numpy_helper.to_array(loaded))
@@ -186,6 +219,15 @@ def _weight_reader(graph: onnx.GraphProto, folder: Path) -> Callable[[str], Weig
         return seen[name]
 
     return weight_of
+
+
+def _part(tensor: onnx.TensorProto, folder: Path, read: Read, files: dict[str, bytes]) -> bytes:
+    """Return a weight's bytes from the file beside the graph, which is read once."""
+    where = external_data_helper.ExternalDataInfo(tensor)
+    if where.location not in files:
+        files[where.location] = read(folder / where.location)
+    whole, start = files[where.location], where.offset or 0
+    return whole[start : start + where.length if where.length else len(whole)]
 
 
 def _type_and_shape(value: onnx.ValueInfoProto) -> TypeAndShape:

@@ -4,17 +4,19 @@ A bundle is accepted only whole: every file listed with its SHA-256, nothing els
 symbolic or hard link (ONNX Runtime would follow one out of the bundle), external weights inside.
 """
 
+import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from mdpd_deploy.errors import UserError, printable
-from mdpd_deploy.files import fsync_path, read_json, sha256_file, write_json
+from mdpd_deploy.files import Read, fsync_path, read_json, sha256_file, write_json
 
 FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
@@ -30,6 +32,11 @@ TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of a folder and of a word in
 SCHEMA = "1.1"  # a reader refuses another major number, and ignores what a later minor one adds
 METADATA_PREFIX = "mdpd."
 MAX_MANIFEST_BYTES = 16_000_000  # a real one has a few kB
+MOST_FILES = 20_000  # five for each of 512 tasks are 2,560
+
+
+# A list of half a million wrong items would be half a million errors, with words for each.
+Words = Annotated[list[str], FailFast()]
 
 
 class FileEntry(BaseModel):
@@ -77,8 +84,8 @@ class TaskEntry(BaseModel):
     task: str
     kind: Literal["classify", "regress"]
     pair: bool
-    labels: list[str]
-    metrics: list[str] = Field(min_length=1)
+    labels: Words
+    metrics: Words = Field(min_length=1)
     data: dict[str, Any]
     preprocess: dict[str, Any]
     verification: dict[str, Any]
@@ -100,12 +107,12 @@ class Manifest(BaseModel):
     pair: bool
     method: str
     faded: bool
-    labels: list[str]
-    metrics: list[str]
+    labels: Words
+    metrics: Words
     data: dict[str, Any]
     preprocess: dict[str, Any]
-    tasks: list[TaskEntry] = []
-    inputs: list[Port] = Field(min_length=1)
+    tasks: Annotated[list[TaskEntry], FailFast()] = []
+    inputs: Annotated[list[Port], FailFast()] = Field(min_length=1)
     outputs: list[Port] = Field(min_length=1, max_length=1)
     shapes: dict[str, AxisRange]
     precision: str
@@ -114,9 +121,9 @@ class Manifest(BaseModel):
     engine: Engine
     verification: dict[str, Any]
     source: dict[str, Any]
-    versions: dict[str, str]
-    caches: dict[str, FileEntry]
-    files: dict[str, FileEntry]
+    versions: dict[str, str] = Field(max_length=MOST_FILES)
+    caches: dict[str, FileEntry] = Field(max_length=MOST_FILES)
+    files: dict[str, FileEntry] = Field(max_length=MOST_FILES)
 
     @model_validator(mode="after")
     def _one_or_many(self) -> Self:
@@ -207,13 +214,59 @@ def read_checked(folder: Path) -> tuple[dict[str, Any], Manifest]:
     return plain, manifest
 
 
-def check_graph(folder: Path, manifest: Manifest) -> None:
+def reader(folder: Path, plain: Mapping[str, Any]) -> Read:
+    """Return what reads a bundle's files, each held to the digest in a manifest that was read.
+
+    The bytes that are used are the bytes that were hashed: a file that is exchanged after the
+    bundle was opened is refused, and one that is in memory is not touched by it.
+
+    Args:
+        folder: The bundle.
+        plain: Its manifest as read.
+    """
+
+    def read(path: Path) -> bytes:
+        name = path.relative_to(folder).as_posix()
+        entry = _listed(folder, plain, name)
+        try:
+            with path.open("rb") as stream:
+                raw = stream.read(entry["bytes"] + 1)
+        except OSError as err:
+            raise _changed(folder, f"{name} cannot be read ({err.strerror})") from err
+        if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
+            raise _changed(folder, f"{name} is not the file that was exported")
+        return raw
+
+    return read
+
+
+def copy_listed(folder: Path, plain: Mapping[str, Any], name: str, target: Path) -> None:
+    """Copy a file out of a bundle; raises `UserError` unless the copy is what was exported."""
+    entry = _listed(folder, plain, name)
+    shutil.copyfile(folder / name, target)
+    if sha256_file(target) != entry["sha256"]:
+        raise _changed(folder, f"{name} is not the file that was exported")
+
+
+def _listed(folder: Path, plain: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    entry: Mapping[str, Any] | None = plain["files"].get(name) or plain["caches"].get(name)
+    if entry is None:
+        raise _changed(folder, f"{name} is not listed in {FILE}")
+    return entry
+
+
+def check_graph(folder: Path, manifest: Manifest, read: Read = Path.read_bytes) -> None:
     """Check that the graph's weights stay in the bundle and its own notes agree with the manifest.
+
+    Args:
+        folder: The bundle.
+        manifest: Its manifest, parsed.
+        read: How files are read.
 
     Raises:
         UserError: If they do not.
     """
-    proto = _checked_proto(folder, MODEL_FILE, manifest)
+    proto = _checked_proto(folder, MODEL_FILE, manifest, read)
     for ports, values in (
         (manifest.inputs, proto.graph.input),
         (manifest.outputs, proto.graph.output),
@@ -224,24 +277,38 @@ def check_graph(folder: Path, manifest: Manifest) -> None:
         raise _changed(folder, f"the notes inside {MODEL_FILE} contradict {FILE}")
     if not manifest.tasks:
         return
-    if _notes(_checked_proto(folder, BASE_FILE, manifest)) != base_notes(manifest):
+    if _notes(_checked_proto(folder, BASE_FILE, manifest, read)) != base_notes(manifest):
         raise _changed(folder, f"the notes inside {BASE_FILE} contradict {FILE}")
 
 
-def _checked_proto(folder: Path, name: str, manifest: Manifest) -> Any:
-    """Return a graph without its weights; raises when one of them lies outside the bundle."""
+def _checked_proto(folder: Path, name: str, manifest: Manifest, read: Read) -> Any:
+    """Return a graph without its weights; raises when one of them lies outside the bundle.
+
+    Only a weight of the graph itself may lie in a file, and only in the one that is handed to the
+    runtime with it: anything else the runtime would look up on the disk by itself.
+    """
     import onnx
 
     from mdpd_deploy.graph_signature import tensors_in
 
     try:
-        proto = onnx.load(folder / name, load_external_data=False)
+        proto = onnx.load_model_from_string(read(folder / name))
+    except UserError:
+        raise
     except Exception as err:  # protobuf's DecodeError is no stable import
         raise _changed(folder, f"{name} is not an ONNX file") from err
-    for tensor in tensors_in(proto):  # those inside of nodes too
-        if tensor.data_location == onnx.TensorProto.EXTERNAL and not _inside(tensor, manifest):
+    own = [tensor for tensor in proto.graph.initializer if _is_external(tensor)]
+    inner = [tensor for tensor in tensors_in(proto) if _is_external(tensor)]  # of nodes too
+    for tensor in inner:
+        if not _inside(tensor, manifest):
             raise _changed(folder, f"weight {tensor.name!r} lies outside the bundle's files")
+    if len(inner) > len(own):
+        raise _changed(folder, f"a node of {name} reads a file")
     return proto
+
+
+def _is_external(tensor: Any) -> bool:
+    return bool(tensor.data_location == tensor.EXTERNAL)
 
 
 def _notes(proto: Any) -> dict[str, str]:
@@ -249,9 +316,9 @@ def _notes(proto: Any) -> dict[str, str]:
 
 
 def _inside(tensor: Any, manifest: Manifest) -> bool:
-    """Return whether a tensor's bytes are a part of a file that the manifest lists."""
+    """Return whether a tensor's bytes are a part of the file of weights that the manifest lists."""
     where = {entry.key: entry.value for entry in tensor.external_data}
-    entry = manifest.files.get(where.get("location", ""))
+    entry = manifest.files.get(EXTERNAL_FILE) if where.get("location") == EXTERNAL_FILE else None
     offset, length = where.get("offset", "0"), where.get("length", "0")
     numbers = all(number.isascii() and number.isdigit() for number in (offset, length))
     return entry is not None and numbers and int(offset[:20]) + int(length[:20]) <= entry.bytes

@@ -4,6 +4,7 @@
 is fed a task's norms and head with every run. No torch here (D27).
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.deltas import Delta
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.files import sha256_file
+from mdpd_deploy.files import Read
 from mdpd_deploy.runner import TASK_ID, Forward, OnnxRunner
 
 Arrays = dict[str, NDArray[Any]]
@@ -81,6 +82,7 @@ class Swap(Mapping[str, Forward]):
         deltas: Task name → delta; `add` takes more.
         device: "cpu" or "cuda".
         threads: Threads inside one operator; default: the CPU quota.
+        read: How the graph's files are read; None = ONNX Runtime opens them itself.
 
     Raises:
         UserError: If a delta is not of this base graph or does not fit it.
@@ -93,9 +95,10 @@ class Swap(Mapping[str, Forward]):
         *,
         device: str = "cpu",
         threads: int | None = None,
+        read: Read | None = None,
     ) -> None:
-        self.base = OnnxRunner(path, device=device, threads=threads)
-        self.base_sha256 = sha256_file(path)
+        self.base = OnnxRunner(path, device=device, threads=threads, read=read)
+        self.base_sha256 = hashlib.sha256((read or Path.read_bytes)(path)).hexdigest()
         self._runners: dict[str, Forward] = {}
         for name, delta in deltas.items():
             self.add(name, delta)

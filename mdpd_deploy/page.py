@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
+from mdpd_deploy.shown import shown
+
 VOID = frozenset({"img", "meta"})
 
 
@@ -28,7 +30,7 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
             attribute out, True gives it no value.
     """
     opening = "".join(
-        f" {key.rstrip('_')}" + ("" if value is True else f'="{html.escape(str(value))}"')
+        f" {key.rstrip('_')}" + ("" if value is True else f'="{_escaped(value)}"')
         for key, value in attributes.items()
         if value is not None and value is not False
     )
@@ -46,8 +48,13 @@ def join(children: Iterable[object]) -> Html:
         elif isinstance(child, list | tuple):
             parts.append(join(child))
         elif child is not None:
-            parts.append(html.escape(str(child)))
+            parts.append(_escaped(child))
     return Html("".join(parts))
+
+
+def _escaped(value: object) -> str:
+    """Return a value as text of a page; what is not visible, or no Unicode, is spelt out."""
+    return html.escape(shown(str(value)))
 
 
 def document(title: str, *sections: object) -> str:

@@ -130,6 +130,16 @@ def agreement(
     return Agreement(int(clear.sum()), int((equal & clear).sum()), count, int(equal.sum()))
 
 
+def label_spread(labels: NDArray[np.int64] | NDArray[np.float64]) -> float:
+    """Return what errors in the labels' unit are scaled by: their standard deviation, never 0.
+
+    Labels that are all the same have their size instead.
+    """
+    if np.ptp(labels):
+        return float(np.std(labels))
+    return float(np.abs(labels).max()) or 1.0
+
+
 def paired_drop(
     metric: str,
     reference: NDArray[np.float32],
@@ -147,11 +157,14 @@ def paired_drop(
         labels: [n].
         seed: Of the bootstrap, which draws examples.
     """
-    scale = -1 / max(float(np.std(labels)), 1e-12) if metric in LOWER_IS_BETTER else 1.0
+    scale = -1 / label_spread(labels) if metric in LOWER_IS_BETTER else 1.0
 
     def drop(rows: Sequence[int] | NDArray[np.int64] | slice) -> float:
-        before = compute([metric], reference[rows], labels[rows])[metric]
-        return scale * (before - compute([metric], outputs[rows], labels[rows])[metric])
+        before, after = (
+            compute([metric], found[rows], labels[rows])[metric] or 0.0  # undefined tells nothing
+            for found in (reference, outputs)
+        )
+        return scale * (before - after)
 
     rng = np.random.default_rng(seed)
     drawn = [drop(rng.integers(len(labels), size=len(labels))) for _ in range(RESAMPLES)]

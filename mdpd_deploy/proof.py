@@ -47,7 +47,7 @@ def prove(bundle: Bundle, runner: Runner) -> None:
         spread, known = recorded(bundle, task)
         assert task.golden is not None
         run = TaskRunner(cut, task) if bundle.mixed else cut
-        found = replay(load_golden(task.golden), task.preprocess, run, spread)
+        found = replay(load_golden(task.golden, bundle.read), task.preprocess, run, spread)
         where = f"bundle {bundle.path}, task {task.name}"
         if not found.preprocessing_diff == 0:  # also true for NaN
             raise VerificationError(
@@ -68,7 +68,7 @@ def recorded(bundle: Bundle, task: Task) -> Recorded:
     Raises:
         UserError: If `parity.json` does not say.
     """
-    gates = read_json(bundle.path / PARITY_FILE, "parity")
+    gates = read_json(bundle.path / PARITY_FILE, "parity", bundle.read)
     try:
         of_task = gates[task.name] if bundle.mixed else gates
         return Recorded(float(of_task["parity"]["spread"]), float(of_task["golden"]["output_diff"]))

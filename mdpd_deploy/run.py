@@ -17,6 +17,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 from mdpd_deploy.config import Config, read_config
@@ -72,7 +73,7 @@ class Run:
             )
         if not (folder / "summary.json").is_file():
             raise UserError(
-                f"the run {folder} is not finished: `mdpd train --resume {folder}` ends it."
+                f"the run {folder} is not finished: `mdpd train --resume {quote(str(folder))}` ends it."
             )
         summary = read_json(folder / "summary.json", "run")
         sound = isinstance(summary, dict) and all(name in summary for name in _NEEDED)

@@ -1,7 +1,9 @@
 """Runs an exported graph with ONNX Runtime on the device that was asked for. No torch (D27)."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdpd_deploy.errors import UserError, WorkFailed, missing_extra
+from mdpd_deploy.files import Read
 from mdpd_deploy.machine import cpu_count
+from mdpd_deploy.manifest import EXTERNAL_FILE
 
 TASK_ID = "task_id"  # input int64 [B] of a graph that answers many tasks: which one each row asks
 TASKS_NOTE = "mdpd.tasks"  # note of such a graph: its tasks in the order of `task_id`
@@ -71,6 +75,7 @@ class OnnxRunner:
         device: "cpu" or "cuda".
         threads: Threads inside one operator; default: the CPU quota.
         entries: Further session configuration entries of ONNX Runtime, by their own names.
+        read: As in `open_session`.
 
     Attributes:
         provider: The execution provider that the session really uses.
@@ -96,12 +101,13 @@ class OnnxRunner:
         device: str = "cpu",
         threads: int | None = None,
         entries: Mapping[str, str] | None = None,
+        read: Read | None = None,
     ) -> None:
         self.device = device
         self.threads = threads or cpu_count()
         self.max_batch: int | None = None
         self.failed: str | None = None
-        self._session = open_session(path, device, self.threads, entries=entries)
+        self._session = open_session(path, device, self.threads, entries=entries, read=read)
         self.provider: str = self._session.get_providers()[0]
         self.input_names = tuple(item.name for item in self._session.get_inputs())
         (output,) = self._session.get_outputs()
@@ -199,7 +205,12 @@ def _onnxruntime() -> Any:
 
 
 def open_session(
-    path: Path, device: str, threads: int, *, entries: Mapping[str, str] | None = None
+    path: Path,
+    device: str,
+    threads: int,
+    *,
+    entries: Mapping[str, str] | None = None,
+    read: Read | None = None,
 ) -> Any:
     """Open a graph with ONNX Runtime and make sure that it runs on the device asked for.
 
@@ -208,6 +219,8 @@ def open_session(
         device: "cpu" or "cuda".
         threads: Threads inside one operator.
         entries: Further session configuration entries of ONNX Runtime, by their own names.
+        read: How the graph's files are read. ONNX Runtime then holds weights of its own, which no
+            change of the files reaches; None = it opens the files itself, and maps large weights.
 
     Raises:
         UserError: If ONNX Runtime or the device is missing, or the graph cannot be loaded.
@@ -224,9 +237,14 @@ def open_session(
         options.add_session_config_entry(name, value)
     chosen = list(dict.fromkeys([provider, PROVIDERS["cpu"]]))
     try:
-        session = ort.InferenceSession(
-            str(path), options, providers=chosen, disabled_optimizers=SLOW_FUSIONS.get(device)
-        )
+        with (
+            _in_memory(path, options, read) if read else contextlib.nullcontext(str(path)) as graph
+        ):
+            session = ort.InferenceSession(
+                graph, options, providers=chosen, disabled_optimizers=SLOW_FUSIONS.get(device)
+            )
+    except UserError:
+        raise
     except Exception as err:  # ONNX Runtime has no base class of its own for these
         reason = str(err).splitlines()[0]
         raise UserError(f"{path} is not a graph that ONNX Runtime can load: {reason}") from err
@@ -243,3 +261,26 @@ def open_session(
             f"(first: {stray[0]}). Use --device cpu or a newer onnxruntime-gpu."
         )
     return session
+
+
+@contextlib.contextmanager
+def _in_memory(path: Path, options: Any, read: Read) -> Iterator[str | bytes]:
+    """Yield a graph that was read, for a session with these options.
+
+    ONNX Runtime keeps a graph that it is given as bytes for as long as it lives; a file in memory
+    that ends here has it let go of them.
+    """
+    external = path.with_name(EXTERNAL_FILE)
+    if external.is_file():
+        weights = read(external)  # lives as long as this block, which is what ONNX Runtime asks
+        options.add_external_initializers_from_files_in_memory(
+            [EXTERNAL_FILE], [weights], [len(weights)]
+        )
+        yield read(path)  # the graph alone is small
+    elif hasattr(os, "memfd_create"):
+        with open(os.memfd_create(path.name), "wb") as file:
+            file.write(read(path))
+            file.flush()
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        yield read(path)

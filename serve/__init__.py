@@ -8,10 +8,10 @@ if __name__ != "mdpd_deploy.serve":
 
 if TYPE_CHECKING:
     from mdpd_deploy.serve.benchmark import Grid, run_benchmark
-    from mdpd_deploy.serve.core import CoreOptions, RequestCore
+    from mdpd_deploy.serve.core import CoreOptions, Limits, RequestCore
     from mdpd_deploy.serve.core.options import usual_device
     from mdpd_deploy.serve.graph_race import race_graphs
-    from mdpd_deploy.serve.latency import Plan
+    from mdpd_deploy.serve.latency import FEWEST_OPENINGS, Plan
     from mdpd_deploy.serve.latency_chart import write_chart
     from mdpd_deploy.serve.latency_inputs import InputSource
     from mdpd_deploy.serve.latency_report import CONTROL, DEPLOYED, LatencyReport
@@ -36,9 +36,11 @@ _HOME = {
     "DEPLOYED": "latency_report",
     "RUNTIMES": "runtimes",
     "CoreOptions": "core",
+    "FEWEST_OPENINGS": "latency",
     "Grid": "benchmark",
     "InputSource": "latency_inputs",
     "LatencyReport": "latency_report",
+    "Limits": "core",
     "Plan": "latency",
     "RequestCore": "core",
     "Scaling": "ray_app",
@@ -65,11 +67,13 @@ __all__ = [
     "DEFAULT_RIVALS",
     "DEFAULT_RUNTIMES",
     "DEPLOYED",
+    "FEWEST_OPENINGS",
     "RUNTIMES",
     "CoreOptions",
     "Grid",
     "InputSource",
     "LatencyReport",
+    "Limits",
     "Plan",
     "RequestCore",
     "Scaling",

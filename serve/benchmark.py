@@ -20,6 +20,7 @@ import torch
 import mdpd_deploy
 from mdpd_deploy.machine import describe
 from mdpd_deploy.onnx_graph import export_onnx, same_structure
+from mdpd_deploy.serve.contention import Counters
 from mdpd_deploy.serve.estimate import (
     MARGIN,
     Ratio,
@@ -129,12 +130,17 @@ def run_benchmark(
     ]
     report.identity = _identity(built)
     report.machine = {**describe(), "git_commit": _git_commit(), "gpu_state_before": gpu_state()}
+    before = Counters.now()
     for runtime in grid.runtimes:
         with torch_threads(grid.threads if runtime == "torch" else 1):
             cells = _measure_cells(variants, built, runtime, grid, inputs, batches, engine_of)
         for batch, cell in cells.items():
             _add_cell(report, cell, inputs, batches[batch], built, grid, runtime=runtime)
     report.machine["gpu_state_after"] = gpu_state()
+    contention = before.until(Counters.now())
+    report.machine["contention"] = asdict(contention)
+    if contention.words:
+        report.warnings.append(contention.words)
     report.claims = write_claims(report)
     return report
 

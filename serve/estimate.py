@@ -19,7 +19,7 @@ from mdpd_deploy.intervals import student_interval
 P99_NEEDS = 1000  # calls; below that the 99th percentile is a handful of samples
 MARGIN = {"cpu": 0.05, "cuda": 0.02}  # how near 1 the whole interval must be for "same speed"
 
-Code = Literal["same", "no-difference", "slower", "faster", "cannot-tell"]
+Code = Literal["same", "slower", "faster", "cannot-tell"]
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,9 @@ def verdict(ratio: Ratio, control: Ratio, margin: float) -> Verdict:
 
     Returns:
         `same` when the whole interval lies within the margin; `slower` or `faster` (the variant)
-        when it excludes 1 and lies outside the A/A spread; `no-difference` when it lies inside
-        that spread; else `cannot-tell`.
+        when it excludes 1 and lies outside the A/A spread; else `cannot-tell`.
     """
     spread = control.spread
-    inside_control = 1 / spread <= ratio.low and ratio.high <= spread
     above = ratio.low > max(1.0, spread)
     below = ratio.high < min(1.0, 1 / spread)
     if 1 - margin <= ratio.low and ratio.high <= 1 + margin:
@@ -132,17 +130,17 @@ def verdict(ratio: Ratio, control: Ratio, margin: float) -> Verdict:
         return Verdict("slower", f"slower than deployed, {factor(ratio.median)} its time")
     if below:
         return Verdict("faster", f"faster than deployed, {factor(ratio.median)} its time")
-    if inside_control:
-        return Verdict("no-difference", "no difference detected (inside the A/A spread)")
     return Verdict(
-        "cannot-tell", "cannot tell on this machine: the interval or the A/A spread is too wide"
+        "cannot-tell",
+        f"cannot tell on this machine: {factor(ratio.low)} to {factor(ratio.high)}, and one model "
+        f"against itself scatters by ±{spread - 1:.1%}",
     )
 
 
 def _same_words(ratio: Ratio, margin: float, *, differs: bool) -> str:
     same = f"same speed within ±{margin:.0%}"
     if not differs:
-        return f"no difference detected; {same}"
+        return same
     word = "slower" if ratio.median > 1 else "faster"
     return f"{same} ({abs(ratio.median - 1):.1%} {word} measured)"
 
@@ -151,13 +149,13 @@ def control_words(control: Ratio, margin: float) -> str:
     """Say how far the machine itself scatters: the deployed model timed against itself."""
     off = control.spread - 1
     if off <= margin:
-        return f"control: no difference detected (A/A spread ±{off:.1%})"
+        return f"control: same speed, as it must be (A/A spread ±{off:.1%})"
     return f"control: this machine scatters by ±{off:.1%}, differences below that cannot be seen"
 
 
 def factor(ratio: float) -> str:
-    """Write a ratio with the digits it deserves: 1.04×, 12.3×."""
-    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.1f}×"
+    """Write a ratio with the digits it deserves: 1.04×, 12.3×, 1752×."""
+    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.1f}×" if ratio < 100 else f"{ratio:.0f}×"
 
 
 def milliseconds(value: float) -> str:

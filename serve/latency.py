@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Clock = Callable[[], int]  # nanoseconds
+FEWEST_OPENINGS = 3  # of two, Student's interval is 13 times as wide as they lie apart
 
 
 class TimedCall(Protocol):

@@ -5,6 +5,7 @@ Drawn on a figure of its own (no pyplot, so no global state and no display).
 
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from mdpd_deploy.serve.estimate import factor, milliseconds
@@ -18,6 +19,9 @@ _COLOURS = ("#0b6e4f", "#d1495b", "#3066be", "#e08d00", "#7b4fa3", "#2a9d9d")  #
 _GREY = "#8a8a8a"  # the A/A control
 _INK = "#222222"
 _DPI = 200
+_TITLE = "Time of one call, relative to the deployed model"
+_NARROWEST = 7.4  # inches: the title has room
+_FARTHEST = 2.0  # times the largest ratio: an interval that reaches farther is cut there
 
 
 def write_chart(report: LatencyReport, folder: Path) -> list[Path]:
@@ -38,47 +42,52 @@ def draw(report: LatencyReport) -> "Figure":
 
     runtimes = list(dict.fromkeys(ratio.runtime for ratio in report.ratios))
     height = 2.0 + 0.32 * max(_lines(report, runtime) for runtime in runtimes)
-    figure = Figure(figsize=(5.2 * len(runtimes) + 1.6, height), layout="constrained")
+    width = max(_NARROWEST, 5.2 * len(runtimes) + 1.6)
+    caption = _caption(report, int(14 * width))  # letters of 9 points that fit beside each other
+    height += 0.16 * (caption.count("\n") - 1)
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, len(runtimes), sharex=True, sharey=True, squeeze=False)[0]
+    left, right, room = _limits(report)
     for axis, runtime in zip(axes, runtimes, strict=True):
-        _panel(axis, report, runtime)
-    axes[0].set_xlim(_limits(report))  # shared by all panels
+        _panel(axis, report, runtime, right)
+    axes[0].set_xlim(left, right + room)  # shared by all panels
     figure.suptitle(
-        "Time of one call, relative to the deployed model",
+        _TITLE,
         x=0.012,
         ha="left",
         fontsize=15,
         fontweight="bold",
         color=_INK,
     )
-    figure.supxlabel(_caption(report), x=0.012, ha="left", fontsize=9, color="#555555")
+    figure.supxlabel(caption, x=0.012, ha="left", fontsize=9, color="#555555")
     return figure
 
 
-def _limits(report: LatencyReport) -> tuple[float, float]:
-    """Every interval, the line at 1 and the margin, with room for the numbers on the right."""
+def _limits(report: LatencyReport) -> tuple[float, float, float]:
+    """Where the axis begins, where intervals end at the latest, and the room for numbers after it.
+
+    One interval that is far wider than all ratios would squeeze the others to a line, so it is cut.
+    """
     left = min(1 - 2 * report.margin, *(ratio.ci95[0] for ratio in report.ratios))
     right = max(1 + 2 * report.margin, *(ratio.ci95[1] for ratio in report.ratios))
-    room = 0.04 * (right - left)
-    return left - room, right + 4 * room
+    farthest = _FARTHEST * max(1.0, *(ratio.median for ratio in report.ratios))
+    room = (0.34 if farthest < right else 0.16) * (min(right, farthest) - left)
+    right = min(right, farthest)
+    return left - 0.04 * (right - left), right, room
 
 
-def _caption(report: LatencyReport) -> str:
+def _caption(report: LatencyReport, letters: int) -> str:
     setting = f"{report.source['backbone']} · {report.source['task']} · {_machine(report)}"
     words = [
-        f"{setting} · {_openings(report)} with its 95 % interval",
-        "right of 1×: the deployed model is faster · grey band: counted as the same speed",
+        setting,
+        f"median of paired rounds, mean over {report.settings['openings']} openings, 95 % interval",
+        "right of 1×: the deployed model is faster",
+        "grey band: counted as the same speed",
     ]
     if any(note.untrained for note in report.variants):
-        words[1] += " · *untrained weights, speed only"
-    return "\n".join(words)
-
-
-def _openings(report: LatencyReport) -> str:
-    count = report.settings["openings"]
-    if count == 1:
-        return "median of paired rounds"
-    return f"median of paired rounds, mean over {count} openings"
+        words.append("*untrained weights, speed only")
+    lines = [" · ".join(words), *report.warnings]
+    return "\n".join(fill(line, letters) for line in lines)
 
 
 def _machine(report: LatencyReport) -> str:
@@ -93,7 +102,7 @@ def _lines(report: LatencyReport, runtime: str) -> int:
     return len(ratios) + len({ratio.batch for ratio in ratios})
 
 
-def _panel(axis: "Axes", report: LatencyReport, runtime: str) -> None:
+def _panel(axis: "Axes", report: LatencyReport, runtime: str, right: float) -> None:
     ratios = [ratio for ratio in report.ratios if ratio.runtime == runtime]
     colours = _colours(report)
     untrained = {note.name for note in report.variants if note.untrained}
@@ -104,7 +113,7 @@ def _panel(axis: "Axes", report: LatencyReport, runtime: str) -> None:
         _reference(axis, report, runtime, batch, len(labels))
         labels.append(f"batch {batch}")
         for ratio in (ratio for ratio in ratios if ratio.batch == batch):
-            _interval(axis, ratio, len(labels), colours[ratio.variant])
+            _interval(axis, ratio, len(labels), colours[ratio.variant], right)
             labels.append(ratio.variant + "*" * (ratio.variant in untrained))
     device, precision = ratios[0].device.upper(), ratios[0].precision.upper()
     axis.set_title(f"{_runtime_words(runtime)} · {device} · {precision}", loc="left", fontsize=11)
@@ -131,15 +140,19 @@ def _reference(axis: "Axes", report: LatencyReport, runtime: str, batch: int, pl
     )
 
 
-def _interval(axis: "Axes", ratio: RatioRow, place: float, colour: str) -> None:
+def _interval(axis: "Axes", ratio: RatioRow, place: float, colour: str, right: float) -> None:
     from matplotlib.patheffects import withStroke
 
     low, high = ratio.ci95
-    axis.plot([low, high], [place, place], color=colour, lw=3.2, alpha=0.45, solid_capstyle="round")
+    said, end = factor(ratio.median), min(high, right)
+    if end < high:
+        said = f"{said}, to {factor(high)}"
+        axis.plot([end], [place], ">", color=colour, ms=7)
+    axis.plot([low, end], [place, place], color=colour, lw=3.2, alpha=0.45, solid_capstyle="round")
     axis.plot([ratio.median], [place], "o", color=colour, ms=7)
     axis.annotate(
-        factor(ratio.median),
-        (high, place),
+        said,
+        (end, place),
         xytext=(8, 0),
         textcoords="offset points",
         va="center",

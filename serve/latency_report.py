@@ -124,7 +124,9 @@ class LatencyReport:
         source: {kind, name, task, method, side, backbone}.
         settings: {device, threads, seed, seconds, inputs, ...}: enough to repeat it.
         claims: Sentences that the intervals allow.
-        machine: Processor, GPUs, versions; GPU state before and after.
+        warnings: What speaks against them: that the machine was busy.
+        machine: Processor, GPUs, versions; GPU state before and after; shares of the processors'
+            time that others took meanwhile.
     """
 
     source: dict[str, Any]
@@ -136,6 +138,7 @@ class LatencyReport:
     cells: list[CellNote] = field(default_factory=list)
     identity: Identity | None = None
     claims: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
     raw: list[Raw] = field(default_factory=list)
 
@@ -175,8 +178,7 @@ def _claim(note: VariantNote, ratios: list[RatioRow]) -> str:
         ("slower", "deployed is faster than {} at batch {}"),
         ("same", "deployed runs as fast as {} at batch {}"),
         ("faster", "deployed is slower than {} at batch {}"),
-        ("no-difference", "no difference to {} detected at batch {}"),
-        ("cannot-tell", "no claim against {} at batch {}, this machine scatters too much"),
+        ("cannot-tell", "against {} this machine cannot tell at batch {}"),
     ):
         found = [_batch_words(ratio) for ratio in ratios if ratio.verdict == code]
         if found:
@@ -186,7 +188,7 @@ def _claim(note: VariantNote, ratios: list[RatioRow]) -> str:
 
 
 def _batch_words(ratio: RatioRow) -> str:
-    if ratio.verdict in ("slower", "faster"):
+    if ratio.verdict != "same":
         low, high = ratio.ci95
         return f"{ratio.batch} ({ratio.median:.2f}×, 95 % {low:.2f}-{high:.2f})"
     return str(ratio.batch)

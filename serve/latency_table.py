@@ -9,12 +9,12 @@ from rich.text import Text
 from mdpd_deploy.serve.estimate import Ratio, factor, milliseconds
 from mdpd_deploy.serve.latency_report import DEPLOYED, CellNote, LatencyReport, RatioRow, Row
 
+WIDEST = 100  # times; where an interval reaches that far, its end says nothing more
 # A verdict speaks of the variant, the table of the deployed model.
 _DEPLOYED_IS: dict[str, str] = {
     "same": "as fast",
     "slower": "faster",
     "faster": "slower",
-    "no-difference": "no diff.",
     "cannot-tell": "unclear",
 }
 
@@ -25,6 +25,7 @@ def render(report: LatencyReport) -> RenderableType:
     for runtime in dict.fromkeys(row.runtime for row in report.rows):
         parts += [_table(report, runtime), *_remarks(report, runtime), Text()]
     parts += [Text(line) for line in _closing(report)]
+    parts += [Text(line, style="yellow") for line in report.warnings]
     return Group(*parts)
 
 
@@ -68,7 +69,7 @@ def _cells(report: LatencyReport, row: Row, *, p99: bool) -> Iterator[str]:
     if ratio is None:
         return
     low, high = ratio.ci95
-    yield f"{factor(ratio.median)} {low:.2f}-{high:.2f}"
+    yield f"{factor(ratio.median)} {low:.2f}-{f'{high:.2f}' if high < WIDEST else f'{WIDEST}+'}"
     yield "" if ratio.nodes_ratio is None else factor(ratio.nodes_ratio)
     yield "" if ratio.flops_ratio is None else factor(ratio.flops_ratio)
     yield "control" if ratio.control else _DEPLOYED_IS[ratio.verdict]

@@ -17,13 +17,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from mdpd_deploy.bundle import load_bundle
+from mdpd_deploy.data.images import MAX_PIXELS
 from mdpd_deploy.errors import UserError, WorkFailed, missing_extra
-from mdpd_deploy.serve.core import CoreOptions, RequestCore
+from mdpd_deploy.serve.core import CoreOptions, Limits, RequestCore
 from mdpd_deploy.serve.core.options import usual_device
-from mdpd_deploy.serve.web.run import bind
+from mdpd_deploy.serve.web.callers import called_by
+from mdpd_deploy.serve.web.listener import bind
+from mdpd_deploy.serve.web.run import hanging_up
 from mdpd_deploy.signing import check_signature
 
 if TYPE_CHECKING:
@@ -131,8 +134,10 @@ class AppArguments(BaseModel):
         max_delay_ms: How long an idle replica waits for more rows.
         queue: Most rows of a model in progress in a replica.
         timeout_s: A request's time limit.
+        max_pixels: Width times height of a picture.
         drain_s: Time for the requests in progress when a replica is to end.
         key: Public key, PEM, that must have signed the bundles, at the same path on every machine.
+        allow_hosts: Names by which clients may call the server, or `NAME,NAME`.
         min_replicas: As in `Scaling`.
         max_replicas: As in `Scaling`.
         target_ongoing_requests: As in `Scaling`.
@@ -150,8 +155,10 @@ class AppArguments(BaseModel):
     max_delay_ms: float = CoreOptions.max_delay_ms
     queue: int = CoreOptions.queue
     timeout_s: float = CoreOptions.timeout_s
+    max_pixels: int = Field(Limits.pixels, ge=1, le=MAX_PIXELS)
     drain_s: int = CoreOptions.drain_s
     key: Path | None = CoreOptions.key
+    allow_hosts: tuple[str, ...] | str = CoreOptions.allow_hosts
     min_replicas: int = Scaling.min_replicas
     max_replicas: int = Scaling.max_replicas
     target_ongoing_requests: float = Scaling.target_ongoing_requests
@@ -166,6 +173,9 @@ def app(args: AppArguments) -> Any:
         pairs = (word.partition("=") for word in places.split(","))
         places = {name: Path(folder) for name, _, folder in pairs}
     plain = args.model_dump(exclude={"bundles"})
+    if isinstance(args.allow_hosts, str):
+        plain["allow_hosts"] = tuple(filter(None, args.allow_hosts.split(",")))
+    plain["limits"] = Limits(pixels=plain.pop("max_pixels"))
     plain["device"] = args.device or usual_device(args.runtime)
     scaling = Scaling(**{name: plain.pop(name) for name in Scaling.__dataclass_fields__})
     return build_ray_app(places, CoreOptions(**plain), scaling)
@@ -180,7 +190,7 @@ def serve_on_ray(
     port: int,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Run the application on a Ray cluster until SIGTERM or an interrupt.
+    """Run the application on a Ray cluster until SIGTERM, SIGHUP or an interrupt.
 
     Joins the cluster that RAY_ADDRESS names; without one, a cluster of this machine alone is started,
     without dashboard and usage statistics.
@@ -201,7 +211,7 @@ def serve_on_ray(
     """
     serve = _import_serve()
     port = _choose_port(host, port)
-    application = build_ray_app(bundles, options, scaling)
+    application = build_ray_app(bundles, called_by(options, host), scaling)
     _join()
     stop = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
@@ -217,8 +227,9 @@ def serve_on_ray(
             reason = str(err).strip().splitlines()[-1]
             raise WorkFailed(f"no replica got ready: {reason}") from err
         on_ready(f"http://{host}:{port}")
-        while not stop.wait(1):  # a wait without end would also hold an interrupt back
-            pass
+        with hanging_up(lambda number, frame: stop.set()):
+            while not stop.wait(1):  # a wait without end would also hold an interrupt back
+                pass
     finally:
         _leave(serve, begun=begun)
         signal.signal(signal.SIGTERM, before)

@@ -319,3 +319,99 @@ def test_a_refused_allocation_is_out_of_memory(verb, capsys):
     verb(command)
     assert cli.main(["trial"]) == 1
     assert "out of memory" in capsys.readouterr().err
+
+
+ODD = "caf\u00e9 \u4f60\u597d \U0001f600 \udce9"  # the last: a byte of an argument that is no UTF-8
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_any_text_can_be_printed_on_any_terminal(encoding, tmp_path, run_python):
+    """On both streams, by print, typer, rich, logging and our own errors."""
+    script = f"""
+import logging, sys, types, typer
+from rich.console import Console
+from rich.table import Table
+from mdpd_deploy import cli
+from mdpd_deploy.errors import UserError
+def command() -> None:
+    text = {ODD!a}
+    print(text)
+    typer.echo(text)
+    table = Table(title=text)
+    table.add_row(text)
+    Console().print(table)
+    logging.getLogger("mdpd_deploy.trial").info(text)
+    raise UserError(text + "\u2026")
+module = types.ModuleType("mdpd_deploy.commands.trial")
+module.command = command
+sys.modules[module.__name__] = module
+cli.VERBS["trial"] = cli.Verb("trial", "command", "A trial.")
+code = cli.main(["trial"])
+assert sys.stdout.errors == "strict"
+sys.exit(code)
+"""
+    done = run_python("-c", script, cwd=tmp_path, PYTHONIOENCODING=encoding + ":strict")
+    assert done.returncode == 2, done.stderr
+    assert "internal error" not in done.stderr and "error: caf" in done.stderr
+    assert done.stdout.count("caf") == 4
+    if encoding == "ascii":
+        assert r"caf\xe9 \u4f60\u597d \U0001f600 \udce9" in done.stdout
+
+
+def test_predictions_are_printed_on_any_terminal(tiny_text_bundle, tmp_path, run_python):
+    words = (
+        "-m",
+        "mdpd_deploy",
+        "predict",
+        str(tiny_text_bundle.path),
+        "caf\u00e9 \U0001f600 good",
+    )
+    table = run_python(*words, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert table.returncode == 0 and r"caf\xe9" in table.stdout, table.stderr
+    plain = run_python(*words, "--json", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert json.loads(plain.stdout)["predictions"][0]["input"] == words[-1]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["${oc.env:SECRET}", "${oc.env:NONE,${oc.env:SECRET}}", "a${${train.how}:SECRET}",
+     "${ oc.env : SECRET }", "${oc.decode:'[1]'}", "[1, {a: '${oc.env:SECRET}'}]"],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["out: {}", "data: {}", "data:\n  labels: [{}]"])
+def test_a_config_reads_nothing_from_its_surroundings(value, place, tmp_path, monkeypatch, capsys):
+    """A stranger's file must not bring a secret of ours into config.yaml, report or messages."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    quoted = value if value[0] == "[" else json.dumps(value)
+    (tmp_path / "c.yaml").write_text(place.format(quoted) + "\n")
+    words = ["train", str(tmp_path / "c.yaml"), "--set", "data.limit=5", "--dry-run"]
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert "c.yaml" in err and "asks for more than another option" in err
+    assert len(err.splitlines()) == 1 and "hunter2" not in out + err
+
+
+def test_an_option_may_still_refer_to_another(tmp_path):
+    from mdpd_deploy.config import load_config
+
+    (tmp_path / "c.yaml").write_text("train: {batch: 4, eval_batch: '${.batch}'}\n")
+    assert load_config(tmp_path / "c.yaml").train.eval_batch == 4
+    assigned = ["train.batch=4", "train.eval_batch=${train.batch}"]
+    assert load_config(sets=assigned).train.eval_batch == 4
+    with pytest.raises(UserError, match=r"^--set: .*asks for more than another option"):
+        load_config(sets=["out=${oc.env:HOME}"])
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [("EMFILE", "ulimit -n"), ("EIO", "Check the disk"), ("EAGAIN", "ulimit -u")],
+)
+def test_what_fails_in_the_machine_is_no_bug_of_ours(verb, capsys, number, mend):
+    def fail():
+        code = getattr(errno, number)
+        raise OSError(code, "it is so", "/x/y" if number != "EAGAIN" else None)
+
+    verb(fail)
+    assert cli.main(["trial"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    start = "the system refused" if number == "EAGAIN" else "could not use /x/y"
+    assert said.startswith(f"error: {start}: it is so. ") and mend in said

@@ -158,7 +158,7 @@ def test_qqp_leaves_its_known_broken_rows_out_and_says_so(tmp_path: Path) -> Non
     data = glue("qqp", tmp_path)
     assert len(data.train) == 5
     assert data.train.inputs[4] == ("asked", "")
-    assert len(data.notes) == 1 and "1 rows without all columns are left out" in data.notes[0]
+    assert "1 rows without all columns (train.tsv line" in data.inventory.line
 
 
 def test_eval_data_replaces_dev(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_limit_shuffles_by_seed(tmp_path: Path) -> None:
     assert first.train.inputs != [f"s{i}" for i in range(10)]
     assert [int(s[1:]) % 2 for s in first.train.inputs] == first.train.labels.tolist()
     assert len(first.evaluation["validation"]) == 50
-    assert first.notes == ("data.limit keeps 10 of 50 training examples.",)
+    assert "40 training examples beyond data.limit" in first.inventory.line
 
 
 def broken(root: Path, change: str) -> str:

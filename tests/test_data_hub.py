@@ -73,7 +73,8 @@ def test_class_labels_give_names_and_hidden_ones_drop_the_test(tmp_path: Path) -
     assert data.label_names == ("maybe", "no", "yes")
     assert data.train.labels.tolist() == [2, 1, 0]
     assert list(data.evaluation) == ["validation"]
-    assert "has no labels" in data.notes[0]
+    assert "2 test examples without labels" in data.inventory.line
+    assert "1 rows of other splits (unsupervised)" in data.inventory.line
     ordered = read(spec, text=["s"], label="target", labels=["no", "maybe", "yes"])
     assert ordered.train.labels.tolist() == [2, 0, 1]
 
@@ -114,7 +115,7 @@ def test_missing_columns_and_texts_are_named(text_folder: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="column 'text' holds no pictures"):
         read(f"hub:{text_folder}", image="text")
     spec = saved(tmp_path / "s", {"train": labelled([0, 1], s=["a", None])})
-    with pytest.raises(UserError, match="train row 2: column 's' holds no text"):
+    with pytest.raises(UserError, match="train row 2: the text in column 's' is empty"):
         read(spec, text=["s"], label="target")
     spec = saved(tmp_path / "o", {"other": labelled([0, 1], s=["a", "b"])})
     with pytest.raises(UserError, match="no train, validation or test split, it has: other"):

@@ -153,11 +153,3 @@ def test_one_picture_per_class_cannot_be_split(tmp_path: Path) -> None:
     classes(tmp_path, 1)
     with pytest.raises(UserError, match="none can be held out"):
         read(tmp_path)
-
-
-def test_pictures_of_other_formats_are_named(tmp_path: Path) -> None:
-    classes(tmp_path, 2, ("a", "b"))
-    (tmp_path / "a" / "x.gif").write_bytes(b"GIF89a")
-    (tmp_path / "b" / "y.TIF").write_bytes(b"II")
-    (note, *_) = read(tmp_path).notes
-    assert note.startswith(f"2 files below {tmp_path} are left out: only .jpeg, .jpg, .png, .webp")

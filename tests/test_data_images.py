@@ -1,6 +1,7 @@
 """Opening pictures safely, and checking all of them before training."""
 
 import io
+import re
 import struct
 import threading
 import zlib
@@ -13,8 +14,9 @@ import pytest
 from PIL import Image
 
 from mdpd_deploy.config import DataConfig
-from mdpd_deploy.data import check_images, load_task
-from mdpd_deploy.data.images import decode_image, open_image
+from mdpd_deploy.data import check_images, images, load_task
+from mdpd_deploy.data.images import FILE_FORMATS, PictureTooLarge, decode_image, open_image
+from mdpd_deploy.data.jpeg_scans import count_scans
 from mdpd_deploy.errors import UserError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -106,9 +108,11 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "not a readable JPEG, PNG or WebP"),
-        (b"hello", "not a readable JPEG, PNG or WebP"),
-        (b"GIF89a" + bytes(40), "not a readable JPEG, PNG or WebP"),
+        (b"", "not a readable JPEG, PNG, WebP, TIFF, BMP or GIF"),
+        (b"hello", "not a readable JPEG"),
+        (b"GIF89a" + bytes(40), "not a readable JPEG"),
+        (b"MM\0*" + bytes(40), "not a readable JPEG"),
+        (b"BM" + bytes(60), "damaged"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
@@ -117,13 +121,28 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes, words: str) -> 
         open_image(tmp_path / "x.jpg")
 
 
-def test_gif_is_not_on_the_list(tmp_path: Path) -> None:
-    two_colours().save(tmp_path / "x.gif")
-    with pytest.raises(UserError, match="convert it or remove it"):
-        open_image(tmp_path / "x.gif")
+@pytest.mark.parametrize("suffix", ["gif", "tif", "bmp"])
+def test_some_formats_are_read_from_files_and_not_from_strangers(tmp_path: Path, suffix) -> None:
+    frames = {"append_images": [Image.new("RGB", (8, 4))], "save_all": True}
+    two_colours().save(tmp_path / f"x.{suffix}", **({} if suffix == "bmp" else frames))
+    image = open_image(tmp_path / f"x.{suffix}")
+    assert (image.mode, image.getpixel((1, 1)), image.getpixel((6, 1))) == ("RGB", RED, BLUE)
+    sent = io.BytesIO((tmp_path / f"x.{suffix}").read_bytes())
+    with pytest.raises(UserError, match="not a readable JPEG, PNG or WebP picture: convert it"):
+        decode_image(sent, "sent")
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_tiff_of_16_bits_is_scaled_and_one_without_a_known_white_is_refused(tmp_path: Path) -> None:
+    grey = np.array([[0, 257, 25700, 65535]])
+    Image.fromarray(grey.astype("<u2")).save(tmp_path / "a.tif")
+    assert np.asarray(open_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 1, 100, 255]
+    for kind in (np.float32, np.int32):
+        Image.fromarray(grey.astype(kind)).save(tmp_path / "b.tif")
+        with pytest.raises(UserError, match=r"b\.tif holds floating-point or 32-bit values"):
+            open_image(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff", "bmp", "gif"])
 def test_truncated_pictures_are_refused_at_every_length(suffix: str) -> None:
     pixels = np.random.RandomState(0).randint(0, 256, (40, 40, 3), dtype=np.uint8)
     stream = io.BytesIO()
@@ -131,7 +150,7 @@ def test_truncated_pictures_are_refused_at_every_length(suffix: str) -> None:
     whole = stream.getvalue()
     for length in range(0, int(len(whole) * 0.9), max(1, len(whole) // 40)):
         with pytest.raises(UserError, match=r"^cut (is damaged|is not a readable)"):
-            decode_image(io.BytesIO(whole[:length]), "cut")
+            decode_image(io.BytesIO(whole[:length]), "cut", formats=FILE_FORMATS)
 
 
 def test_flipped_bytes_never_escape_as_another_error() -> None:
@@ -162,6 +181,141 @@ def test_threads_see_the_same_limits() -> None:
     for thread in threads:
         thread.join()
     assert len(refused) == 80
+
+
+# --- time and memory ---------------------------------------------------------------------------
+
+
+def jpeg(picture: Image.Image, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", **options)
+    return stream.getvalue()
+
+
+def many_scans(count: int, edge: int = 64) -> bytes:
+    """A sound progressive JPEG whose last scan comes again and again."""
+    raw = jpeg(Image.new("RGB", (edge, edge), RED), progressive=True)
+    starts = [found.start() for found in re.finditer(rb"\xff\xda", raw)]
+    return raw[:-2] + raw[starts[-1] : -2] * (count - len(starts)) + b"\xff\xd9"
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    with pytest.raises(PictureTooLarge, match=r"^x is a JPEG of more than 100 scans"):
+        decode_image(io.BytesIO(many_scans(101)), "x")
+    (tmp_path / "x.jpg").write_bytes(many_scans(20_000, edge=1000))  # minutes of work
+    with pytest.raises(UserError, match=r"x\.jpg is a JPEG of more than 100 scans"):
+        open_image(tmp_path / "x.jpg")
+    assert open_image(_written(tmp_path, many_scans(100))).size == (64, 64)
+
+
+def _written(folder: Path, raw: bytes) -> Path:
+    (folder / "sound.jpg").write_bytes(raw)
+    return folder / "sound.jpg"
+
+
+def test_only_scans_count_as_scans() -> None:
+    picture = two_colours(80, 60)
+    raw = jpeg(picture, progressive=True, comment=b"\xff\xda" * 500)
+    raw += b"\xff\xda" * 500  # a video may follow the picture
+    assert count_scans(raw, 100) == count_scans(jpeg(picture, progressive=True), 100) == 10
+    restarts = jpeg(two_colours(64, 64), restart_marker_blocks=1)
+    assert b"\xff\xd0" in restarts and count_scans(restarts, 0) == 1
+    assert [count_scans(many_scans(count), 100) for count in (12, 100, 101, 900)] == [
+        12, 100, 101, 101
+    ]  # fmt: skip
+    for damaged in (
+        b"\xff\xda" * 101,
+        b"\xff\xda" * 200 + b"\xff" * 5000,
+        b"\xff\xda\x00\x00" * 101,
+    ):
+        assert count_scans(damaged, 100) <= 101
+
+
+def sixteen_bits(edge: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("I;16", (edge, edge), 25700).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_sixteen_bits_are_scaled_in_little_memory(tmp_path: Path, run_python: Any) -> None:
+    (tmp_path / "a.png").write_bytes(sixteen_bits(4000))
+    done = run_python("-c", f"""
+import resource
+from pathlib import Path
+from PIL import Image
+from mdpd_deploy.data.images import open_image
+Image.init()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert open_image(Path({str(tmp_path / "a.png")!r})).getpixel((9, 9)) == (100,) * 3
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+""")  # fmt: skip
+    assert int(done.stdout) < 9 * 16_000_000 / 1024, done.stderr  # kB; float64 took 27 per pixel
+
+
+def test_sixteen_bits_round_as_the_division_does() -> None:
+    grey = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    found = np.asarray(open_image(Image.fromarray(grey)))[..., 0]
+    np.testing.assert_array_equal(found, np.rint(grey / 257).astype(np.uint8))
+    wide = Image.fromarray(np.array([[-5, 0, 65535, 70000]], dtype=np.int32))
+    assert np.asarray(open_image(wide))[0, :, 0].tolist() == [0, 0, 255, 255]
+
+
+STARVED = """
+import io, resource, sys
+from pathlib import Path
+from mdpd_deploy.config import DataConfig
+from mdpd_deploy.data import check_images, load_task
+from mdpd_deploy.data.images import decode_image
+from mdpd_deploy.errors import MdpdError
+raws = [path.read_bytes() for path in map(Path, sys.argv[2:])]
+config = DataConfig(path=sys.argv[1], bad_images="skip")
+data = load_task("classify", config, seed=0)
+decode_image(io.BytesIO(raws[0]), "x")
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 70_000_000,) * 2)
+for work in (*(lambda raw=raw: decode_image(io.BytesIO(raw), "x") for raw in raws[1:]),
+             lambda: check_images(data, config)):
+    try:
+        print("fine", work())
+    except MdpdError as err:
+        print(type(err).__name__, err)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory as Linux does")
+def test_too_little_memory_is_no_fault_of_the_pictures(tmp_path: Path, run_python: Any) -> None:
+    sound = Image.new("RGB", (5000, 4000), RED)  # 80 MB
+    for folder in ("train/a", "train/b", "validation/a", "validation/b"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        two_colours().save(tmp_path / "data" / folder / "0.png")
+    sound.save(tmp_path / "data" / "train" / "a" / "1.png")
+    two_colours().save(tmp_path / "small.png")
+    for name, options in (("a.jpg", {}), ("b.jpg", {"progressive": True}), ("c.png", {})):
+        sound.save(tmp_path / name, **options)
+    files = [tmp_path / name for name in ("small.png", "a.jpg", "b.jpg", "c.png")]
+    done = run_python("-c", STARVED, tmp_path / "data", *files)
+    said = done.stdout.splitlines()
+    assert [line.split()[0] for line in said] == ["WorkFailed"] * 4, (said, done.stderr)
+    assert all("the memory does not suffice to decode" in line for line in said)
+
+
+def test_threads_decode_no_more_pixels_at_once_than_allowed(monkeypatch: Any) -> None:
+    monkeypatch.setattr(images, "PIXELS_AT_ONCE", 250)
+    at_once: list[int] = []
+
+    def work() -> None:
+        with images._in_turn(100):
+            at_once.append(images._in_flight)
+            threading.Event().wait(0.02)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(at_once) == 200 and images._in_flight == 0
+    with images._in_turn(900):  # larger than all: alone
+        assert images._in_flight == 900
 
 
 # --- check_images ------------------------------------------------------------------------------

@@ -135,7 +135,8 @@ def test_competition_test_files_without_labels_are_left_out(tmp_path: Path) -> N
     write_rows(tmp_path / "test.csv", [{"review": "who knows"}])
     data = read(tmp_path)
     assert list(data.evaluation) == ["validation"]
-    assert "test.csv has no labels, so it is left out" in data.notes[0]
+    assert "1 test examples without labels" in data.inventory.line
+    assert "test.csv" in data.inventory.line
 
 
 def test_numbers_as_class_names_sort_by_value(tmp_path: Path) -> None:
@@ -295,7 +296,7 @@ def test_equal_scores_teach_nothing(tmp_path: Path) -> None:
         ("a.jsonl", b"[1, 2]\n", "line 1 is a list: each line must be an object"),
         ("a.jsonl", b"", "holds no rows"),
         ("a.parquet", b"PAR1 no", "not a readable Parquet file"),
-        ("a.xlsx", b"x", r"not a table that can be read: expected one of \.csv, \.tsv, \.jsonl"),
+        ("a.xls", b"x", r"not a table that can be read: expected one of \.csv, \.tsv, \.jsonl"),
     ],
 )
 def test_damaged_tables_are_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mdpd_deploy.data.examples import Split
-from mdpd_deploy.data.labels import label_text, sorted_names
+from mdpd_deploy.data.labels import sorted_names
 from mdpd_deploy.data.splits import Chosen, hold_out, random_split, stratified_split, subset
 
 
@@ -71,11 +71,3 @@ def test_names_sort_by_value_when_all_are_whole_numbers() -> None:
     assert sorted_names(["10", "2", "1"]) == ("1", "2", "10")
     assert sorted_names(["10", "b", "2", ""]) == ("10", "2", "b")
     assert sorted_names(["1", "-1"]) == ("-1", "1")
-
-
-@pytest.mark.parametrize(
-    ("cell", "text"),
-    [(None, ""), (float("nan"), ""), (1.0, "1"), (0.5, "0.5"), (3, "3"), (" yes ", "yes")],
-)
-def test_label_cells_become_text(cell: object, text: str) -> None:
-    assert label_text(cell) == text

@@ -15,7 +15,7 @@ SMALL = [
     "--device", "cpu", "--small", "--shapes", "vit", "--methods", "probe",
     "--runtimes", "eager", "--rivals", "bare",
 ]  # fmt: skip
-SHORT = ["--steps", "3", "--seconds", "0.05", "--openings", "2", "--batches", "2"]
+SHORT = ["--steps", "3", "--seconds", "0.05", "--openings", "3", "--batches", "2"]
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_row_a_cell_and_going_on(run, tmp_path):
     assert (cell["runtime"], cell["batch"], cell["size"]) == ("eager", 2, "3x32x32")
     assert (cell["reason"], cell["failed"]) == (None, {})
     assert sum(cell["openings"]) == cell["rounds"]
-    assert len(cell["openings"]) == 2
+    assert len(cell["openings"]) == 3
     assert list(cell["variants"]) == ["deployed", "deployed (A/A)", "bare"]
     control = cell["variants"]["deployed (A/A)"]["wall"]
     assert control["verdict"] == "control"

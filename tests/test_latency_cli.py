@@ -10,7 +10,7 @@ from mdpd_deploy import bench_latency, build_engine, export_run, fit
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError
 
-FAST = {"batch": [1], "seconds": 0.05, "openings": 2, "threads": 1}
+FAST = {"batch": [1], "seconds": 0.05, "openings": 3, "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def call(*words):
 
 
 def test_a_run_is_timed_in_both_runtimes(run, tiny_vit, capsys):
-    options = ["--batch", "1", "--seconds", "0.05", "--openings", "2", "--threads", "1"]
+    options = ["--batch", "1", "--seconds", "0.05", "--openings", "3", "--threads", "1"]
     assert call(run, "--rivals", "bare,sherl", *options, "--json") == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out)
@@ -67,8 +67,8 @@ def test_a_run_is_timed_in_both_runtimes(run, tiny_vit, capsys):
 def test_a_bundle_in_its_run_is_timed_against_the_runs_side_networks(bundle, root):
     report = bench_latency(bundle, rivals=["unipt"], runtime=["onnx"], out=root / "named", **FAST)
     assert report["source"]["kind"] == "bundle of a run"
-    assert report["settings"]["openings"] == 2 and "2 openings" in report["settings"]["statistic"]
-    assert all(len(ratio["openings"]) == 2 for ratio in report["ratios"])
+    assert report["settings"]["openings"] == 3 and "3 openings" in report["settings"]["statistic"]
+    assert all(len(ratio["openings"]) == 3 for ratio in report["ratios"])
     assert [row["variant"] for row in report["rows"]][2:] == ["unipt"]
     assert not report["variants"][2]["untrained"]
     assert report["identity"] is None  # bare was not asked for
@@ -145,7 +145,8 @@ def test_data_that_is_gone_is_replaced_by_random_inputs_and_said(run, root, caps
         (["--batch", "0"], "--batch 0: a batch holds at least 1"),
         (["--seconds", "-1"], "--seconds -1.0: give a time above 0"),
         (["--seconds", "nan"], "--seconds nan: give a time above 0"),
-        (["--openings", "0"], "--openings 0: give at least 1"),
+        (["--openings", "0"], "--openings 0: give at least 3"),
+        (["--openings", "2"], "--openings 2: give at least 3; fewer cannot say"),
         (["--threads", "0"], "--threads 0: give at least 1"),
         (["--seed", "-3"], "--seed -3"),
         (["--device", "tpu"], "--device: unknown 'tpu'"),

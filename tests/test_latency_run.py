@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -11,6 +13,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from onnx import numpy_helper
 from PIL import Image
 from rich.console import Console
@@ -33,6 +37,7 @@ from mdpd_deploy.serve import (
     variants_of_run,
     write_chart,
 )
+from mdpd_deploy.serve.contention import Contention, Counters
 from mdpd_deploy.serve.gpu_state import gpu_state
 from mdpd_deploy.serve.latency_chart import draw
 from mdpd_deploy.serve.latency_inputs import size_of
@@ -40,7 +45,7 @@ from mdpd_deploy.serve.operations import count_flops, count_nodes, count_operato
 from mdpd_deploy.serve.runtimes import OnnxSession, TorchSession, torch_threads
 from mdpd_deploy.serve.variants import RIVALS
 
-BRIEF = Plan(openings=2, seconds=0.05, warmup_seconds=0.0, warmup_cap=0.0)
+BRIEF = Plan(openings=3, seconds=0.05, warmup_seconds=0.0, warmup_cap=0.0)
 CLASSES = 3
 
 
@@ -102,8 +107,8 @@ def test_ratios_stay_inside_their_cell(report):
         cell = (ratio.runtime, ratio.batch)
         paired = np.log(raw[*cell, ratio.variant] / raw[*cell, "deployed"])
         (note,) = (note for note in report.cells if (note.runtime, note.batch) == cell)
-        parts = np.split(paired, [note.openings[0]])
-        assert len(note.openings) == 2 and sum(note.openings) == len(paired)
+        parts = np.split(paired, np.cumsum(note.openings)[:-1])
+        assert len(note.openings) == 3 and sum(note.openings) == len(paired)
         medians = [np.median(part) for part in parts]
         assert ratio.openings == pytest.approx(np.exp(medians))
         assert ratio.median == pytest.approx(np.exp(np.mean(medians)))
@@ -353,3 +358,73 @@ def test_the_state_of_gpus_is_read_from_the_drivers_tool(tmp_path, monkeypatch):
     assert gpu["power.limit"] == "700 W" and gpu["compute_processes_on_machine"] == "2"
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert gpu_state() == []
+
+
+def shown_whole(figure):
+    """Every text of a drawn figure lies inside it; return the texts."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    ticks = {
+        tick for axis in figure.axes for tick in axis.get_xticklabels()
+    }  # some beyond the ends
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text not in ticks]
+    for text in texts:
+        box = text.get_window_extent(canvas.get_renderer())
+        inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width + 1 and box.y1 <= height + 1
+        assert inside, (text.get_text(), box)
+    return [text.get_text() for text in texts]
+
+
+def only(report, runtime, **changes):
+    """The report of one runtime, on a processor with a long name."""
+    cut = deepcopy(report)
+    cut.ratios = [replace(r, **changes.get(r.variant, {})) for r in cut.ratios]
+    cut.ratios = [ratio for ratio in cut.ratios if ratio.runtime == runtime]
+    cut.rows = [row for row in cut.rows if row.runtime == runtime]
+    cut.machine["cpu"] = "AMD EPYC 9R14 96-Core Processor with a long name, as they have"
+    cut.warnings = [Contention(0.4, 0.1).words]
+    return cut
+
+
+def test_the_chart_of_one_runtime_is_not_cropped(report):
+    said = shown_whole(draw(only(report, "onnx")))
+    assert any("this machine was busy" in text.replace("\n", " ") for text in said)
+    shown_whole(draw(report))
+
+
+def test_one_wide_interval_does_not_squeeze_the_others(report):
+    wide = only(report, "onnx", unipt={"median": 1.5, "ci95": (0.001, 1752.0)})
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(wide))
+    assert "1.50× 0.00-100+" in console.export_text()
+    figure = draw(wide)
+    assert any(text.endswith("×, to 1752×") for text in shown_whole(figure))
+    left, right = figure.axes[0].get_xlim()
+    assert right - left < 4 * max(ratio.median for ratio in wide.ratios)
+
+
+def test_a_busy_machine_is_said():
+    start = Counters(100.0, 60.0, 1.0, 50.0)
+    seen = start.until(Counters(120.0, 75.0, 2.0, 55.0))
+    assert (seen.others, seen.stolen) == pytest.approx((0.5, 0.05))
+    assert "busy: other programs 50% and the host 5% of all processors' time" in seen.words
+    assert start.until(Counters(120.0, 70.0, 1.0, 60.0)).words is None  # all of it our own
+    assert start.until(start).words is None
+
+
+def test_the_processors_counters_tell_others_work_from_our_own():
+    before = Counters.now()
+    burn = "import time; end = time.process_time() + 1.5\nwhile time.process_time() < end: pass"
+    subprocess.run([sys.executable, "-S", "-c", burn], check=True)  # a child counts as ours
+    after = Counters.now()
+    assert after.own - before.own >= 1.4
+    assert after.used - before.used >= 0.9 * (after.own - before.own)
+    assert after.total > before.total
+
+
+def test_the_report_says_how_busy_the_machine_was(report):
+    assert set(report.machine["contention"]) == {"others", "stolen"}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(only(report, "onnx")))
+    assert "this machine was busy" in console.export_text()

@@ -100,8 +100,60 @@ def test_what_does_not_fit_says_why(config):
         entry_configs(config, ["probe", "nope"])
 
 
+def test_a_dry_run_forecasts_its_own_method_alone(image_options, capsys):
+    words = [f"--{name}={value}" for name, value in image_options.items()]
+    assert main(["train", *words, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "memory forecast" in printed and "--all-methods" in printed
+    assert "mdpd:sherl" not in printed and "bitfit" not in printed
+    assert main(["train", *words, "--dry-run", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["memory_table"] == [] and made["forecast_bytes"] > 0
+    assert main(["train", *words, "--all-methods"]) == 2
+    assert "a table of --dry-run" in capsys.readouterr().err
+
+
+def test_a_method_that_fails_is_a_row_and_the_others_are_forecast(config, monkeypatch):
+    """Whatever goes wrong in a rival, and be it a bug, the plan of the others is not lost."""
+
+    def fail(*_, **__):
+        raise AttributeError("no attribute fc1")
+
+    monkeypatch.setattr("peft.LoraConfig", fail)
+    configs = entry_configs(config, ["lora", "probe"])
+    lora, probe = forecast_methods(configs, outputs=3, kind="classify")
+    assert lora.forecast is None
+    assert lora.reason == "internal error: AttributeError: no attribute fc1"
+    assert probe.forecast is not None
+
+
+# One of each kind of block among timm's plain vision transformers that we accept.
+KINDS = {
+    "aimv2_large_patch14_224": {},  # gate and value apart, RMSNorm
+    "beit3_base_patch16_224": {},  # norms inside attention and MLP
+    "test_vit4": {},  # RMSNorm after the pooling
+    "vit_base_patch16_rpn_224": {},  # norms after attention and MLP, no LayerScale
+    "vit_base_patch16_radio_v3": {},  # no final norm
+    "vit_dlittle_patch16_reg1_gap_256": {},  # differential attention, an MLP of odd width
+    "vit_giant_patch14_dinov2": {"mlp_ratio": 5.0},  # gate and value in one map
+}
+
+
+@pytest.mark.parametrize(("name", "more"), KINDS.items())
+def test_what_looks_into_blocks_answers_beside_every_kind_of_block(name, more, tmp_path):
+    shape = {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": 32, "patch_size": 8} | more
+    written = {"timm_model": name, "timm_kwargs": {**shape, "num_classes": 0}}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    backbone = {"name": str(tmp_path), "pretrained": False}
+    config = check_config({"backbone": backbone, "train": {"batch": 2}})
+    words = ["lora", "ia3", "prefix", "norms", "side:lst"]  # what the others do, one of these does
+    rows = forecast_methods(entry_configs(config, words), outputs=3, kind="classify")
+    (prefix,) = [row for row in rows if row.forecast is None]
+    assert prefix.method == "prefix" and "use --method prompt" in prefix.reason
+
+
 def test_a_dry_run_counts_without_training_and_has_every_method(text_options, capsys):
-    made = plan(**text_options)
+    made = plan(all_methods=True, **text_options)
     assert made.examples == {"train": 60, "validation": 30}
     assert (made.steps, made.steps_per_epoch) == (6, 8)
     assert made.params["trained"] == sum(made.params[k] for k in ("side", "norms", "head"))

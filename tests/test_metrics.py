@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mdpd_deploy.errors import UserError, WorkFailed
-from mdpd_deploy.tasks.metrics import METRICS, compute, majority
+from mdpd_deploy.tasks.metrics import METRICS, agree, compute, is_better, majority
 
 
 def logits(predictions: list[int], classes: int) -> np.ndarray:
@@ -68,10 +68,35 @@ def test_regression_metrics_by_hand() -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["pearson", "spearman", "pearson_spearman"])
-def test_undefined_correlations_are_zero(name: str) -> None:
-    assert compute([name], np.full((3, 1), 2.5), np.array([1.0, 2.0, 3.0])) == {name: 0.0}
-    assert compute([name], np.array([[1.0], [2.0]]), np.array([3.0, 3.0])) == {name: 0.0}
-    assert compute([name], np.array([[1.0]]), np.array([3.0])) == {name: 0.0}
+def test_undefined_correlations_are_none(name: str) -> None:
+    assert compute([name], np.full((3, 1), 2.5), np.array([1.0, 2.0, 3.0])) == {name: None}
+    assert compute([name], np.array([[1.0], [2.0]]), np.array([3.0, 3.0])) == {name: None}
+    assert compute([name], np.array([[1.0]]), np.array([3.0])) == {name: None}
+    rounding = np.array([[2.5], [np.nextafter(np.float32(2.5), 3)], [2.5]], dtype=np.float32)
+    assert compute([name], rounding, np.array([1.0, 2.0, 3.0])) == {name: None}
+
+
+def test_matthews_of_one_class_only() -> None:
+    truth = np.array([0, 1, 1])
+    assert compute(["matthews"], logits([1, 1, 1], 2), truth) == {"matthews": 0.0}  # as GLUE has it
+    assert compute(["matthews"], logits([0, 1, 1], 2), np.array([1, 1, 1])) == {"matthews": None}
+
+
+def test_f1_is_undefined_only_where_its_class_is_nowhere() -> None:
+    nowhere, missed = np.array([0, 0, 0]), np.array([0, 1, 0])
+    assert compute(["f1", "accuracy_f1"], logits([0, 0, 0], 2), nowhere) == {
+        "f1": None,
+        "accuracy_f1": None,
+    }
+    assert compute(["f1"], logits([0, 0, 0], 2), missed) == {"f1": 0.0}
+    assert compute(["f1"], logits([0, 1, 0], 2), nowhere) == {"f1": 0.0}
+
+
+def test_an_undefined_metric_beats_none_and_agrees_with_itself_only() -> None:
+    assert is_better(0.1, None) and is_better(0.2, 0.1)
+    assert not is_better(None, None) and not is_better(None, -1.0) and not is_better(0.1, 0.1)
+    assert agree(None, None, 0.0) and not agree(None, 0.0, 1.0) and not agree(0.0, None, 1.0)
+    assert agree(0.5, 0.6, 0.2) and not agree(0.5, 0.8, 0.2)
 
 
 @pytest.mark.filterwarnings("error")
@@ -83,9 +108,9 @@ def test_one_class_only_is_no_warning() -> None:
     )
     assert found == {
         "accuracy": 1.0,
-        "f1": 0.0,
+        "f1": None,
         "f1_macro": 1.0,
-        "matthews": 0.0,
+        "matthews": None,
         "balanced_accuracy": 1.0,
     }
 

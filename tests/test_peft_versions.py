@@ -50,7 +50,7 @@ def test_lists_of_methods_say_so_in_its_row(lacking, tiny_vit, digit_folder, cap
     monkeypatch.setattr(import_module("mdpd_deploy.train.fit"), "default_entries", lambda: few)
     common = ["--backbone", str(tiny_vit), "--batch", "4", "--json"]
     data = ["--task", "classify", "--data", str(digit_folder)]
-    assert main(["train", *common, *data, "--dry-run"]) == 0
+    assert main(["train", *common, *data, "--dry-run", "--all-methods"]) == 0
     table = json.loads(capsys.readouterr().out)["memory_table"]
     assert main(["compare", *common, "--forecast", "--methods", "probe,ia3,lora"]) == 0
     listed = json.loads(capsys.readouterr().out)

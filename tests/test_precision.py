@@ -618,6 +618,16 @@ def test_auto_does_not_keep_what_only_warned(fp32, fp16, missed):
     told = tried.table["recommendation"]
     assert told.startswith("fp16 is kept: the fastest that passes its gates, 0.90")
     assert told.endswith("; int8-cpu missed a gate and cannot be chosen")
+    unclear = {"fp32": (1.0, "control"), "fp16": (1.0, "cannot-tell")}
+    blurred = Race(
+        {
+            n: GraphTiming(ratio, (0.9, 1.1), 2.0, code, code)
+            for n, (ratio, code) in unclear.items()
+        },
+        {"batch": 1},
+    )
+    said = try_all(forms[:2], make, lambda graphs: blurred).table["recommendation"]
+    assert said == "fp32 is kept; whether fp16 pays, this machine cannot tell"
     without = try_all([forms[0], forms[2]], make, time_graphs).table["recommendation"]
     assert without == "fp32 is kept; int8-cpu missed a gate and cannot be chosen"
 
@@ -642,7 +652,7 @@ def test_a_candidate_that_fails_is_a_row_of_the_table(fp32, failure):
 
     def time_graphs(graphs):
         timed.extend(graphs)
-        found = GraphTiming(1.0, (0.9, 1.1), 2.0, "no-difference", "no difference detected")
+        found = GraphTiming(1.0, (0.9, 1.1), 2.0, "slower", "slower")
         return Race(dict.fromkeys(graphs, found), {"batch": 1})
 
     tried = try_all(forms_for("cpu"), make, time_graphs)

@@ -208,7 +208,9 @@ def test_wrong_input_names_are_refused() -> None:
 
 def test_text_for_pictures_and_pictures_for_text_are_refused() -> None:
     text = TextPreprocess(roberta_like(), ("input_ids",), 8, pad_id=1)
-    with pytest.raises(UserError, match="takes text, not pictures"):
+    with pytest.raises(
+        UserError, match=r"takes texts, or pairs of texts: given PosixPath\('cat.jpg'\)"
+    ):
         text([Path("cat.jpg")])
     with pytest.raises(UserError, match="takes pictures, not text: given 'a cat'"):
         ImagePreprocess((8, 8), MEAN, STD)(["a cat"])

@@ -201,7 +201,7 @@ def test_every_option_of_a_server_can_be_said_to_ray(bundle):
 
     options = {field.name for field in fields(CoreOptions)} - {"limits"}
     scaling = {field.name for field in fields(Scaling)}
-    assert set(AppArguments.model_fields) == {"bundles", *options, *scaling}
+    assert set(AppArguments.model_fields) == {"bundles", "max_pixels", *options, *scaling}
 
 
 HEALTH = """
@@ -239,7 +239,7 @@ def test_the_application_builds_from_ray_serves_own_words(bundle, tmp_path, run_
     code = """
 import sys
 from mdpd_deploy.serve.ray_app import AppArguments, app
-plain = {"bundles": f"digits={sys.argv[1]}", "max_replicas": "3", "queue": "64"}
+plain = {"bundles": f"digits={sys.argv[1]}", "max_replicas": "3", "queue": "64", "max_pixels": "9"}
 made = app(AppArguments(**plain))
 config = made._bound_deployment._deployment_config
 print(config.autoscaling_config.max_replicas, config.max_ongoing_requests)

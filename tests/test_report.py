@@ -104,8 +104,8 @@ def test_headline_figures(tmp_path):
     text = Reader(write(tmp_path)).text
     for said in (
         "digits · mdpd over unipt",
-        "Deployed model 75.0 % accuracy",
-        "Side network 50.0 % accuracy",
+        "Deployed model, validation 75.0 % accuracy",
+        "Side network, validation 50.0 % accuracy",
         "Trained parameters 3,000 1.50 % of the backbone's; 1,234 stay in the deployed model",
         "Peak memory 61.00 MB 60.50 MB forecast",
         "Training time 1 min 15 s 1,234.5 examples per second",
@@ -159,7 +159,7 @@ def test_regression_has_scatters(tmp_path):
     metrics = {"pearson_spearman": 1.0, "rmse": 0.5}
     summary = summary_of(primary_metric="pearson_spearman", metrics={"deployed": metrics})
     text = Reader(write(tmp_path, predictions=predictions, summary=summary)).text
-    assert "Deployed model 1 mean of Pearson and Spearman · RMSE 0.5" in text
+    assert "Deployed model, validation 1 mean of Pearson and Spearman · RMSE 0.5" in text
     assert "Predictions against labels" in text
     # gaps of 0.5, 0.5 and 1.5
     assert "Correlation 1.000; mean difference 0.8333, largest 1.5." in text

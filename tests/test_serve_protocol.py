@@ -218,7 +218,7 @@ def test_json_that_no_request_of_the_model_has_is_refused_before_it_is_made(body
 
 
 def test_what_a_text_holds_is_not_counted():
-    limit = texts_limit(max_batch=2, text_bytes=50_000)
+    limit = texts_limit(max_batch=2, text_bytes=50_000, texts_bytes=1_000_000)
     text = ',[{"\\' * 10_000
     for escaped in (True, False):
         body = json.dumps({"inputs": [[text, text]] * 2}, ensure_ascii=escaped).encode()
@@ -234,6 +234,8 @@ def test_what_a_text_holds_is_not_counted():
         ({"parameters": {"sequence_id": 4}}, "'sequence_id' is not supported"),
         ({"parameters": {"priority": 1}}, "'priority' is not supported"),
         ({"parameters": {"timeout": -5}}, "'timeout' must be a whole number"),
+        ({"parameters": {"timeout": 2**63}}, "'timeout' must be a whole number below 2"),
+        ({"parameters": {"timeout": 10**400}}, "'timeout' must be a whole number below 2"),
         ({"parameters": {"binary_data_output": 1}}, "must be true or false"),
         ({"outputs": [{"name": "hidden"}]}, "unknown output 'hidden': the model gives logits"),
         ({"outputs": [{"name": "logits"}] * 2}, "output 'logits' is asked for twice"),
@@ -255,6 +257,8 @@ def test_what_is_asked_of_the_outputs():
     asked = decode(both(), parameters={"binary_data_output": True}, outputs=own)
     assert asked.outputs == {"logits": False}
     assert decode(both(), parameters={"timeout": 1_500_000}).timeout_s == 1.5
+    most = 2**63 - 1
+    assert decode(both(), parameters={"timeout": most}).timeout_s == pytest.approx(most / 1e6)
 
 
 def test_a_reply_in_both_forms():

@@ -43,13 +43,15 @@ def plan_of(*asks: Ask) -> Plan:
     )
 
 
-def summary(score: float, *, test: float | None = None, **more) -> dict:
+def summary(score: float | None, *, test: float | None = None, **more) -> dict:
     found = {
         "primary_metric": "accuracy",
         "metrics": {"deployed": {"accuracy": score}},
         "params": {"trained": 10, "deployed_delta": 4},
         "memory": {"peak_live_bytes": 2_000_000},
         "time": {"train_s": 3.0},
+        "data": {"train": 800, "validation": 200, "test": 2000},
+        "majority_test": {"accuracy": 0.1},
         **more,
     }
     if test is not None:
@@ -143,6 +145,9 @@ def test_of_equal_rates_the_one_nearest_to_the_default_is_taken(tmp_path):
     equal = {f: Outcome(tmp_path, summary(0.5)) for f in (0.1, 0.3, 1.0, 3.0)}
     assert choose(equal) == 1.0
     assert choose({f: Outcome(tmp_path, None, "broke") for f in (1.0, 3.0)}) is None
+    undefined = {f: Outcome(tmp_path, summary(None)) for f in (0.3, 1.0)}
+    assert choose(undefined) == 1.0
+    assert choose(undefined | {3.0: Outcome(tmp_path, summary(0.1))}) == 3.0
 
 
 def test_a_failed_trial_is_told_and_the_rest_goes_on(tmp_path):
@@ -334,6 +339,16 @@ def test_rows_hold_mean_and_deviation_on_test_and_the_choice_on_validation(tmp_p
     assert (row.factor, row.lr) == (1.0, 0.01)
     assert row.scores == pytest.approx({0: 0.3, 1: 0.35, 2: 0.4})
     assert row.sweep == {"0.3": 0.6, "1": 0.6, "3": 0.6}
+    assert row.majority == 0.1  # of test as well
+
+
+def test_every_table_names_the_split_of_its_scores_and_its_size(tmp_path):
+    outcomes, _ = run(plan_of(ASK), tmp_path, lambda trial: 0.5)
+    text = markdown(results_of(outcomes))
+    title = "accuracy on test, 2,000 examples; always the most frequent class 10.0"
+    assert f"**rte · {title}**" in text and "each on the split that its own table names" in text
+    one, _ = run(plan_of(replace(ASK, tasks=("rte",))), tmp_path, lambda trial: 0.5)
+    assert results_of(one).overall_words == "accuracy on test, 2,000 examples"
 
 
 def test_the_gap_to_the_best_is_taken_seed_by_seed(tmp_path):
@@ -373,11 +388,15 @@ def test_a_trial_that_its_engine_loses_is_a_row_and_the_rest_goes_on(tmp_path):
 def test_tables_and_page_show_every_method_with_its_time(tmp_path):
     best = {"probe": 0.5, "norms": 0.9}
     outcomes, _ = run(plan_of(ASK), tmp_path, lambda trial: best[trial.method])
-    latency = {"probe": Latency(1.0, None, "same"), "norms": Latency(1.2, (1.1, 1.3), "slower")}
+    latency = {
+        "probe": Latency(1.0, None, "same"),
+        "norms": Latency(1.2, (1.1, 1.3), "cannot tell"),
+    }
     results = results_of(outcomes, latency)
     text = markdown(results)
     assert text.index("| norms | 45.0") < text.index("| probe | 25.0")
     assert "1.20 [1.10, 1.30]" in text and "1 (same graph)" in text
+    assert "- time of norms: cannot tell" in text and "time of probe" not in text
     write_page(tmp_path / "report.html", results)
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 2 and "Learning rates" in page
@@ -423,6 +442,13 @@ def test_scores_on_the_data_that_chose_the_rate_are_called_optimistic(tmp_path):
     assert "rte, sst2: the score is on the data that chose the rate" in markdown(
         results_of(outcomes)
     )
+    once, _ = run(plan_of(replace(ASK, factors=(1.0,))), tmp_path, lambda trial: 0.5)
+    for found in (found for outcome in once for found in outcome.seeds.values()):
+        found.summary.pop("metrics_test")
+    assert "optimistic" not in markdown(results_of(once))  # one rate, the last weights
+    for found in (found for outcome in once for found in outcome.seeds.values()):
+        found.summary["weights_chosen_on"] = "validation"
+    assert "or the weights kept, so it is optimistic" in markdown(results_of(once))
 
 
 # --- pictures -------------------------------------------------------------------------------------

@@ -15,9 +15,11 @@ import torch
 
 from mdpd_deploy import fit
 from mdpd_deploy.cli import main
-from mdpd_deploy.errors import UserError
+from mdpd_deploy.errors import UserError, WorkFailed
 from mdpd_deploy.folders import claimed
 from mdpd_deploy.run import Run
+from mdpd_deploy.train.checkpoint import load_best
+from mdpd_deploy.train.stopping import stop_requests
 
 
 def wait_for(condition, process, seconds=240):
@@ -71,17 +73,19 @@ def test_resuming_a_completed_run_changes_nothing(tiny_run):
         fit(resume=tiny_run.path, lr=1.0)
 
 
-def interrupted(fit_in, tmp_path, options):
-    """A run that stopped after its last checkpoint, before it was finished."""
+def interrupted(fit_in, tmp_path, options, keep=2):
+    """A run that stopped after its last checkpoint, before it was finished; with the newest one."""
     run = fit_in(tmp_path / "run", options, set=["checkpoint.every=2", "train.eval_every=2"])
     (run.path / "summary.json").unlink()
-    shutil.rmtree(run.path / "model")
-    (checkpoint,) = run.path.glob("checkpoints/step-*")
-    return run.path, checkpoint
+    shutil.move(run.path / "model", tmp_path / "whole")
+    *older, newest = sorted(run.path.glob("checkpoints/step-*"))
+    for checkpoint in older[: len(older) + 1 - keep]:
+        shutil.rmtree(checkpoint)
+    return run.path, newest
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, image_options, fit_in):
-    path, checkpoint = interrupted(fit_in, tmp_path, image_options)
+    path, checkpoint = interrupted(fit_in, tmp_path, image_options, keep=1)
     tensors = checkpoint / "state.safetensors"
     good = tensors.read_bytes()
     tensors.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
@@ -217,3 +221,119 @@ def test_a_damaged_model_file_is_noticed(tmp_path, tiny_run, file):
 def test_resume_and_a_dry_run_exclude_each_other(capsys):
     assert main(["train", "--resume", "nowhere", "--dry-run"]) == 2
     assert "leave --resume out" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed(tmp_path, image_options, fit_in):
+    """`"step": 4` is one bit away from `"step": 5`: a whole other model, and sound JSON."""
+    path, newest = interrupted(fit_in, tmp_path, image_options, keep=1)
+    file = newest / "state.json"
+    good = file.read_bytes()
+    place = good.index(b'"step": 4') + len(b'"step": ')
+    file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    with pytest.raises(UserError, match=r"the SHA-256 of state.json differs\); delete .* to start"):
+        fit(resume=path, quiet=True)
+    state = json.loads(good)
+    for lost in ("config", "data", "sha256", "progress", "digest"):
+        file.write_text(json.dumps({k: v for k, v in state.items() if k != lost}))
+        with pytest.raises(UserError, match=rf"is damaged \(state.json and '{lost}'\); delete"):
+            fit(resume=path, quiet=True)
+    del state["progress"]["best"]
+    file.write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"is damaged \(state.json and 'best'\); delete"):
+        fit(resume=path, quiet=True)
+    file.write_bytes(good)
+    best = path / "checkpoints" / "best.safetensors"
+    raw = bytearray(best.read_bytes())
+    raw[-1] ^= 1
+    best.write_bytes(raw)
+    with pytest.raises(UserError, match=r"best.safetensors is damaged .*its SHA-256 differs"):
+        load_best(best.parent, None)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    tmp_path, image_options, fit_in, capsys
+):
+    path, newest = interrupted(fit_in, tmp_path, image_options)
+    found = sorted(p.name for p in newest.parent.glob("step-*"))
+    assert found == ["step-00000002", "step-00000004"]
+    (newest / "state.safetensors").write_bytes(b"")
+    fit(resume=path)
+    said = capsys.readouterr().err
+    assert "step-00000004 is damaged" in said and "going on from step-00000002" in said
+    for file in ("delta.safetensors", "side.safetensors"):
+        assert (path / "model" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_signal_makes_a_checkpoint_and_says_how_to_go_on(
+    number, code, word, tmp_path, image_options
+):
+    out = tmp_path / "run"
+    flags = [w for k, v in image_options.items() for w in (f"--{k}", str(v))]
+    flags += ["--steps", "5000", "--set", "train.eval_every=5000", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mdpd_deploy", "train", *flags, "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    log = out / "metrics.jsonl"
+    wait_for(lambda: log.is_file() and log.read_text().count("\n") > 1, process)
+    process.send_signal(number)
+    printed, said = (text.decode() for text in process.communicate(timeout=120))
+    assert (process.returncode, printed) == (code, ""), said
+    assert said.splitlines()[-2:] == [
+        f"stopped: `mdpd train --resume {out}` goes on from its last checkpoint", word,
+    ]  # fmt: skip
+    (checkpoint,) = out.glob("checkpoints/step-*")
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert 10 <= state["progress"]["step"] == int(checkpoint.name[5:]) < 5000
+
+
+def test_signals_of_the_caller_are_obeyed_and_put_back(tmp_path, image_options, fit_in):
+    """A handler of the caller's is called after the step, and may let the training go on."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        with stop_requests() as stop, stop.waiting():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.came == signal.SIGTERM and not came
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one waits no more
+            assert came == [signal.SIGTERM]
+            stop.obey()
+            assert len(came) == 2
+        assert signal.getsignal(signal.SIGTERM) is own
+        interrupt = signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), stop_requests() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_training_in_a_thread_works_without_signals(tmp_path, image_options, fit_in):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(fit_in, tmp_path / "run", image_options, steps=2).result()
+    assert run.summary["status"] == "completed"
+
+
+def test_a_run_folder_that_is_deleted_while_training_is_a_failure(tmp_path, image_options, fit_in):
+    out = tmp_path / "run"
+
+    started = Path.open
+
+    def open_and_delete(path, *args, **kwargs):
+        stream = started(path, *args, **kwargs)
+        if path.name == "metrics.jsonl" and args[:1] == ("a",):
+            shutil.rmtree(out)
+        return stream
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", open_and_delete)
+        with pytest.raises(WorkFailed, match="was deleted or moved while training"):
+            fit_in(out, image_options, set=["train.eval_every=2"])
+    assert not list(out.rglob("*.safetensors")) and not (out / "summary.json").exists()

@@ -350,11 +350,12 @@ def test_texts_that_wait_together_get_one_length(repository, text_bundle):
     requests = [
         {"text": objects([texts[0].encode()])},
         {"text": objects([b"\xff"])},
+        {"text": objects([b" "])},
         {"text": objects(*([text.encode()] for text in texts[1:]))},
     ]
-    short, bad, long = preprocessor(repository, "films").execute(requests)
+    short, bad, empty, long = preprocessor(repository, "films").execute(requests)
     assert {array.shape[1] for array in (*short[0].values(), *long[0].values())} == {8}
-    assert "not UTF-8" in bad[1].message()
+    assert "not UTF-8" in bad[1].message() and "is empty" in empty[1].message()
     found = np.concatenate([runner(short[0]), runner(long[0])])
     alone = np.concatenate([runner(text_bundle.preprocess([text])) for text in texts])
     np.testing.assert_allclose(found, alone, atol=1e-4)

@@ -19,11 +19,12 @@ from mdpd_deploy.errors import UserError, VerificationError
 from mdpd_deploy.export import gates, packing
 from mdpd_deploy.manifest import graph_notes
 from mdpd_deploy.onnx_graph import export_onnx
+from mdpd_deploy.signing import check_signature
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
 CHECKS = ["files", "schema", "signature", "graph", "side_free", "identity", "parameters"]
-CHECKS += ["parity", "golden", "metric"]
+CHECKS += ["labels", "preprocessing", "parity", "golden", "metric"]
 FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz_bundle.py"
 
 
@@ -182,7 +183,7 @@ def test_a_fresh_bundle_passes(exported, digit_folder, capsys):
 
 def test_without_the_data_the_metric_is_shown_as_recorded(exported):
     found = seen(exported)["metric"]
-    assert found.verdict == "recorded" and "on 18 examples at export" in found.note
+    assert found.verdict == "recorded" and "on validation, 18 examples, at export" in found.note
 
 
 def test_other_data_is_not_taken_for_the_exports(exported, digit_folder):
@@ -539,6 +540,153 @@ def test_only_a_sound_bundle_is_signed(bundle, keys):
 
 
 # --- damage by chance ----------------------------------------------------------------------------
+
+# --- what inputs and outputs mean ----------------------------------------------------------------
+
+
+def renoted(bundle, change):
+    """Change manifest, preprocessing and the graph's notes alike, and mend the hashes."""
+    path = bundle / "preprocessor" / "preprocess.json"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest["preprocess"]))
+    proto = onnx.load(bundle / "model.onnx")
+    onnx.helper.set_model_props(proto, graph_notes(manifest))
+    onnx.save(proto, bundle / "model.onnx")
+    relist(bundle)
+
+
+def test_swapped_labels_are_seen(bundle):
+    renoted(bundle, lambda manifest: manifest["labels"].reverse())
+    assert load_bundle(bundle)
+    assert verify_bundle(bundle).unsound == ["labels"]
+    assert "class names of the task are not those" in seen(bundle)["labels"].note
+
+
+def test_another_name_of_the_task_is_seen(bundle):
+    renoted(bundle, lambda manifest: manifest.update(task="glue/sst2"))
+    assert verify_bundle(bundle).unsound == ["labels"]
+
+
+def test_settings_of_the_preprocessing_are_seen(bundle):
+    """A larger picture is scaled down by the golden inputs' own size: only the digest tells."""
+    renoted(bundle, lambda manifest: manifest["preprocess"].update(crop_pct=0.999))
+    assert "preprocessing" in verify_bundle(bundle).unsound
+
+
+def test_a_tokenizer_that_rewrites_words_is_seen(tiny_text_bundle, tmp_path):
+    bundle = shutil.copytree(tiny_text_bundle.path, tmp_path / "films")
+    path = bundle / "preprocessor" / "tokenizer.json"
+    plain = json.loads(path.read_text())
+    plain["normalizer"] = {
+        "type": "Replace", "pattern": {"String": "dull mess"}, "content": "great",
+    }  # fmt: skip
+    path.write_text(json.dumps(plain))
+    relist(bundle)
+    said, rewritten = load_bundle(bundle).predict(["dull mess", "great"])
+    assert said == rewritten, "the tokenizer is a program"
+    assert verify_bundle(bundle).unsound == ["preprocessing"]
+    assert seen(bundle)["preprocessing"].note.startswith("the tokenizer is not the one")
+
+
+def test_a_bundle_of_before_these_digests_says_so(bundle):
+    with_json("parity.json", lambda plain: plain.pop("meaning"))(bundle)
+    relist(bundle)
+    found = seen(bundle)
+    assert found["labels"].verdict == found["preprocessing"].verdict == "recorded"
+    assert "before digests of the class names were kept" in found["labels"].note
+    assert not verify_bundle(bundle).unsound
+
+
+def test_the_manifest_cannot_switch_proofs_off(bundle):
+    relist(bundle, faded=False)
+    found = verdicts(bundle)
+    assert found["side_free"] == found["identity"] == found["parameters"] == "passed"
+    with_graph(lambda graph: add_weight(graph, "side.map", read=False))(bundle)
+    relist(bundle, method="side")
+    assert seen(bundle)["side_free"].verdict == "failed"
+
+
+def test_methods_that_keep_something_are_those_of_the_registry():
+    from mdpd_deploy.train.methods import METHODS
+    from mdpd_deploy.verification.subject import KEEPING
+
+    assert set(KEEPING) == {name for name, method in METHODS.items() if method.deploys_added}
+
+
+def import_other_operators(proto):
+    proto.opset_import.add(domain="com.microsoft", version=1)
+
+
+def import_onnx_twice(proto):
+    """`ai.onnx` is another name of ONNX's own operators: a runtime may take either version."""
+    proto.opset_import.add(domain="ai.onnx", version=13)
+
+
+def define_an_operator(proto):
+    body = onnx.helper.make_node("Neg", ["x"], ["y"])
+    own = onnx.helper.make_function(
+        "", "Softmax", ["x"], ["y"], [body], [onnx.helper.make_opsetid("", 20)], ["axis"]
+    )
+    proto.functions.append(own)
+
+
+@pytest.mark.parametrize("change", [import_other_operators, import_onnx_twice, define_an_operator])
+def test_imports_and_functions_belong_to_the_structure(change, bundle):
+    proto = onnx.load(bundle / "model.onnx")
+    change(proto)
+    onnx.save(proto, bundle / "model.onnx")
+    relist(bundle)
+    found = seen(bundle)
+    assert found["graph"].verdict == found["identity"].verdict == "failed"
+    assert found["golden"].verdict == "not run"
+
+
+# --- a name and a version ------------------------------------------------------------------------
+
+
+def test_an_old_signed_bundle_cannot_stand_in_for_a_new_one(bundle, keys, run_python, capsys):
+    private, public = str(keys / "private.pem"), str(keys / "public.pem")
+    sign = ["sign", str(bundle), "--key", private, "--overwrite"]
+    verify = ["verify", str(bundle), "--key", public]
+    assert main([*sign, "--name", "films", "--version", "1.2"]) == 0
+    capsys.readouterr()
+    for expected in ("films", "films@1.2"):
+        assert main([*verify, "--json", "--expect", expected]) == 0
+        assert "as films@1.2" in capsys.readouterr().out
+    for expected in ("films@1.3", "film", "films@1", "digits"):
+        assert main([*verify, "--expect", expected]) == 1
+        said = capsys.readouterr()
+        assert f"was signed as films@1.2, not as {expected}" in said.err and not said.out
+    words = ["verify", "key", str(bundle), "--signature", f"{bundle}.sig", "--public_key", public]
+    done = run_python("-m", "model_signing", *words, "--no-ignore-git-paths")
+    assert done.returncode == 0, done.stderr
+    assert main(sign) == 0
+    assert main([*verify, "--expect", bundle.name]) == 1
+    assert "was signed without a name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sign", "--version", "2"], "add --name"),
+        (["sign", "--name", "a b"], "letters, digits"),
+        (["sign", "--name", "films", "--version", "1@2"], "letters, digits"),
+        (["verify", "--expect", "films"], "add --key"),
+    ],
+)
+def test_a_name_that_cannot_be_used(words, said, exported, keys, capsys):
+    key = ["--key", str(keys / "private.pem")] if words[0] == "sign" else []
+    assert main([words[0], str(exported), *words[1:], *key]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_bundle_that_changes_behind_its_signature_is_refused(signed, keys):
+    checked = check_signature(signed, keys / "public.pem")
+    relist(signed, nodes=7)
+    with pytest.raises(VerificationError, match="changed after its signature was checked"):
+        checked.require_same(signed, load_bundle(signed).manifest)
 
 
 def test_fuzzed_bundles_are_only_ever_refused_or_fail_checks(exported, run_python, tmp_path):

@@ -4,18 +4,11 @@ import copy
 
 import numpy as np
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 from transformers import DebertaV2Config, ElectraConfig, ModernBertConfig, MPNetConfig
 
 from mdpd_deploy.backbones import load_backbone
-from mdpd_deploy.backbones.whole import WholeText, WholeVision
 from mdpd_deploy.config import BackboneConfig, load_config
-from mdpd_deploy.errors import UserError
-from mdpd_deploy.model import Deployed
-from mdpd_deploy.onnx_graph import export_onnx
-from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.train.methods import Batch, TaskSpec, build_method
 
 # timm name, picture size, blocks, tuned norms: per block and between or behind the blocks

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from mdpd_deploy.config import Config
 from mdpd_deploy.data.examples import Raw, Split
@@ -132,6 +131,8 @@ class Augment:
     """Random mirror, or random crop and mirror, drawn from (seed, epoch, example) alone."""
 
     def __init__(self, kind: str, preprocess: ImagePreprocess) -> None:
+        from torchvision.transforms import v2  # it takes a second to load, and most runs do without
+
         self.preprocess = preprocess
         self.crop = (
             v2.RandomResizedCrop(preprocess.size, antialias=True) if kind == "crop" else None

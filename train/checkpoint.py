@@ -1,19 +1,22 @@
 """Checkpoints: safetensors + JSON, complete or absent, small (trained tensors only).
 
     RUN/checkpoints/step-00000120/state.safetensors   trained/…, optimiser/…, method/…, random/…
-                                  state.json          progress, and the SHA-256 of the tensors
-    RUN/checkpoints/best.safetensors                  trained/… of the best evaluation
+                                  state.json          progress; SHA-256 of the tensors and of itself
+    RUN/checkpoints/best.safetensors                  trained/… of the best evaluation, and theirs
 
-A checkpoint appears by rename; the one before it is deleted only then.
+A checkpoint appears by rename. The one before it is kept, for the case that the newest is damaged.
 """
 
+import hashlib
+import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,8 +26,13 @@ from mdpd_deploy.folders import atomic_folder
 from mdpd_deploy.train.methods import Method
 from mdpd_deploy.train.optim import load_optimizer_tensors, optimizer_tensors
 
-SCHEMA = 1
+SCHEMA = 2
 TENSORS = "state.safetensors"
+KEPT = 2
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not as it was written."""
 
 
 @dataclass
@@ -33,8 +41,8 @@ class Progress:
 
     Attributes:
         step: Optimiser steps done.
-        best: Best primary validation metric so far; None before the first evaluation.
-        best_step: The step it was measured at.
+        best: Best primary validation metric so far; None while none was defined.
+        best_step: The step whose weights are kept; 0 before the first evaluation.
         stale: Evaluations since then.
         train_s: Seconds spent training, over all starts of the run.
         samples: Training examples seen.
@@ -48,6 +56,11 @@ class Progress:
     train_s: float = 0.0
     samples: int = 0
     memory: dict[str, Any] | None = None
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """Throughput of training alone, without evaluations; None before the first timed step."""
+        return self.samples / self.train_s if self.train_s else None
 
 
 def random_tensors() -> dict[str, Tensor]:
@@ -66,7 +79,7 @@ def save_checkpoint(
     config: str,
     data: str,
 ) -> None:
-    """Write `folder/step-N` and delete older ones.
+    """Write `folder/step-N` and delete those older than the one before it.
 
     Args:
         folder: RUN/checkpoints.
@@ -90,15 +103,53 @@ def save_checkpoint(
             "sha256": sha256_file(temporary / TENSORS),
             "progress": asdict(progress),
         }
-        write_json(temporary / "state.json", state)
-    for old in complete_checkpoints(folder):
-        if old != target:
-            shutil.rmtree(old)
+        write_json(temporary / "state.json", {**state, "digest": _digest(state)})
+    for old in complete_checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    """Return the hex SHA-256 of what a state.json holds beside it."""
+    plain = {name: value for name, value in state.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
     return sorted(folder.glob("step-*")) if folder.is_dir() else []
+
+
+def load_newest(
+    folder: Path,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    config: str,
+    data: str,
+    say: Callable[[str], None],
+) -> Progress | None:
+    """Restore the newest sound checkpoint in place; None where there is none at all.
+
+    Args:
+        folder: RUN/checkpoints.
+        method: Takes the trained tensors.
+        optimizer: Takes its state.
+        config: The run's config as YAML.
+        data: The fingerprint of its examples.
+        say: Told which one is damaged, where an older one takes its place.
+
+    Raises:
+        UserError: If all are damaged, or it is of another version, config or data.
+    """
+    found = complete_checkpoints(folder)
+    while found:
+        path = found.pop()
+        try:
+            return load_checkpoint(path, method, optimizer, config, data)
+        except DamagedCheckpoint as err:
+            if not found:
+                raise
+            say(f"{str(err).partition(';')[0]}; going on from {found[-1].name}")
+    return None
 
 
 def load_checkpoint(
@@ -107,12 +158,11 @@ def load_checkpoint(
     """Restore a checkpoint in place and return where it stood.
 
     Raises:
-        UserError: If it is damaged, of another version or of another config.
+        DamagedCheckpoint: If it is not as it was written; nothing is restored then.
+        UserError: If it is of another version or of another config.
     """
-    state = read_json(path / "state.json", "checkpoint")
     mend = f"delete {path} to start from the beginning"
-    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
-        raise UserError(f"checkpoint {path} was not written by this version; {mend}.")
+    state = _read_state(path, mend)
     if state["config"] != config:
         raise UserError(f"checkpoint {path} belongs to another config.yaml; {mend}.")
     if state["data"] != data:
@@ -120,38 +170,85 @@ def load_checkpoint(
             f"the run's data are not the examples that checkpoint {path} was trained on: restore "
             f"them, or {mend}."
         )
+    tensors = _read_tensors(path, state["sha256"], mend)
     try:
-        if sha256_file(path / TENSORS) != state["sha256"]:
-            raise UserError(f"checkpoint {path} is damaged (its SHA-256 differs); {mend}.")
-        tensors = load_file(path / TENSORS)
         method.load_trained_state(_below(tensors, "trained/"))
-    except (OSError, SafetensorError, KeyError, RuntimeError) as err:
+        load_optimizer_tensors(optimizer, _below(tensors, "optimiser/"))
+        method.load_extra_state(_below(tensors, "method/"))
+        torch.set_rng_state(tensors["random/cpu"])
+    except (KeyError, RuntimeError, TypeError) as err:
         raise UserError(f"checkpoint {path} does not fit this run ({err}); {mend}.") from err
-    load_optimizer_tensors(optimizer, _below(tensors, "optimiser/"))
-    method.load_extra_state(_below(tensors, "method/"))
-    torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
     return Progress(**state["progress"])
+
+
+def _read_state(path: Path, mend: str) -> dict[str, Any]:
+    """Return the state.json of a checkpoint, every field in place and as it was written."""
+    try:
+        state = read_json(path / "state.json", "checkpoint")
+    except UserError as err:
+        raise DamagedCheckpoint(f"{str(err).removesuffix('.')}; {mend}.") from err
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+        raise UserError(f"checkpoint {path} was not written by this version; {mend}.")
+    missing = {"config", "data", "sha256", "progress", "digest"} - state.keys()
+    if not missing and isinstance(state["progress"], dict):
+        missing = {field.name for field in fields(Progress)} ^ state["progress"].keys()
+    if missing:
+        raise DamagedCheckpoint(
+            f"checkpoint {path} is damaged (state.json and {min(missing)!r}); {mend}."
+        )
+    if state["digest"] != _digest(state):
+        raise DamagedCheckpoint(
+            f"checkpoint {path} is damaged (the SHA-256 of state.json differs); {mend}."
+        )
+    return state
+
+
+def _read_tensors(path: Path, sha256: str, mend: str) -> dict[str, Tensor]:
+    try:
+        if sha256_file(path / TENSORS) == sha256:
+            return load_file(path / TENSORS)
+    except (OSError, SafetensorError) as err:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged ({err}); {mend}.") from err
+    raise DamagedCheckpoint(f"checkpoint {path} is damaged (its SHA-256 differs); {mend}.")
 
 
 def save_best(folder: Path, method: Method) -> None:
     """Write the present trained tensors as the best ones."""
     tensors = {k: t.cpu().contiguous() for k, t in method.trained_state().items()}
     with atomic_path(folder / "best.safetensors") as temporary:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata={"sha256": _tensors_sha256(tensors)})
 
 
 def load_best(folder: Path, method: Method) -> None:
-    """Put the best trained tensors back in place."""
+    """Put the best trained tensors back in place.
+
+    Raises:
+        UserError: If they are not as they were written, or of another run.
+    """
     path = folder / "best.safetensors"
     try:
-        method.load_trained_state(load_file(path))
-    except (OSError, SafetensorError, KeyError, RuntimeError) as err:
+        with safe_open(path, framework="pt") as file:
+            written = (file.metadata() or {}).get("sha256")
+        tensors = load_file(path)
+        if _tensors_sha256(tensors) != written:
+            raise ValueError("its SHA-256 differs")
+        method.load_trained_state(tensors)
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as err:
         raise UserError(
             f"{path} is damaged or of another run ({err}): delete the run's checkpoints folder "
             "and start it again."
         ) from err
+
+
+def _tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hex SHA-256 of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ network in memory: what is reported is what will be exported.
 import os
 import resource
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from mdpd_deploy.folders import atomic_folder
 from mdpd_deploy.machine import versions
 from mdpd_deploy.model import TaskModel
 from mdpd_deploy.run import BACKBONE, LABELS, SCHEMA, Run, read_metrics
-from mdpd_deploy.tasks.metrics import compute, majority
+from mdpd_deploy.scores import key_of
+from mdpd_deploy.tasks.metrics import Values, compute, majority
+from mdpd_deploy.train.cautions import result_cautions
 from mdpd_deploy.train.checkpoint import Progress, load_best
 from mdpd_deploy.train.evaluate import Outputs, run_over
+from mdpd_deploy.train.loop import require_folder
 from mdpd_deploy.train.predictions import Predictions, pick_samples
 from mdpd_deploy.train.report import write_report
 from mdpd_deploy.train.setup import Setup
@@ -37,6 +41,8 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
         progress: From `train`.
         forecast: `memory.forecast_bytes` and its parts.
     """
+    if setup.state.is_main_process:
+        require_folder(out)
     if setup.config.train.keep == "best":
         load_best(out / "checkpoints", setup.method)
     if setup.state.is_main_process:
@@ -53,24 +59,24 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
     if setup.config.method == "mdpd":
         with_side = run.load_with_side()[0].to(setup.state.device)
         side = {name: measure(setup, with_side, name) for name in setup.data.evaluation}
-    summary["metrics"] = {"deployed": metrics_of(setup, outputs, "validation")}
-    if side:
-        summary["metrics"]["side"] = metrics_of(setup, side, "validation")
-    if setup.data.kind == "classify":
-        summary["majority"] = majority(
-            setup.data.metrics,
-            setup.data.train.labels.astype(np.int64),
-            setup.data.evaluation["validation"].labels.astype(np.int64),
-            setup.data.outputs,
-        )
-    for name in setup.data.evaluation:
-        if name != "validation":
-            extra = {"deployed": metrics_of(setup, outputs, name)}
-            if side:
-                extra["side"] = metrics_of(setup, side, name)
-            summary[f"metrics_{name}"] = extra
+    for name, split in setup.data.evaluation.items():
+        measured = {"deployed": metrics_of(setup, outputs, name)}
+        if side:
+            measured["side"] = metrics_of(setup, side, name)
+        summary[key_of("metrics", name)] = measured
+        if setup.data.kind == "classify":
+            summary[key_of("majority", name)] = majority(
+                setup.data.metrics,
+                setup.data.train.labels.astype(np.int64),
+                split.labels.astype(np.int64),
+                setup.data.outputs,
+            )
+    summary["notes"] += result_cautions(
+        setup.data, summary["metrics"], summary.get("majority"), outputs["validation"]
+    )
     summary["status"] = "completed"
     if setup.state.is_main_process:
+        require_folder(out)
         report(setup, out, summary, outputs["validation"], side.get("validation"))
         write_json(out / "summary.json", summary)
     return run
@@ -84,6 +90,11 @@ def write_model(setup: Setup, folder: Path) -> None:
     setup.backbone.preprocess.save(folder)
     if not setup.config.backbone.pretrained:
         _save(setup.frozen_weights(), folder / BACKBONE)
+
+
+def _chose(setup: Setup) -> bool:
+    """Whether the validation split chose the kept weights: of one evaluation nothing is chosen."""
+    return setup.config.train.keep == "best" and setup.eval_every < setup.steps
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -103,7 +114,7 @@ def measure(setup: Setup, model: nn.Module, split: str) -> Outputs:
     )
 
 
-def metrics_of(setup: Setup, outputs: dict[str, Outputs], split: str) -> dict[str, float]:
+def metrics_of(setup: Setup, outputs: dict[str, Outputs], split: str) -> Values:
     labels = setup.data.evaluation[split].labels
     return compute(setup.data.metrics, outputs[split]["output"], labels)
 
@@ -116,7 +127,7 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
     memory["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cuda = setup.device.type == "cuda"
     memory["peak_cuda_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
-    rate = progress.samples / progress.train_s if progress.train_s else None
+    rate = progress.samples_per_s
     return {
         "schema": SCHEMA,
         "task": config.task,
@@ -128,6 +139,8 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
             "revision": backbone.source.revision,
             "sha256": backbone.source.sha256,
             "pretrained": backbone.source.pretrained,
+            "sees": setup.card.sees,
+            "licence": setup.card.licence,
         },
         "primary_metric": setup.data.metrics[0],
         "metrics": {},
@@ -145,11 +158,14 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
         },
         "steps": progress.step,
         "best_step": progress.best_step,
+        "weights_chosen_on": "validation" if _chose(setup) else None,
         "data": {
             "train": len(setup.data.train),
             **{name: len(split) for name, split in setup.data.evaluation.items()},
         },
-        "notes": list(setup.data.notes),
+        "tokens": {name: asdict(found) for name, found in setup.lengths.items()},
+        "notes": list(setup.notes),
+        "inventory": setup.data.inventory.to_dict(),
         "versions": versions(),
         "device": str(setup.state.device),
         "processes": setup.state.num_processes,
@@ -163,7 +179,7 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
 def report(
     setup: Setup, out: Path, summary: dict[str, Any], deployed: Outputs, side: Outputs | None
 ) -> None:
-    """Write report.html."""
+    """Write report.html; single predictions are of validation, so that test stays unseen."""
     split = setup.data.evaluation["validation"]
     predictions = Predictions(
         setup.data.label_names,
@@ -174,6 +190,7 @@ def report(
         pick_samples(
             split.inputs, split.labels, np.asarray(deployed["output"]), kind=setup.data.kind
         ),
+        "validation",
     )
     write_report(
         out / "report.html",

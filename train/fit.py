@@ -1,5 +1,6 @@
 """A whole training run: plan it, run it, resume it."""
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from mdpd_deploy.config import Config, read_config
+from mdpd_deploy.data.inventory import Inventory
+from mdpd_deploy.data.lengths import TextLengths
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import write_text
 from mdpd_deploy.folders import LOCK, claimed, free_path, refuse_nonempty, remove_leftovers
@@ -22,7 +25,10 @@ from mdpd_deploy.train.forecast import forecast
 from mdpd_deploy.train.loop import train
 from mdpd_deploy.train.memory_table import MemoryRow, forecast_methods
 from mdpd_deploy.train.progress import ProgressBar
-from mdpd_deploy.train.setup import Setup, default_out, prepare, process_state
+from mdpd_deploy.train.setup import Setup, default_out, prepare, process_state, with_resize
+from mdpd_deploy.train.stopping import stop_requests
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,20 @@ class Plan:
     """What a run would do, without running it.
 
     Attributes:
-        memory_table: What every method would need in this run's place, this one's included.
+        sees: What the backbone makes of an input, e.g. `pictures of 32 × 32 pixels`.
+        licence: Of its weights.
+        memory_table: What every method would need in this run's place, this one's included; empty
+            unless it was asked for.
+        tokens: How long the texts of each split are, and how many are cut; empty for images.
+        text_length: Tokens of the batch that the forecasts are for; None for images.
     """
 
     task: str
     method: str
     side: str | None
     backbone: str
+    sees: str
+    licence: str
     examples: dict[str, int]
     classes: tuple[str, ...]
     steps: int
@@ -46,23 +59,31 @@ class Plan:
     forecast_bytes: int
     forecast_parts: dict[str, int]
     memory_table: tuple[MemoryRow, ...]
+    tokens: dict[str, TextLengths]
+    text_length: int | None
     device: str
     notes: tuple[str, ...]
+    inventory: Inventory
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "inventory": self.inventory.to_dict()}
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, *, all_methods: bool = False) -> Plan:
     """Read the data and build the model, forecast the memory, and stop there.
+
+    Args:
+        config: The run.
+        all_methods: Forecast every other method in its place too; that takes a second or more each.
 
     Raises:
         UserError: For anything in the config or the data that cannot work.
     """
-    return _plan(prepare(config))
+    setup = prepare(with_resize(config))
+    return _plan(setup, _every_method(setup) if all_methods else ())
 
 
-def _plan(setup: Setup) -> Plan:
+def _plan(setup: Setup, memory_table: tuple[MemoryRow, ...]) -> Plan:
     config, method = setup.config, setup.method
     memory = _forecast(setup)
     groups = method.parameter_counts
@@ -71,6 +92,8 @@ def _plan(setup: Setup) -> Plan:
         method=config.method,
         side=config.side.name if method.uses_side else None,
         backbone=config.backbone.name,
+        sees=setup.card.sees,
+        licence=setup.card.licence,
         examples={
             "train": len(setup.data.train),
             **{name: len(split) for name, split in setup.data.evaluation.items()},
@@ -86,18 +109,32 @@ def _plan(setup: Setup) -> Plan:
         },
         forecast_bytes=memory["forecast_bytes"],
         forecast_parts=memory["forecast_parts"],
-        memory_table=forecast_methods(
-            entry_configs(config, [entry.label for entry in default_entries()]),
-            outputs=setup.data.outputs,
-            kind=setup.data.kind,
-        ),
+        memory_table=memory_table,
+        tokens=setup.lengths,
+        text_length=setup.text_length,
         device=str(setup.state.device),
-        notes=setup.data.notes,
+        notes=setup.notes,
+        inventory=setup.data.inventory,
+    )
+
+
+def _every_method(setup: Setup) -> tuple[MemoryRow, ...]:
+    labels = [entry.label for entry in default_entries()]
+    return forecast_methods(
+        entry_configs(setup.config, labels),
+        outputs=setup.data.outputs,
+        kind=setup.data.kind,
+        text_length=setup.text_length,
     )
 
 
 def _forecast(setup: Setup) -> dict[str, Any]:
-    found = forecast(setup.config, outputs=setup.data.outputs, kind=setup.data.kind)
+    found = forecast(
+        setup.config,
+        outputs=setup.data.outputs,
+        kind=setup.data.kind,
+        text_length=setup.text_length,
+    )
     return {"forecast_bytes": found.peak_bytes, "forecast_parts": found.parts}
 
 
@@ -116,7 +153,7 @@ def fit_run(config: Config, *, overwrite: bool = False, quiet: bool = False) -> 
     out = Path(config.out).expanduser() if config.out else _free_out(config)
     check = partial(refuse_nonempty, out, overwrite=overwrite, ours=_is_ours)
     check()  # before the data are read, and again when the folder is ours alone
-    config = config.model_copy(update={"out": str(out.resolve())})
+    config = with_resize(config.model_copy(update={"out": str(out.resolve())}))
     setup = prepare(config)
     with _held(setup, out, check):
         if setup.state.is_main_process:
@@ -177,12 +214,22 @@ def _is_ours(folder: Path) -> bool:
 
 def _go(setup: Setup, out: Path, *, quiet: bool) -> Run:
     main = setup.state.is_main_process
-    with ProgressBar(setup.steps, enabled=main and not quiet) as bar:
-        for note in setup.data.notes:
-            bar.say(note)
-        progress = train(setup, out, bar)
-    setup.state.wait_for_everyone()
-    run = finish(setup, out, progress, _forecast(setup))
+    try:
+        with stop_requests() as stop:
+            with ProgressBar(setup.steps, enabled=main and not quiet) as bar, stop.waiting():
+                say = _LOGGER.info if quiet else bar.say
+                for line in (setup.card.words, *setup.notes, setup.data.inventory.line):
+                    if main and line:
+                        say(line)
+                progress = train(setup, out, bar, stop)
+            setup.state.wait_for_everyone()
+            run = finish(setup, out, progress, _forecast(setup))
+    except (KeyboardInterrupt, SystemExit):
+        if main:
+            _LOGGER.info("stopped: `mdpd train --resume %s` goes on from its last checkpoint", out)
+        raise
+    for note in run.summary["notes"][len(setup.notes) :] if main else ():
+        say(note)
     setup.state.wait_for_everyone()
     return run
 

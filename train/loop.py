@@ -15,14 +15,13 @@ from torch import Tensor
 from mdpd_deploy.config import Config
 from mdpd_deploy.data import data_fingerprint
 from mdpd_deploy.errors import WorkFailed
-from mdpd_deploy.files import write_text
+from mdpd_deploy.files import saying_disk_full, write_text
 from mdpd_deploy.run import read_metrics
-from mdpd_deploy.tasks.metrics import compute
+from mdpd_deploy.tasks.metrics import compute, is_better
 from mdpd_deploy.train.batches import StepDataset, step_loader
 from mdpd_deploy.train.checkpoint import (
     Progress,
-    complete_checkpoints,
-    load_checkpoint,
+    load_newest,
     save_best,
     save_checkpoint,
 )
@@ -37,31 +36,36 @@ from mdpd_deploy.train.optim import (
 )
 from mdpd_deploy.train.progress import ProgressBar
 from mdpd_deploy.train.setup import Setup
+from mdpd_deploy.train.stopping import StopRequest
 from mdpd_deploy.train.trackers import Trackers
 
 LOG_EVERY = 10  # steps
 MEASURED_STEPS = 2  # live bytes are counted on these; they are left out of timings (D30)
 
 
-def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
+def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) -> Progress:
     """Train to the planned end, from the newest checkpoint if there is one.
 
     Args:
         setup: From `prepare`.
         out: The run folder; `config.yaml` is already there.
         bar: Shows how it goes.
+        stop_request: Obeyed after a step, with a checkpoint.
 
     Returns:
         Where the run ended. The method holds the last weights, `best.safetensors` the best.
+
+    Raises:
+        WorkFailed: If the run diverges, or its folder is gone.
     """
     config, method, state = setup.config, setup.method, setup.state
     checkpoints = out / "checkpoints"
     optimizer = build_optimizer(method)
     torch.manual_seed(config.train.seed + 1 + state.process_index)
-    progress = Progress()
     fingerprint, examples = config.to_yaml(), data_fingerprint(setup.data)
-    if found := complete_checkpoints(checkpoints):
-        progress = load_checkpoint(found[-1], method, optimizer, fingerprint, examples)
+    found = load_newest(checkpoints, method, optimizer, fingerprint, examples, bar.say)
+    progress = found or Progress()
+    if found:
         if state.process_index:  # the checkpoint holds the first process's random state
             torch.manual_seed(hash((config.train.seed, state.process_index, progress.step)))
         bar.say(f"resuming {out} at step {progress.step} of {setup.steps}")
@@ -100,16 +104,19 @@ def train(setup: Setup, out: Path, bar: ProgressBar) -> Progress:
         if step == 0:
             check_gradients(method)
         optimizer.zero_grad(set_to_none=True)
+        bar.update(progress.step, float(losses["loss"]), progress.samples_per_s)
         if progress.step % LOG_EVERY == 0 or last or step == 0:
             line = log_line(setup, progress.step, losses, norms, optimizer, window)
             check_finite(line, method.lr)
             log.write(line)
-            bar.update(progress.step, line)
         stop = False
         if progress.step % setup.eval_every == 0 or last:
             stop = evaluate(setup, progress, log, checkpoints, bar)
-        if progress.step % setup.checkpoint_every == 0 and not last and state.is_main_process:
+        due = progress.step % setup.checkpoint_every == 0 and not last
+        if (due or stop_request.came) and state.is_main_process:
+            require_folder(out)
             save_checkpoint(checkpoints, method, optimizer, progress, fingerprint, examples)
+            stop_request.obey()
         if stop:
             bar.say(f"stopped at step {progress.step}: no gain in {progress.stale} evaluations")
             break
@@ -177,23 +184,33 @@ def evaluate(
     score = measured["deployed"][data.metrics[0]]
     if not method.may_deploy(progress.step, setup.steps):
         pass  # measured and logged only
-    elif progress.best is None or score > progress.best:
+    elif not progress.best_step or is_better(score, progress.best):
         progress.best, progress.best_step, progress.stale = score, progress.step, 0
         if setup.state.is_main_process:
+            require_folder(checkpoints.parent)
             save_best(checkpoints, method)
     else:
         progress.stale += 1
     epoch = progress.step / setup.schedule.steps_per_epoch
     log.write({"step": progress.step, "epoch": epoch, "split": "validation", **measured})
-    bar.evaluated(
-        progress.step, data.metrics[0], {k: m[data.metrics[0]] for k, m in measured.items()}
-    )
+    metric = data.metrics[0]
+    scores = {name: values[metric] for name, values in measured.items()}
+    bar.evaluated(progress.step, "validation", len(split), metric, scores)
     return stops_early(progress, config)
 
 
 def stops_early(progress: Progress, config: Config) -> bool:
     """Return whether `train.patience` evaluations have passed without a gain."""
     return config.train.patience is not None and progress.stale >= config.train.patience
+
+
+def require_folder(out: Path) -> None:
+    """Stop a run whose folder was deleted, before anything is written to another one of its name."""
+    if not (out / "config.yaml").is_file():
+        raise WorkFailed(
+            f"the run folder {out} was deleted or moved while training: put it back and go on with "
+            "--resume, or start the run again."
+        )
 
 
 def check_gradients(method: Method) -> None:
@@ -269,7 +286,8 @@ class MetricsLog:
 
     def write(self, line: dict[str, Any]) -> None:
         if self.enabled:
-            with self.path.open("a", encoding="utf-8") as stream:
+            require_folder(self.path.parent)
+            with saying_disk_full(self.path), self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
             self.trackers.write(line)
 

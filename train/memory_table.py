@@ -1,5 +1,6 @@
 """The memory forecast of many methods side by side, at one backbone, batch and precision."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class MemoryRow:
 
 
 def forecast_methods(
-    configs: Mapping[str, Config], *, outputs: int, kind: str
+    configs: Mapping[str, Config], *, outputs: int, kind: str, text_length: int | None = None
 ) -> tuple[MemoryRow, ...]:
     """Forecast methods in the order given; one that does not fit has its reason in its row.
 
@@ -35,13 +36,18 @@ def forecast_methods(
         configs: Name of the row → the config of its run; `entries.entry_configs` makes them.
         outputs: C, classes or 1.
         kind: classify or regress.
+        text_length: As `forecast` takes it.
     """
-    return tuple(_row(name, config, outputs, kind) for name, config in configs.items())
+    return tuple(_row(name, config, outputs, kind, text_length) for name, config in configs.items())
 
 
-def _row(name: str, config: Config, outputs: int, kind: str) -> MemoryRow:
+def _row(name: str, config: Config, outputs: int, kind: str, text_length: int | None) -> MemoryRow:
     try:
-        need = forecast(config, outputs=outputs, kind=kind)
+        need = forecast(config, outputs=outputs, kind=kind, text_length=text_length)
         return MemoryRow(name, need, papers=paper_figure(name, config))
     except UserError as err:
         return MemoryRow(name, None, str(err))
+    except Exception as err:  # a bug in one method must not hide the rows of the others
+        logging.getLogger(__name__).debug("the forecast of %s failed", name, exc_info=True)
+        reason = (str(err).splitlines() or [""])[0][:300]
+        return MemoryRow(name, None, f"internal error: {type(err).__name__}: {reason}")

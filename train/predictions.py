@@ -10,6 +10,7 @@ from PIL import Image
 from mdpd_deploy.charts import scatter_chart
 from mdpd_deploy.data.examples import Kind, Raw
 from mdpd_deploy.page import Html, count, join, percent, picture, section, table, tag
+from mdpd_deploy.scores import split_name
 
 MATRIX_CLASSES = 30  # more classes than this get a table of the worst confusions
 SIDE_BY_SIDE_CLASSES = 10  # a matrix of so many leaves room beside it
@@ -35,6 +36,7 @@ class Predictions:
         deployed: Outputs of the deployed model [n, C]: logits, or scores in the label's unit.
         side: Outputs of the side network [n, C]; None for a run without one.
         samples: Examples to show, see `pick_samples`.
+        split: What the examples are.
     """
 
     label_names: tuple[str, ...]
@@ -43,6 +45,11 @@ class Predictions:
     deployed: NDArray[np.floating]
     side: NDArray[np.floating] | None
     samples: tuple[Sample, ...] = ()
+    split: str = "validation"
+
+    def titled(self, title: str) -> str:
+        """Return a section's title with the split and its size."""
+        return f"{title} · {split_name(self.split, len(self.labels))}"
 
 
 def pick_samples(
@@ -90,7 +97,8 @@ def agreement(predictions: Predictions) -> Html | None:
     if predictions.side is None:
         return None
     if predictions.kind == "regress":
-        return _agreement_of_scores(predictions.deployed[:, 0], predictions.side[:, 0])
+        title = predictions.titled("Agreement of side network and deployed model")
+        return _agreement_of_scores(title, predictions.deployed[:, 0], predictions.side[:, 0])
     deployed, side = predictions.deployed.argmax(1), predictions.side.argmax(1)
     right, side_right = deployed == predictions.labels, side == predictions.labels
     n = len(right)
@@ -107,19 +115,21 @@ def agreement(predictions: Predictions) -> Html | None:
     ]
     head = tag("tr", tag("th"), tag("th", "side right"), tag("th", "side wrong"))
     return section(
-        "Agreement of side network and deployed model",
+        predictions.titled("Agreement of side network and deployed model"),
         tag("div", tag("table", head, rows), class_="scroll"),
         note=f"Same prediction for {percent(float((deployed == side).mean()))} of {count(n)} "
         "evaluation examples.",
     )
 
 
-def _agreement_of_scores(deployed: NDArray[np.floating], side: NDArray[np.floating]) -> Html:
+def _agreement_of_scores(
+    title: str, deployed: NDArray[np.floating], side: NDArray[np.floating]
+) -> Html:
     gap = np.abs(deployed - side)
     varied = len(gap) > 1 and deployed.std() > 0 and side.std() > 0
     related = f"{np.corrcoef(deployed, side)[0, 1]:.3f}" if varied else "undefined"
     return section(
-        "Agreement of side network and deployed model",
+        title,
         tag(
             "div",
             Html(scatter_chart(side, deployed, x_label="side", y_label="deployed")),
@@ -139,18 +149,20 @@ def outcome(predictions: Predictions) -> Html:
             y_label="deployed prediction",
         )
         return section(
-            "Predictions against labels",
+            predictions.titled("Predictions against labels"),
             tag("div", Html(chart), class_="wide-chart"),
             note="One dot per evaluation example; on the dashed line the prediction is exact.",
         )
     matrix = confusion_matrix(predictions)
     if len(predictions.label_names) <= MATRIX_CLASSES:
         return section(
-            "Confusion matrix",
+            predictions.titled("Confusion matrix"),
             _matrix(matrix, predictions.label_names),
             note="Rows are labels, columns what the deployed model said; recall is at the right.",
         )
-    return section("Where it goes wrong", _worst(matrix, predictions.label_names))
+    return section(
+        predictions.titled("Where it goes wrong"), _worst(matrix, predictions.label_names)
+    )
 
 
 def confusion_matrix(predictions: Predictions) -> NDArray[np.int64]:
@@ -222,7 +234,7 @@ def samples(predictions: Predictions) -> Html | None:
     tiles = [_tile(predictions, sample) for sample in predictions.samples]
     text = isinstance(predictions.samples[0].raw, str | tuple)
     return section(
-        "Examples",
+        predictions.titled("Examples"),
         tag("div", tiles, class_="samples text" if text else "samples"),
         note="The surest mistakes first, then examples spread over the evaluation data."
         if predictions.kind == "classify"

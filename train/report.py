@@ -24,6 +24,7 @@ from mdpd_deploy.page import (
     table,
     tag,
 )
+from mdpd_deploy.scores import scores_of
 from mdpd_deploy.train.predictions import (
     Predictions,
     Sample,
@@ -52,6 +53,7 @@ GRADIENT_NORMS = {
     "grad_norm_backbone": ("backbone", 1),
     "grad_norm_head": ("head", 3),
 }
+WHO = {"deployed": "Deployed model", "side": "Side network"}
 METRIC_WORDS = {
     "f1": "F1",
     "f1_macro": "macro F1",
@@ -85,9 +87,11 @@ def write_report(
         f"{summary['task']} · {_method(summary)}",
         _heading(summary),
         _headline(summary),
+        _scores(summary),
         _curves(metrics),
         comparison(predictions),
         samples(predictions),
+        _data(summary),
         _memory(summary),
         _reproduce(summary, config.read_text(encoding="utf-8") if config.is_file() else None),
         tag("footer", "Written by mdpd-deploy. GB = 1,000,000,000 bytes."),
@@ -106,8 +110,20 @@ def _backbone(summary: Line) -> str:
     return str(backbone.get("name", "")) if isinstance(backbone, Mapping) else str(backbone or "")
 
 
+def _card_words(summary: Line) -> list[str]:
+    """Say what the backbone sees and under which licence its weights are."""
+    backbone = summary.get("backbone")
+    known = backbone if isinstance(backbone, Mapping) else {}
+    words = (("sees", "sees {}"), ("licence", "weights: {}"))
+    return [form.format(known[name]) for name, form in words if name in known]
+
+
 def _heading(summary: Line) -> Html:
-    told = [f"backbone {_backbone(summary)}", f"seed {summary.get('seed', '?')}"]
+    told = [
+        f"backbone {_backbone(summary)}",
+        *_card_words(summary),
+        f"seed {summary.get('seed', '?')}",
+    ]
     if summary.get("device"):
         told.append(f"on {_device(summary['device'])}")
     if summary.get("status") not in (None, "completed"):
@@ -141,9 +157,9 @@ def _card(title: str, figure: str, said: str | None = None) -> Html:
 
 
 def _metric_cards(summary: Line) -> Iterable[Html]:
-    primary, measured = summary["primary_metric"], summary["metrics"]
-    for who, title in (("deployed", "Deployed model"), ("side", "Side network")):
-        values = measured.get(who)
+    primary, measured = summary["primary_metric"], scores_of(summary)[0]
+    for who, name in WHO.items():
+        values, title = measured.models.get(who), f"{name}, {measured.words}"
         if values and primary in values:
             others = [
                 f"{_words(k)} {format_metric(k, v)}" for k, v in values.items() if k != primary
@@ -153,10 +169,34 @@ def _metric_cards(summary: Line) -> Iterable[Html]:
 
 
 def _floor_card(summary: Line) -> Iterable[Html]:
-    if floor := summary.get("majority"):
+    measured = scores_of(summary)[0]
+    if floor := measured.majority:
         primary = summary["primary_metric"]
         said = f"{_words(primary)} of always answering the most frequent class"
-        yield _card("Without learning", format_metric(primary, floor[primary]), said)
+        title = f"Without learning, {measured.words}"
+        yield _card(title, format_metric(primary, floor[primary]), said)
+
+
+def _scores(summary: Line) -> Html:
+    """Show every score with its split, the one that chose nothing first."""
+    found = scores_of(summary)
+    names = list(found[0].models["deployed"])
+    rows = [
+        (
+            f"{scores.words}{', which chose the weights' * scores.chose}",
+            WHO[who].lower(),
+            *(format_metric(name, values.get(name)) for name in names),
+        )
+        for scores in found
+        for who, values in scores.models.items()
+    ]
+    chose = any(scores.chose for scores in found)
+    note = "The kept weights are the best of several evaluations on validation, so that its score "
+    return section(
+        "Scores",
+        table(["split", "model", *map(_words, names)], rows),
+        note=f"{note}is optimistic." if chose else None,
+    )
 
 
 def format_metric(name: str, value: float | None) -> str:
@@ -257,6 +297,22 @@ def _rates(train: Sequence[Line]) -> list[Series | None]:
     flat = [{"step": line["step"], **line["lr"]} for line in train if "lr" in line]
     named = list(groups)[:SERIES_COLOURS]
     return [_points(flat, name, name, colour) for colour, name in enumerate(named, start=1)]
+
+
+# --- data -------------------------------------------------------------------------------------
+
+
+def _data(summary: Line) -> Html | None:
+    """Show what was found where the data lie: used by split, and left out by reason."""
+    inventory = summary.get("inventory")
+    if not inventory:
+        return None
+    used = [(f"used: {split}", count(n), "") for split, n in inventory["used"].items()]
+    left = [
+        (f"left out: {entry['reason']}", count(entry["count"]), ", ".join(entry["examples"]))
+        for entry in inventory["left_out"]
+    ]
+    return section("Data", table(["what was found", "number", "for example"], [*used, *left]))
 
 
 # --- memory and reproduction ------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """From a config to everything a run needs: data, backbone, method, optimiser, plan."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +8,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from mdpd_deploy.backbones import Backbone, load_backbone
+from mdpd_deploy.backbones import Backbone, Card, card_of, check_backbone, load_backbone
 from mdpd_deploy.config import Config, DataConfig
-from mdpd_deploy.data import TaskData, check_images, load_task
+from mdpd_deploy.data import TaskData, check_images, default_resize, load_task
+from mdpd_deploy.data.cautions import data_cautions
+from mdpd_deploy.data.lengths import TextLengths, lengths_note, text_lengths
+from mdpd_deploy.data.preprocess import ImagePreprocess, TextPreprocess
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.train.batches import Schedule
 from mdpd_deploy.train.methods import Method, TaskSpec, build_method
@@ -30,11 +33,20 @@ class Setup:
     steps: int
     state: PartialState
     original: dict[str, Tensor] | None  # a backbone that cannot be loaded again (D12)
+    lengths: dict[str, TextLengths]  # tokens of the texts by split; empty for images
 
     @property
     def device(self) -> torch.device:
         assert self.state.device is not None
         return self.state.device
+
+    @property
+    def text_length(self) -> int | None:
+        """Tokens of a batch with the longest training text, padded; None for images."""
+        if not self.lengths:
+            return None
+        most = self.config.data.max_length
+        return most if self.config.data.pad == "max" else min(most, self.lengths["train"].longest)
 
     @property
     def eval_every(self) -> int:
@@ -43,6 +55,17 @@ class Setup:
     @property
     def checkpoint_every(self) -> int:
         return self.config.checkpoint.every or self.eval_every
+
+    @property
+    def card(self) -> Card:
+        """What the user is told of the backbone."""
+        return card_of(self.backbone, self.config.backbone)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences a user should see: of the data, and of a backbone that is not for own data."""
+        advice = None if self.config.task == "digits" else self.card.advice
+        return (*self.data.notes, *([advice] if advice else []))
 
     def frozen_weights(self) -> dict[str, Tensor]:
         """Return the backbone's weights as they were before training, float32, by name."""
@@ -60,6 +83,7 @@ def prepare(config: Config) -> Setup:
         UserError: For anything the user gave that cannot work.
     """
     check_trackers(config.track.to)
+    check_backbone(config.backbone)
     state = process_state(config.train.device)
     data = load_task(config.task, config.data, seed=config.train.seed)
     if data.modality == "image":
@@ -69,6 +93,10 @@ def prepare(config: Config) -> Setup:
         config.backbone, max_length=config.data.max_length, pad=config.data.pad
     )
     check_modality(backbone, data, config)
+    set_resize(backbone, config)
+    lengths = measure_lengths(backbone, data)
+    told = [lengths_note(lengths)] if lengths else []
+    data = replace(data, notes=(*data.notes, *told, *data_cautions(data)))
     original = None
     if not config.backbone.pretrained:
         original = {name: t.detach().clone() for name, t in backbone.state_dict().items()}
@@ -84,7 +112,16 @@ def prepare(config: Config) -> Setup:
         state.num_processes,
     )
     steps = total_steps(config, schedule)
-    return Setup(config, data, task, backbone, method, schedule, steps, state, original)
+    return Setup(config, data, task, backbone, method, schedule, steps, state, original, lengths)
+
+
+def measure_lengths(backbone: Backbone, data: TaskData) -> dict[str, TextLengths]:
+    """Count tokens split by split; nothing for images."""
+    preprocess = backbone.preprocess
+    if not isinstance(preprocess, TextPreprocess):
+        return {}
+    splits = {"train": data.train, **data.evaluation}
+    return {name: text_lengths(split, preprocess) for name, split in splits.items()}
 
 
 def total_steps(config: Config, schedule: Schedule) -> int:
@@ -121,6 +158,26 @@ def check_modality(backbone: Backbone, data: TaskData, config: Config) -> None:
             f"takes {takes}s: name one for {data.modality}s, e.g. --backbone {example} or a local "
             "folder."
         )
+
+
+def with_resize(config: Config) -> Config:
+    """Settle `data.resize` of a new run, so that its config says what was used.
+
+    A config without it is that of an older run and means the backbone's own way, a crop.
+    """
+    if config.data.resize is not None or default_resize(config.task) is None:
+        return config
+    data = config.data.model_copy(update={"resize": default_resize(config.task)})
+    return config.model_copy(update={"data": data})
+
+
+def set_resize(backbone: Backbone, config: Config) -> None:
+    """Give the backbone's preprocessing the way to its size that `data.resize` asks for."""
+    if config.data.resize is None:
+        return
+    if not isinstance(backbone.preprocess, ImagePreprocess):
+        raise UserError("data.resize is for images: leave it out for texts.")
+    backbone.preprocess = backbone.preprocess.resized(config.data.resize)
 
 
 def task_spec(config: Config, data: TaskData) -> TaskSpec:

@@ -132,6 +132,8 @@ class _Source:
                 f"{facts.vocab_size}: they do not belong together. {mend}"
             )
         _check_length(facts, request.max_length, self.option)
+        _check_settings(tokenizer, request.max_length, self.option)
+        fast.enable_truncation(request.max_length, direction=tokenizer.truncation_side)
         segments = getattr(facts, "type_vocab_size", 0) > 1
         segments = segments and "token_type_ids" in tokenizer.model_input_names
         names = ("input_ids", "attention_mask", *(["token_type_ids"] if segments else []))
@@ -217,6 +219,27 @@ def _check_length(facts: "PreTrainedConfig", max_length: int, option: str) -> No
             f"data.max_length={max_length} is more than the {positions} positions of "
             f"{option}: choose at most {positions}."
         )
+
+
+def _check_settings(tokenizer: Any, max_length: int, option: str) -> None:
+    """Refuse settings of the tokenizer that its fast form, which is all we keep, cannot carry."""
+    own = tokenizer.model_max_length
+    if own is not None and max_length > own:
+        raise UserError(
+            f"data.max_length={max_length} is more than the {own} tokens that {option} was made for "
+            f"(model_max_length of its tokenizer): choose at most {own}."
+        )
+    strategy = tokenizer.init_kwargs.get("truncation_strategy", "longest_first")
+    for name, value, kept in (
+        ("padding_side", tokenizer.padding_side, "right"),
+        ("split_special_tokens", tokenizer.split_special_tokens, False),
+        ("truncation_strategy", strategy, "longest_first"),
+    ):
+        if value != kept:
+            raise UserError(
+                f"{option}: its tokenizer has {name}={value!r}, and texts are prepared with "
+                f"{kept!r} here: set it so in tokenizer_config.json of a local copy."
+            )
 
 
 def _refuse_vision_options(config: BackboneConfig) -> None:

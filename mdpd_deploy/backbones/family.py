@@ -45,6 +45,10 @@ class Family(ABC):
     def matches(cls, config: BackboneConfig) -> bool:
         """Tell whether `config.name` means this family; reads at most a folder's config.json."""
 
+    @classmethod  # noqa: B027  # some know only when they load
+    def check(cls, config: BackboneConfig) -> None:
+        """Refuse a name that cannot be loaded, as far as that is known without reading weights."""
+
     @classmethod
     @abstractmethod
     def load(cls, request: LoadRequest) -> tuple[Backbone, str | None]:
@@ -77,7 +81,7 @@ def folder_config(folder: Path) -> dict[str, Any]:
             f"the backbone folder {folder} has no config.json: name a folder saved by timm's or "
             "transformers' own save function."
         ) from None
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise UserError(f"{path} is not readable JSON ({err}): take it from a sound copy.") from err
     if not isinstance(plain, dict):
         raise UserError(f"{path} must hold a JSON object, found a {type(plain).__name__}.")

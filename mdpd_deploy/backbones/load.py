@@ -61,6 +61,15 @@ def load_backbone(
     return backbone
 
 
+def check_backbone(config: BackboneConfig) -> None:
+    """Refuse a name that cannot be loaded, before data are read or weights fetched.
+
+    Raises:
+        UserError: With the nearest names where the library knows them.
+    """
+    _family(config).check(config)
+
+
 def _family(config: BackboneConfig) -> type[Family]:
     for family in BACKBONES.values():
         if family.matches(config):

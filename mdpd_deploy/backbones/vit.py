@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone, Inputs, Layer, norm_parameters_of
 from mdpd_deploy.data.preprocess import ImagePreprocess
-from mdpd_deploy.errors import unknown
+from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -81,8 +81,9 @@ class VitBackbone(Backbone):
         """Return a fresh timm block of width D / reduction with the same number of heads."""
         old: Any = self.blocks()[index]
         width = self.width // reduction
-        hidden = old.mlp.fc1.out_features // reduction
+        hidden = old.mlp.fc2.in_features // reduction * self._gated(old)
         norm: Any = type(old.norm1)
+        plain = nn.Identity()  # a `ResPostBlock` has no LayerScale
         make: Callable[..., nn.Module] = type(old)
         return make(
             width,
@@ -90,25 +91,41 @@ class VitBackbone(Backbone):
             mlp_ratio=(hidden + 0.5) / width,  # timm takes the whole part of width × ratio
             qkv_bias=old.attn.qkv.bias is not None,
             qk_norm=not isinstance(old.attn.q_norm, nn.Identity),
+            scale_attn_norm=not isinstance(old.attn.norm, nn.Identity),
+            scale_mlp_norm=not isinstance(old.mlp.norm, nn.Identity),
             proj_bias=old.attn.proj.bias is not None,
-            init_values=None if isinstance(old.ls1, nn.Identity) else 1.0,
+            init_values=None if isinstance(getattr(old, "ls1", plain), nn.Identity) else 1.0,
             act_layer=type(old.mlp.act),
             norm_layer=partial(norm, eps=old.norm1.eps),
             mlp_layer=type(old.mlp),
+            attn_layer=type(old.attn),
+            depth=index,
         )
 
     def layers(self, index: int) -> tuple[Layer, ...]:
-        """Return norm, attention, norm, MLP; in a `ResPostBlock` the norms come second."""
+        """Return norm, attention, norm, MLP; in a `ResPostBlock` the norms come second.
+
+        Norms inside the attention and the MLP (BEiT-3) stand before the map that reads them.
+        """
         from timm.models.vision_transformer import ResPostBlock
 
         block: Any = self.blocks()[index]
-        gated = block.mlp.fc1.out_features // block.mlp.fc2.in_features  # 2 with SwiGLU
-        attention = (Layer(("attn.qkv",), stacked=3), Layer(("attn.proj",)))
-        mlp = (Layer(("mlp.fc1",), stacked=gated), Layer(("mlp.fc2",)))
+        attention = (Layer(("attn.qkv",), stacked=3), *_inner(block, "attn"), Layer(("attn.proj",)))
+        mlp = (
+            Layer(_mlp_inputs(block), stacked=self._gated(block)),
+            *_inner(block, "mlp"),
+            Layer(("mlp.fc2",)),
+        )
         first, second = Layer(("norm1",), linear=False), Layer(("norm2",), linear=False)
         if isinstance(block, ResPostBlock):
             return (*attention, first, *mlp, second)
         return (first, *attention, second, *mlp)
+
+    @staticmethod
+    def _gated(block: Any) -> int:
+        """Return 2 where one map of the MLP holds gate and value, one below the other; else 1."""
+        first = block.get_submodule(_mlp_inputs(block)[0])
+        return int(first.out_features // block.mlp.fc2.in_features)
 
     def embedding_weight(self) -> tuple[Tensor, int]:
         """Return the patch projection [D, 3, patch, patch]."""
@@ -117,6 +134,25 @@ class VitBackbone(Backbone):
     def set_attention(self, kind: str, within: nn.Module | None = None) -> None:
         """Choose "sdpa" or "eager" for this instance, or within a module, only."""
         switch_fused(within or self.model, kind)
+
+
+def _mlp_inputs(block: nn.Module) -> tuple[str, ...]:
+    """Return the maps that an MLP begins with: one, or gate and value side by side (AIMv2)."""
+    names = dict(block.get_submodule("mlp").named_children())
+    for inputs in (("fc1",), ("fc1_g", "fc1_x")):
+        if {*inputs, "fc2"} <= names.keys():
+            return tuple(f"mlp.{name}" for name in inputs)
+    raise UserError(
+        f"the blocks of this backbone have an MLP ({type(block.get_submodule('mlp')).__name__}) "
+        "that this method or side network cannot take apart: choose another."
+    )
+
+
+def _inner(block: nn.Module, part: str) -> tuple[Layer, ...]:
+    """Return the norm inside a part of a block, if it has one."""
+    path = f"{part}.norm"
+    plain = isinstance(block.get_submodule(path), nn.Identity)
+    return () if plain else (Layer((path,), linear=False),)
 
 
 def is_plain(model: nn.Module) -> bool:

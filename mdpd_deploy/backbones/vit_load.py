@@ -57,6 +57,10 @@ class TimmFamily(Family):
         )
 
     @classmethod
+    def check(cls, config: BackboneConfig) -> None:
+        _plan(config)
+
+    @classmethod
     def load(cls, request: LoadRequest) -> tuple[Backbone, str | None]:
         config = request.config
         plan = _plan(config)

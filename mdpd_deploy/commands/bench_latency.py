@@ -5,11 +5,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mdpd_deploy.commands.options import split_numbers, split_words
+from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -45,7 +47,10 @@ def command(
         typer.Option(help="Time per cell. Default: 100 rounds and 10 s, at most 20 s."),
     ] = None,
     openings: Annotated[
-        int, typer.Option(help="Times every model is opened anew, each for its part of the time.")
+        int,
+        typer.Option(
+            help="Times every model is opened anew, each for its part of the time; at least 3."
+        ),
     ] = DEFAULT_OPENINGS,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/latency.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -77,15 +82,15 @@ def command(
         plain = {**report.to_dict(raw=False), "folder": str(folder)}
         typer.echo(encoder.dumps(plain, indent=2, allow_nan=False))
         return
-    from rich.console import Console
-
     from mdpd_deploy.serve import render
+    from mdpd_deploy.terminal import Console
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(render(report))
     console.print(f"report and chart: {folder}")
 
 
+@torch_defaults()
 def bench_latency(
     run_or_bundle: str | Path | None = None,
     *,
@@ -117,8 +122,8 @@ def bench_latency(
             built in the same way; None = onnx and torch (a bundle without its run: onnx).
         batch: Examples per call; None = 1, 8, 32.
         seconds: Measured seconds per cell, of all openings together; None = 100 rounds and 10 s, at most 20 s.
-        openings: Times every model is opened anew, each for its part of the time: two openings of
-            one model may differ by some per cent, so that one alone can mislead.
+        openings: Times every model is opened anew, at least 3, each for its part of the time: two
+            openings of one model may differ by some per cent, so that one alone can mislead.
         out: Folder for latency.json and the chart; None = `RUN/latency`, numbered if taken.
         device: `auto`, `cpu` or `cuda`.
         threads: Threads inside one operator; None = the CPU quota.
@@ -255,12 +260,15 @@ def _open(path: Path | None) -> _Subject:
 
 
 def _plan(seconds: float | None, openings: int) -> "Plan":
-    from mdpd_deploy.serve import Plan
+    from mdpd_deploy.serve import FEWEST_OPENINGS, Plan
 
     if seconds is not None and not 0 < seconds < float("inf"):
         raise UserError(f"--seconds {seconds}: give a time above 0.")
-    if openings < 1:
-        raise UserError(f"--openings {openings}: give at least 1.")
+    if openings < FEWEST_OPENINGS:
+        raise UserError(
+            f"--openings {openings}: give at least {FEWEST_OPENINGS}; fewer cannot say how far one "
+            "opening of a model differs from the next, and so no ratio has an interval."
+        )
     return Plan(openings=openings, seconds=seconds)
 
 
@@ -315,7 +323,7 @@ def _require_engine(subject: _Subject) -> None:
     if read_key(subject.bundle.path, subject.bundle.manifest) is None:
         raise UserError(
             f"--runtime trt: {subject.path} holds no TensorRT engine: build one on the GPU machine "
-            f"with `mdpd build-engine {subject.path}`."
+            f"with `mdpd build-engine {quote(str(subject.path))}`."
         )
 
 

@@ -21,6 +21,7 @@ from mdpd_deploy.commands.study_plan import (
     shared_config,
     stored_plan,
 )
+from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import MdpdError, UserError
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def command(
         raise typer.Exit(1)
 
 
+@torch_defaults()
 def compare(
     config: Path | str | Config | None = None,
     *,
@@ -235,7 +237,7 @@ def _compare(
         stored_plan(folder)  # so that no other folder is locked
         shared = None
     else:
-        shared = shared_config(config, set, flags)
+        shared = shared_config(config, set, flags, guess=not tasks)
         folder = _folder(out)
         _refuse_foreign(folder)
     with claimed(folder, by="comparison"), _ended_by_sigterm():
@@ -300,8 +302,8 @@ def _ended_by_sigterm() -> Iterator[None]:
     import signal
     import threading
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -344,15 +346,14 @@ def _print_forecast(
     from dataclasses import asdict
     from json import dumps
 
-    from rich.console import Console
-
     from mdpd_deploy.commands.train import print_memory
     from mdpd_deploy.data import load_task
     from mdpd_deploy.study import expand_tasks
+    from mdpd_deploy.terminal import Console
     from mdpd_deploy.train import forecast_methods
 
-    base, task = shared_config(config, sets, flags)
-    outputs, kind = CLASSES, "classify"
+    base, task = shared_config(config, sets, flags, guess=not tasks)
+    outputs, kind, longest = CLASSES, "classify", ""
     if tasks or base.data.path is not None:
         named = expand_tasks(tasks or [task], base, _say)
         if len(named) > 1:
@@ -362,20 +363,23 @@ def _print_forecast(
             )
         data = load_task(named[0], base.data, seed=base.train.seed)
         outputs, kind = data.outputs, data.kind
+        if data.modality == "text":
+            longest = f", texts of {base.data.max_length} tokens"
     configs = method_configs(base, expand_all(methods or ["all"]))[0]
     rows = forecast_methods(configs, outputs=outputs, kind=kind)
     if as_json:
         print(dumps([asdict(row) for row in rows]))
         return
     what = f"{outputs} classes" if kind == "classify" else "regression"
-    where = f"· {base.backbone.name}, batch {base.train.batch}, {base.train.precision}, {what}"
+    where = (
+        f"· {base.backbone.name}, batch {base.train.batch}, {base.train.precision}, {what}{longest}"
+    )
     print_memory(Console(), rows, where)
 
 
 def _print(results: Results, folder: Path) -> None:
-    from rich.console import Console
-
     from mdpd_deploy.study import render
+    from mdpd_deploy.terminal import Console
 
     width = max(Console().width, WIDTH)
     console = Console(highlight=False, soft_wrap=True, width=width)

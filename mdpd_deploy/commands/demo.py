@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 EPOCHS = 5.0
 SECONDS = 8.0  # per latency cell
+PAGE = "demo.html"
+TITLE = "handwritten digits · MDPD over UniPT · validation, 797 digits, which choose nothing"
+DEPLOYED = "accuracy, deployed backbone"
 
 
 def command(
@@ -38,11 +41,11 @@ def demo(
     seconds: float = SECONDS,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train with MDPD and a linear probe, export to ONNX, measure latency; return the figures.
+    """Train with MDPD and with what is simpler, export to ONNX, measure latency; return the figures.
 
     Args:
-        out: Folder of the run (the bundle and the latency report lie inside it).
-        epochs: Passes over the training digits, for both trainings.
+        out: Folder of the run (the bundle, the latency report and `demo.html` lie inside it).
+        epochs: Passes over the training digits, for each of the three trainings.
         seconds: Measured seconds per latency cell.
         quiet: Nothing on stderr.
     """
@@ -56,7 +59,7 @@ def demo(
             typer.echo(text, err=True)
 
     folder = Path(out) if out is not None else free_path(Path("runs/demo"))
-    say("1/4  MDPD: backbone and side network teach each other (1,000 digits, frozen ViT)")
+    say("1/5  MDPD: backbone and side network teach each other (1,000 digits, frozen ViT)")
     # The reported digits choose nothing: the last weights count, not the best on them.
     last: dict[str, Any] = {
         "task": "digits",
@@ -65,20 +68,27 @@ def demo(
         "set": ["train.keep=last"],
     }
     run = fit(out=folder, **last)
-    say("2/4  linear probe on the same frozen backbone, for comparison")
+    say("2/5  linear probe on the same frozen backbone, for comparison")
     probe = fit(method="probe", lr=1e-2, out=folder / "probe", **last)
-    say("3/4  the side network fades: export to ONNX, through every gate")
+    say("3/5  norms and head trained directly, without a side network, for comparison")
+    norms = fit(method="norms", out=folder / "norms", **last)
+    say("4/5  the side network fades: export to ONNX, through every gate")
     bundle = export_run(run.path)
-    say("4/4  latency in ONNX Runtime, batch 1: deployed, bare backbone, side-network rivals")
+    say("5/5  latency in ONNX Runtime, batch 1: deployed, bare backbone, side-network rivals")
     latency = bench_latency(run.path, runtime=["onnx"], batch=[1], seconds=seconds)
-    return _figures(run, probe, bundle, latency)
+    figures = _figures(run, probe, norms, bundle, latency)
+    _write_page(folder / PAGE, figures)
+    return {**figures, "page": str(folder / PAGE)}
 
 
-def _figures(run: "Run", probe: "Run", bundle: "Bundle", latency: dict[str, Any]) -> dict[str, Any]:
+def _figures(
+    run: "Run", probe: "Run", norms: "Run", bundle: "Bundle", latency: dict[str, Any]
+) -> dict[str, Any]:
     metrics, params = run.summary["metrics"], run.summary["params"]
     return {
         "accuracy": {
             "linear_probe": probe.summary["metrics"]["deployed"]["accuracy"],
+            "norms": norms.summary["metrics"]["deployed"]["accuracy"],
             "side_network": metrics["side"]["accuracy"],
             "deployed": metrics["deployed"]["accuracy"],
         },
@@ -90,6 +100,7 @@ def _figures(run: "Run", probe: "Run", bundle: "Bundle", latency: dict[str, Any]
             {key: ratio[key] for key in ("variant", "median", "ci95", "words")}
             for ratio in latency["ratios"]
         ],
+        "warnings": latency["warnings"],
         "run": str(run.path),
         "report": str(run.path / "report.html"),
         "bundle": str(bundle.path),
@@ -97,37 +108,66 @@ def _figures(run: "Run", probe: "Run", bundle: "Bundle", latency: dict[str, Any]
     }
 
 
-def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what was found as name and value; on the digits that chose nothing."""
     accuracy, params = result["accuracy"], result["params"]
-    table = Table(title="handwritten digits · MDPD over UniPT · 797 test digits", show_header=False)
-    table.add_row("accuracy, linear probe", f"{accuracy['linear_probe']:.1%}")
-    table.add_row("accuracy, side network (thrown away)", f"{accuracy['side_network']:.1%}")
-    table.add_row("accuracy, deployed backbone", f"{accuracy['deployed']:.1%}", style="bold")
     share = params["trained"] / params["backbone"]
-    table.add_row("trained parameters", f"{params['trained']:,} ({share:.1%} of the backbone)")
-    table.add_row("kept for deployment", f"{params['deployed_delta']:,} (norms and head)")
-    table.add_row("peak training memory", f"{result['memory']['peak_live_bytes'] / 1e6:.0f} MB")
-    table.add_row("training time", f"{result['train_s']:.0f} s")
     passed = sum(verdict == "passed" for verdict in result["gates"].values())
-    table.add_row("export gates", f"{passed} of {len(result['gates'])} passed")
+    rows = [
+        ("accuracy, linear probe", f"{accuracy['linear_probe']:.1%}"),
+        ("accuracy, norms and head trained directly", f"{accuracy['norms']:.1%}"),
+        ("accuracy, side network (thrown away)", f"{accuracy['side_network']:.1%}"),
+        (DEPLOYED, f"{accuracy['deployed']:.1%}"),
+        ("trained parameters", f"{params['trained']:,} ({share:.1%} of the backbone)"),
+        ("kept for deployment", f"{params['deployed_delta']:,} (norms and head)"),
+        ("peak training memory", f"{result['memory']['peak_live_bytes'] / 1e6:.0f} MB"),
+        ("training time", f"{result['train_s']:.0f} s"),
+        ("export gates", f"{passed} of {len(result['gates'])} passed"),
+    ]
     for ratio in result["latency"]:
         low, high = ratio["ci95"]
-        table.add_row(
-            f"time of {ratio['variant']} ÷ deployed",
-            f"{ratio['median']:.3f} [{low:.3f}, {high:.3f}]  {ratio['words']}",
-        )
+        value = f"{ratio['median']:.3f} [{low:.3f}, {high:.3f}]  {ratio['words']}"
+        rows.append((f"time of {ratio['variant']} ÷ deployed", value))
+    return rows
+
+
+def _write_page(path: Path, result: dict[str, Any]) -> None:
+    """Write what was found as a page beside the run's own report."""
+    from mdpd_deploy.files import write_text
+    from mdpd_deploy.page import document, section, table, tag
+
+    picture = f"{Path(result['latency_folder']).name}/latency.svg"
+    links = (("report.html", "the run's report"), (picture, "latency as a picture"))
+    write_text(
+        path,
+        document(
+            TITLE,
+            tag("header", tag("h1", TITLE), [tag("p", line) for line in result["warnings"]]),
+            section("What was found", table(["", ""], _rows(result))),
+            section("More", [tag("p", tag("a", words, href=link)) for link, words in links]),
+        ),
+    )
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from mdpd_deploy.terminal import Console
+
+    table = Table(title=TITLE, show_header=False)
+    for name, value in _rows(result):
+        table.add_row(name, value, style="bold" if name == DEPLOYED else None)
     console = Console()
     console.print(table)
-    for name in ("report", "bundle"):
+    for line in result["warnings"]:
+        console.print(line, style="yellow", highlight=False)
+    for name in ("page", "report", "bundle"):
         console.print(f"{name:8}{result[name]}", highlight=False, soft_wrap=True)
     console.print(f"latency {result['latency_folder']}", highlight=False, soft_wrap=True)
     console.print(
         "\nThe same on your own data, an image folder with train/CLASS/*.jpg\n"
-        "(or a table: add --text COLUMN --label COLUMN --backbone hf:NAME):\n"
-        "  mdpd train --task classify --data FOLDER\n"
+        "(or a table: --text COLUMN --label COLUMN --backbone hf:NAME):\n"
+        "  mdpd train --task classify --data FOLDER --backbone timm:vit_base_patch16_224\n"
         "  mdpd export --fmt onnx\n"
         "  mdpd bench-latency",
         highlight=False, markup=False,

@@ -25,6 +25,7 @@ PURPOSES = {
     "trt": "build TensorRT engines",
     "serve": "serve bundles over HTTP",
     "sign": "sign bundles and check signatures",
+    "xlsx": "read Excel workbooks",
     "track": "log runs to TensorBoard or trackio",
 }
 

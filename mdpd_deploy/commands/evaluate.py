@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mdpd_deploy.bundle import Bundle, Task
     from mdpd_deploy.data.examples import Split
     from mdpd_deploy.data.preprocess import Preprocess
+    from mdpd_deploy.tasks.metrics import Values
 
     Forward = Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]
 
@@ -45,7 +47,7 @@ class Evaluation:
     runtime: str
     provider: str
     examples: dict[str, int]
-    metrics: dict[str, dict[str, dict[str, float]]]
+    metrics: dict[str, dict[str, Values]]
 
 
 def command(
@@ -138,6 +140,7 @@ def bundle_splits(bundle: Bundle, asked: Task, data: str | None) -> dict[str, Sp
     )
 
 
+@torch_defaults()
 def evaluate_run(path: Path | None, data: str | None, *, batch: int, device: str) -> Evaluation:
     """Measure a run with PyTorch: the deployed model and, for MDPD, its side network.
 
@@ -187,15 +190,17 @@ def _measure(
     splits: dict[str, Split],
     names: list[str],
     batch: int,
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, dict[str, Values]]:
     """Return split → model → metric → value; every batch is preprocessed once for all models."""
     import numpy as np
 
     from mdpd_deploy.bundle import batches
+    from mdpd_deploy.scores import in_order
     from mdpd_deploy.tasks.metrics import compute
 
     metrics = {}
-    for split, examples in splits.items():
+    for split in in_order(splits):
+        examples = splits[split]
         parts: dict[str, list[NDArray[np.float32]]] = {model: [] for model in models}
         for raws in batches(examples.inputs, batch):
             arrays = preprocess(raws)
@@ -213,8 +218,10 @@ def _sizes(splits: dict[str, Split]) -> dict[str, int]:
 
 
 def _print(found: Evaluation) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from mdpd_deploy.tasks.metrics import metric_text
+    from mdpd_deploy.terminal import Console
 
     table = Table(title=f"{found.task} · {found.runtime} on {found.provider}")
     for heading in ("split", "examples", "model", "metric", "value"):
@@ -222,7 +229,7 @@ def _print(found: Evaluation) -> None:
     for split, models in found.metrics.items():
         for model, metrics in models.items():
             for metric, value in metrics.items():
-                table.add_row(split, str(found.examples[split]), model, metric, f"{value:.4f}")
+                table.add_row(split, str(found.examples[split]), model, metric, metric_text(value))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"measured: {found.source}")

@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
+from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -186,12 +188,13 @@ def command(
     if engine["status"] == "to-build":
         typer.echo(
             f"no TensorRT engine was built: {engine['reason']}. The bundle holds the verified ONNX "
-            f"model and the recipe: `mdpd build-engine {bundle.path}` builds the engine on the GPU "
-            "machine.",
+            f"model and the recipe: `mdpd build-engine {quote(str(bundle.path))}` builds the engine on "
+            "the GPU machine.",
             err=True,
         )
 
 
+@torch_defaults()
 def export_run(
     run: str | Path | None = None,
     *,
@@ -357,6 +360,7 @@ def _timer(
     return time_graphs
 
 
+@torch_defaults()
 def export_runs(
     runs: Sequence[Path | str],
     *,

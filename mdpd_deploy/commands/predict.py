@@ -62,7 +62,7 @@ def command(
             "provider": runner.provider,
             "predictions": rows,
         }
-        typer.echo(encoder.dumps(plain, indent=2, ensure_ascii=False))
+        typer.echo(encoder.dumps(plain, indent=2))
     else:
         _print(names, predictions, top)
 
@@ -72,21 +72,24 @@ def read_inputs(
 ) -> tuple[list[str], list[Raw]]:
     """Turn words of the command line into raw inputs, each with the name it is shown by.
 
-    A word is a table if it ends like one (`.csv`, `.tsv`, `.jsonl`, `.parquet`); else an image path
-    or a literal text, as the task takes.
+    A word is a table if it ends like one (`.csv`, `.jsonl.gz`, ...), in the encoding of the
+    training data; else an image path or a literal text, as the task takes.
 
     Raises:
-        UserError: If a table is missing or lacks a column, or a pair is wanted and no table given.
+        UserError: If a table is missing or lacks a column, a pair is wanted and no table given, or a
+            text is empty.
     """
-    from mdpd_deploy.data.table import FORMATS, read_inputs
+    from mdpd_deploy.data.examples import refuse_empty
+    from mdpd_deploy.data.table import is_table, read_inputs
 
     columns: list[str] = task.facts["data"]["columns"]
+    encoding: str | None = task.facts["data"].get("options", {}).get("encoding")
     names: list[str] = []
     raws: list[Raw] = []
     for word in inputs:
         path = Path(word)
-        if path.suffix.lower() in FORMATS and (path.is_file() or not any(map(str.isspace, word))):
-            rows = read_inputs(path, columns, modality)
+        if is_table(path) and (path.is_file() or not any(map(str.isspace, word))):
+            rows = read_inputs(path, columns, modality, encoding)
             names += [_shown(raw) for raw in rows]
             raws += rows
             continue
@@ -97,9 +100,8 @@ def read_inputs(
                 f"this model takes pairs of texts, and {word!r:.60} is one: give a table with the "
                 f"columns {', '.join(columns)}."
             )
-        elif not word.strip():
-            raise UserError("a text to predict is empty: leave it out.")
         else:
+            refuse_empty([word])
             raws.append(word)
         names.append(word)
     return names, raws
@@ -110,8 +112,9 @@ def _shown(raw: Raw) -> str:
 
 
 def _print(names: Sequence[str], predictions: Sequence[Prediction], top: int) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from mdpd_deploy.terminal import Console
 
     table = Table()
     table.add_column("input", overflow="fold")
@@ -139,7 +142,9 @@ def _cells(prediction: Prediction, top: int) -> list[Any]:
 
 
 def _plain(text: str) -> Any:
-    """Keep brackets in the user's words from being read as rich's markup."""
+    """Keep brackets from being read as rich's markup, and widths those of what is shown."""
     from rich.text import Text
 
-    return Text(text)
+    from mdpd_deploy.shown import shown
+
+    return Text(shown(text))

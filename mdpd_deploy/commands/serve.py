@@ -10,6 +10,8 @@ import typer
 from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mdpd_deploy.serve import Scaling
 
 ENGINES = ("local", "ray")
@@ -49,11 +51,23 @@ def command(
     timeout_s: Annotated[
         float | None, typer.Option(min=0.001, help="A request's time limit; later is a 504.")
     ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, max=40_000_000, help="Largest picture; default 25 million pixels."),
+    ] = None,
     drain_s: Annotated[
         int | None, typer.Option(min=1, help="After SIGTERM, time for requests in progress.")
     ] = None,
     key: Annotated[
         Path | None, typer.Option(help="Public key, PEM, that must have signed every bundle.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name that clients call this server by; repeatable. Addresses and localhost "
+            "always may, *.NAME is all below one.",
+        ),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="local: this process; ray: replicas on a Ray cluster.")
@@ -72,7 +86,7 @@ def command(
         raise UserError(
             "--threads belongs to --runtime onnx: an engine runs on the GPU; leave it out."
         )
-    from mdpd_deploy.serve import CoreOptions, serve_bundles, usual_device
+    from mdpd_deploy.serve import CoreOptions, Limits, serve_bundles, usual_device
 
     named = name_bundles(bundles)
     asked: dict[str, Any] = {
@@ -85,6 +99,8 @@ def command(
         "timeout_s": timeout_s,
         "drain_s": drain_s,
         "key": key,
+        "allow_hosts": tuple(allow_host or ()),
+        "limits": Limits() if max_pixels is None else Limits(pixels=max_pixels),
     }
     options = CoreOptions(**{name: value for name, value in asked.items() if value is not None})
 
@@ -114,18 +130,22 @@ def read_scaling(words: str) -> Scaling:
 
 
 def name_bundles(words: list[str]) -> dict[str, Path]:
-    """Return folders by the names that requests use: `NAME=FOLDER`, or the folder's own name.
+    """Return folders by the names that requests use: `NAME=FOLDER`, or by `usual_names`.
 
     Raises:
         UserError: For a name that a URL cannot hold as it is, or one that is given twice.
     """
     import re
 
+    pairs = [word.partition("=") for word in words]
+    plain = [
+        word for word, (_, equals, _) in zip(words, pairs, strict=True)
+        if not equals or Path(word).exists()
+    ]  # fmt: skip
+    usual = dict(zip(plain, usual_names([Path(word) for word in plain]), strict=True))
     named: dict[str, Path] = {}
-    for word in words:
-        name, equals, folder = word.partition("=")
-        if not equals or Path(word).exists():
-            name, folder = Path(word).resolve().name, word
+    for word, (given, _, behind) in zip(words, pairs, strict=True):
+        name, folder = (usual[word], word) if word in usual else (given, behind)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise UserError(
                 f"{word}: {name!r} cannot name a model in a URL; give it one of letters, digits, "
@@ -138,3 +158,16 @@ def name_bundles(words: list[str]) -> dict[str, Path]:
             )
         named[name] = Path(folder)
     return named
+
+
+def usual_names(folders: Sequence[Path]) -> list[str]:
+    """Return the name of each bundle's run, or of its folder where it does not lie in one.
+
+    Several bundles of one run are told apart by their folders: `RUN-onnx-fp32`, `RUN-onnx-int8-cpu`.
+    """
+    places = [folder.resolve() for folder in folders]
+    runs = [place.parents[1].name if place.parent.name == "bundles" else "" for place in places]
+    return [
+        place.name if not run else run if runs.count(run) == 1 else f"{run}-{place.name}"
+        for place, run in zip(places, runs, strict=True)
+    ]

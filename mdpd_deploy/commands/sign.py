@@ -11,6 +11,12 @@ from mdpd_deploy.errors import UserError
 def command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")],
     key: Annotated[Path, typer.Option(help="Private key, PEM, on P-256, P-384 or P-521.")],
+    name: Annotated[
+        str | None, typer.Option(help="What the signature calls the bundle, for verify --expect.")
+    ] = None,
+    version: Annotated[
+        str | None, typer.Option(help="Its version, so that no older one can stand in for it.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier signature.")
     ] = False,
@@ -29,13 +35,16 @@ def command(
         password = os.environ.get("MDPD_KEY_PASSWORD")
         if password is None:
             password = str(typer.prompt(f"password of {key}", hide_input=True, err=True))
-    typer.echo(f"signature: {sign_bundle(bundle, key=key, password=password, overwrite=overwrite)}")
+    options = dict(name=name, version=version, password=password)
+    typer.echo(f"signature: {sign_bundle(bundle, key=key, overwrite=overwrite, **options)}")
 
 
 def sign_bundle(
     bundle: str | Path,
     *,
     key: str | Path,
+    name: str | None = None,
+    version: str | None = None,
     password: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -44,6 +53,8 @@ def sign_bundle(
     Args:
         bundle: The folder. It is not changed; a file that changes later makes the signature void.
         key: Private key, PEM, on the curve P-256, P-384 or P-521.
+        name: What the signature calls the bundle; None = nothing.
+        version: Its version; needs a name.
         password: Of the key, if it has one.
         overwrite: Replace an earlier signature.
 
@@ -51,13 +62,17 @@ def sign_bundle(
         The signature, `BUNDLE.sig` beside the bundle.
 
     Raises:
-        UserError: If the bundle is not sound, is signed already, or the key cannot be used.
+        UserError: If the bundle is not sound, is signed already, or the key, the name or the version
+            cannot be used.
     """
     from mdpd_deploy.bundle import load_bundle
-    from mdpd_deploy.signing import sign_folder, signature_path
+    from mdpd_deploy.signing import sign_folder, signature_path, subject_name
 
+    if name is None and version is not None:
+        raise UserError("--version is a version of something: add --name.")
+    subject = None if name is None else subject_name(name, version)
     folder = load_bundle(bundle).path
     place = signature_path(folder)
     if place.exists() and not overwrite:
         raise UserError(f"{place} exists: add --overwrite to sign the bundle again.")
-    return sign_folder(folder, Path(key), password=password)
+    return sign_folder(folder, Path(key), password=password, name=subject)

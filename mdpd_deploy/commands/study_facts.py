@@ -114,6 +114,7 @@ def _time(
     with atomic_folder(folder, overwrite=True) as temporary:
         report.write(temporary / "latency.json")
         write_chart(report, temporary)
+    setting = "; ".join([setting, *report.warnings])
     for ratio in report.ratios:
         if ratio.variant in kept:
             latency[ratio.variant] = Latency(ratio.median, ratio.ci95, ratio.words)

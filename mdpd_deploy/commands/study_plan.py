@@ -23,9 +23,16 @@ SHARED = ("task", "method", "out", "side.name", "train.seed", "train.steps", "tr
 
 
 def shared_config(
-    config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]
+    config: Path | str | Config | None,
+    sets: Sequence[str],
+    flags: dict[str, Any],
+    *,
+    guess: bool = False,
 ) -> tuple[Config, str]:
-    """Return what all trials share, and the task that the config names."""
+    """Return what all trials share, and the task that the config names.
+
+    `guess` settles a task that it does not name by the data.
+    """
     from mdpd_deploy.commands.train import build_config
     from mdpd_deploy.config import Config
 
@@ -33,7 +40,7 @@ def shared_config(
         if name not in FLAGS:
             raise unknown("compare", name, FLAGS)
     plain = Config()
-    base = build_config(config, sets, flags)
+    base = build_config(config, sets, flags, guess=guess)
     for name in ("method", "out", "side.name"):
         if base.flat()[name] != plain.flat()[name]:
             raise UserError(

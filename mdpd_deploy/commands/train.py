@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,21 +10,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdpd_deploy.commands import options
+from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mdpd_deploy.config import Config
     from mdpd_deploy.run import Run
+    from mdpd_deploy.terminal import Console
     from mdpd_deploy.train import MemoryRow, Plan
+
+log = logging.getLogger(__name__)
 
 
 def command(
-    config: Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.yaml", help="Or data, as --data.")
+    ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="glue/NAME, vtab/NAME, classify, regress or digits (the default)."),
+        typer.Option(
+            help="glue/NAME, vtab/NAME, classify, regress or digits; default: classify with --data "
+            "of classes, digits without --data."
+        ),
     ] = None,
     data: options.Data = None,
     eval_data: options.EvalData = None,
@@ -55,9 +63,11 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Print the plan and every method's memory forecast; no training."
-        ),
+        typer.Option("--dry-run", help="Print the plan and its memory forecast; no training."),
+    ] = False,
+    all_methods: Annotated[
+        bool,
+        typer.Option("--all-methods", help="With --dry-run: forecast every other method too."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
@@ -83,13 +93,17 @@ def command(
     if dry_run:
         if resume is not None:
             raise UserError("--dry-run plans a new run: leave --resume out.")
-        _print_plan(plan(config, set=set_ or (), **flags), as_json=json)
+        made = plan(config, all_methods=all_methods, set=set_ or (), **flags)
+        _print_plan(made, as_json=json)
         return
+    if all_methods:
+        raise UserError("--all-methods is a table of --dry-run: add that, or leave it out.")
     run = fit(config, set=set_ or (), resume=resume, overwrite=overwrite, quiet=json, **flags)
     if _is_main_process():
         _print_run(run, as_json=json)
 
 
+@torch_defaults()
 def fit(
     config: Path | str | Config | None = None,
     *,
@@ -102,7 +116,7 @@ def fit(
     """Fine-tune a model and return its completed run.
 
     Args:
-        config: A YAML file or a `Config`; None starts from the defaults (the digits task).
+        config: A YAML file or a `Config`, or data; None starts from the defaults (the digits task).
         resume: Continue this interrupted run folder; nothing else may be given.
         overwrite: Replace a non-empty run folder.
         quiet: No progress on stderr.
@@ -129,38 +143,100 @@ def fit(
         from mdpd_deploy.train import resume_run
 
         return resume_run(Path(resume), quiet=quiet)
-    checked = build_config(config, set, flags)  # before torch: a typing mistake is answered at once
+    checked = _named(config, set, flags)  # before torch: a typing mistake is answered at once
     from mdpd_deploy.train import fit_run
 
     return fit_run(checked, overwrite=overwrite, quiet=quiet)
 
 
+@torch_defaults()
 def plan(
-    config: Path | str | Config | None = None, *, set: Sequence[str] = (), **flags: Any
+    config: Path | str | Config | None = None,
+    *,
+    all_methods: bool = False,
+    set: Sequence[str] = (),
+    **flags: Any,
 ) -> Plan:
-    """Return what `fit` with the same words would do, memory forecast included."""
+    """Return what `fit` with the same words would do, memory forecast included.
+
+    Args:
+        config: As for `fit`, and so are `set` and `flags`.
+        all_methods: Forecast every other method in its place too.
+        set: Assignments.
+        **flags: The words of `mdpd train`.
+    """
+    checked = _named(config, set, flags)  # before torch, as above
     from mdpd_deploy.train import make_plan
 
-    return make_plan(build_config(config, set, flags))
+    return make_plan(checked, all_methods=all_methods)
+
+
+def _named(
+    config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]
+) -> Config:
+    """Return `build_config` of one training, whose every name is known."""
+    from mdpd_deploy.names import check_names
+
+    checked = build_config(config, sets, flags)
+    check_names(checked)
+    return checked
 
 
 def build_config(
-    config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]
+    config: Path | str | Config | None,
+    sets: Sequence[str],
+    flags: dict[str, Any],
+    *,
+    guess: bool = True,
 ) -> Config:
-    """Return the checked config that a file, `--set` assignments and flags mean together."""
+    """Return the checked config that a file, `--set` assignments and flags mean together.
+
+    Args:
+        config: A config file, a `Config`, or data, which is the same as `data` among the flags.
+        sets: Assignments.
+        flags: Words of `mdpd train`.
+        guess: Settle the task by the data where nothing names it.
+    """
     from mdpd_deploy.config import Config, check_config, load_config
     from mdpd_deploy.errors import unknown
 
     for name in flags:
         if name not in _OPTION:
             raise unknown("fit", name, _OPTION)
+    config, flags = _data_in_front(config, flags)
     named = {_OPTION[name]: _plain(name, value) for name, value in flags.items()}
     if isinstance(config, Config):
         given = load_config(None, named, list(sets)).model_dump(exclude_unset=True)
-        loaded = check_config(_merged(config.model_dump(), given))
+        loaded = check_config(_merged(config.model_dump(exclude_unset=True), given))
     else:
         loaded = load_config(None if config is None else Path(config), named, list(sets))
-    return _absolute(loaded)
+    return _absolute(_with_task(loaded) if guess else loaded)
+
+
+def _data_in_front(
+    config: Path | str | Config | None, flags: dict[str, Any]
+) -> tuple[Path | str | Config | None, dict[str, Any]]:
+    """Take `mdpd train FOLDER` for `mdpd train --data FOLDER`."""
+    from mdpd_deploy.data.guess import is_data
+
+    if not isinstance(config, Path | str) or not is_data(str(config)):
+        return config, flags
+    if flags.get("data") is not None:
+        raise UserError(
+            f"{config} and --data {flags['data']} both name data: give one, or a CONFIG.yaml first."
+        )
+    return None, {**flags, "data": str(config)}
+
+
+def _with_task(config: Config) -> Config:
+    """Settle the task by the data where nothing names it."""
+    from mdpd_deploy.data.guess import guess_task
+
+    if "task" in config.model_fields_set or config.data.path is None:
+        return config
+    task = guess_task(config.data)
+    log.info("task: %s, by what %s holds (--task says otherwise)", task, config.data.path)
+    return config.model_copy(update={"task": task})
 
 
 _OPTION = {
@@ -230,22 +306,27 @@ def _is_main_process() -> bool:
 def _print_run(run: Run, *, as_json: bool) -> None:
     from json import dumps
 
-    from rich.console import Console
     from rich.table import Table
+
+    from mdpd_deploy.scores import scores_of
+    from mdpd_deploy.tasks.metrics import metric_text
+    from mdpd_deploy.terminal import Console
 
     if as_json:
         print(dumps({"run": str(run.path), **run.summary}))
         return
     summary = run.summary
     table = Table(title=f"{summary['task']} · {summary['method']}", show_header=False)
-    for where, metrics in summary["metrics"].items():
-        for name, value in metrics.items():
-            table.add_row(f"{where} {name}", f"{value:.4f}")
     primary = summary["primary_metric"]
-    if "majority" in summary:
-        table.add_row(
-            f"always the most frequent class, {primary}", f"{summary['majority'][primary]:.4f}"
-        )
+    for scores in scores_of(summary):
+        chose = ", which chose the weights" if scores.chose else ""
+        table.add_row(f"{scores.words}{chose}", style="bold")
+        for where, metrics in scores.models.items():
+            for name, value in metrics.items():
+                table.add_row(f"  {where} {name}", metric_text(value))
+        if scores.majority is not None:
+            floor = metric_text(scores.majority[primary])
+            table.add_row(f"  always the most frequent class, {primary}", floor)
     params, memory = summary["params"], summary["memory"]
     share = params["trained"] / params["backbone"]
     table.add_row("trained parameters", f"{params['trained']:,} ({share:.1%} of the backbone)")
@@ -262,8 +343,9 @@ def _print_run(run: Run, *, as_json: bool) -> None:
 def _print_plan(plan: Plan, *, as_json: bool) -> None:
     from json import dumps
 
-    from rich.console import Console
     from rich.table import Table
+
+    from mdpd_deploy.terminal import Console
 
     if as_json:
         print(dumps(plan.to_dict()))
@@ -272,6 +354,8 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     table.add_row("task", plan.task)
     table.add_row("method", plan.method + (f" over {plan.side}" if plan.side else ""))
     table.add_row("backbone", plan.backbone)
+    table.add_row("it sees", plan.sees)
+    table.add_row("its weights", plan.licence)
     for name, count in plan.examples.items():
         table.add_row(f"{name} examples", f"{count:,}")
     if plan.classes:
@@ -282,16 +366,23 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
     )
     for name, count in plan.params.items():
         table.add_row(f"parameters, {name}", f"{count:,}")
+    for_what = "" if plan.text_length is None else f", texts of {plan.text_length} tokens"
     table.add_row(
-        "memory forecast", f"{plan.forecast_bytes / 1e6:,.1f} MB (live tensors, one process)"
+        "memory forecast",
+        f"{plan.forecast_bytes / 1e6:,.1f} MB (live tensors, one process{for_what})",
     )
     table.add_row("device", plan.device)
     for note in plan.notes:
         table.add_row("note", note)
+    if plan.inventory.line:
+        table.add_row("data", plan.inventory.line)
     console = Console()
     console.print(table)
-    own = plan.method + (f":{plan.side}" if plan.side else "")
-    print_memory(console, plan.memory_table, "in this run's place", own=own)
+    if plan.memory_table:
+        own = plan.method + (f":{plan.side}" if plan.side else "")
+        print_memory(console, plan.memory_table, "in this run's place", own=own)
+    else:
+        console.print("Add --all-methods to see what every other method would need.")
 
 
 def print_memory(

@@ -65,9 +65,11 @@ def command(
 
         typer.echo(encoder.dumps({**facts, "path": str(out)}, indent=2))
         return
+    from mdpd_deploy.shown import shown
+
     for model in facts["models"]:
         inputs = ", ".join(f"{port['name']} {port['dims']}" for port in model["inputs"])
-        typer.echo(f"{model['name']}: {model['backend']}, takes {inputs}")
+        typer.echo(shown(f"{model['name']}: {model['backend']}, takes {inputs}"))
     typer.echo(f"repository: {out}, to be started as {out / 'README.md'} says")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -58,6 +59,10 @@ def command(
     signature: Annotated[
         Path | None, typer.Option(help="The signature. Default: BUNDLE.sig, beside the bundle.")
     ] = None,
+    expect: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[@VERSION]", help="What it must have been signed as."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda, to run the graph on.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON only.")] = False,
 ) -> None:
@@ -65,7 +70,9 @@ def command(
 
     A bundle with a changed, missing or foreign file is refused before anything in it is used.
     """
-    report = verify_bundle(bundle, eval_data=eval_data, key=key, signature=signature, device=device)
+    report = verify_bundle(
+        bundle, eval_data=eval_data, key=key, signature=signature, expect=expect, device=device
+    )
     if json:
         import json as encoder
 
@@ -82,6 +89,7 @@ def verify_bundle(
     eval_data: str | None = None,
     key: str | Path | None = None,
     signature: str | Path | None = None,
+    expect: str | None = None,
     device: str = "cpu",
 ) -> Report:
     """Check a bundle again from what it holds; the same words as `mdpd verify`.
@@ -91,6 +99,7 @@ def verify_bundle(
         eval_data: The data of the export's metric, to measure it again; not needed for `digits`.
         key: Public key (PEM) that must have signed the bundle; None = any bundle is checked.
         signature: The signature; None = `BUNDLE.sig` beside the bundle.
+        expect: NAME or NAME@VERSION that the bundle must have been signed as (`sign_bundle`).
         device: cpu or cuda, to run the graph on.
 
     Returns:
@@ -98,17 +107,16 @@ def verify_bundle(
 
     Raises:
         UserError: If the folder is no bundle, was changed, or an option cannot be used.
-        VerificationError: If a key is given and the bundle is not signed with it.
+        VerificationError: If a key is given and the bundle is not signed with it, or under another name.
 
     Example:
         >>> from mdpd_deploy import verify_bundle
         >>> verify_bundle(folder / "bundle").unsound
         []
     """
-    from mdpd_deploy.bundle import load_bundle
     from mdpd_deploy.commands.evaluate import SELF_CONTAINED, bundle_splits
     from mdpd_deploy.runner import provider_of
-    from mdpd_deploy.signing import check_signature
+    from mdpd_deploy.signing import load_signed
     from mdpd_deploy.verification import Subject, verify
 
     provider_of(device)
@@ -116,27 +124,32 @@ def verify_bundle(
         from mdpd_deploy.errors import UserError
 
         raise UserError("--signature is checked with a key: add --key with the public key.")
-    if key is not None:  # before anything is parsed
-        check_signature(Path(bundle), Path(key), None if signature is None else Path(signature))
-    opened = load_bundle(bundle)
+    if expect is not None and key is None:
+        from mdpd_deploy.errors import UserError
+
+        raise UserError("--expect is read from the signature: add --key with the public key.")
+    place = None if signature is None else Path(signature)
+    public = None if key is None else Path(key)
+    opened, signed = load_signed(Path(bundle), public, place, expect=expect)
     validation = None
     if opened.mixed and eval_data is not None:
         from mdpd_deploy.errors import UserError
 
         raise UserError(
             f"--eval-data is one task's, and {bundle} has several: measure each with "
-            f"`mdpd eval {bundle} --task NAME --data {eval_data}`."
+            f"`mdpd eval {quote(str(bundle))} --task NAME --data {quote(str(eval_data))}`."
         )
     if eval_data is not None or opened.manifest["task"] in SELF_CONTAINED:
         validation = bundle_splits(opened, opened.task(None), eval_data)["validation"]
-    signer = None if key is None else str(key)
+    signer = None if signed is None else f"{key}" + (f" as {signed.name}" if signed.name else "")
     checks = verify(Subject(opened, device, validation, signer))
     return Report(str(bundle), device, tuple(checks))
 
 
 def _print(report: Report) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from mdpd_deploy.terminal import Console
 
     table = Table(title=f"{report.bundle} on {report.device}")
     for heading in ("check", "verdict", "what was seen"):

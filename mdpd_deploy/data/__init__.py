@@ -16,7 +16,7 @@ from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data import digits, glue, own, vtab  # noqa: F401  (each registers its tasks)
 from mdpd_deploy.data.check import check_images, readable
 from mdpd_deploy.data.examples import Kind, Picture, Raw, Split, TaskData, Text, data_fingerprint
-from mdpd_deploy.data.registry import TASKS, find_reader
+from mdpd_deploy.data.registry import TASKS, default_resize, find_reader
 
 __all__ = [
     "TASKS",
@@ -28,6 +28,8 @@ __all__ = [
     "Text",
     "check_images",
     "data_fingerprint",
+    "default_resize",
+    "find_reader",
     "load_evaluation",
     "load_task",
     "readable",

@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 
 from mdpd_deploy.config import DataConfig
+from mdpd_deploy.data.cells import class_of
 from mdpd_deploy.data.examples import Kind, Split, TaskData
+from mdpd_deploy.data.inventory import Inventory, many_left_out
 from mdpd_deploy.data.labels import class_indices, class_names, listed, require_every_class, scores
 from mdpd_deploy.data.rows import Rows, Source
 from mdpd_deploy.data.splits import hold_out, random_split, stratified_split, subset
@@ -52,7 +54,7 @@ def assemble(
     evaluation = {
         name: to_split(found, names) for name, found in source.splits.items() if name != "train"
     }
-    notes = list(source.notes)
+    notes, inventory = list(source.notes), source.inventory
     if "validation" not in evaluation:
         train, held = _hold_out(train, config.validation_fraction, seed, by_class=bool(names))
         evaluation = {"validation": held, **evaluation}
@@ -62,7 +64,8 @@ def assemble(
             f"seed {seed})."
         )
     if config.limit is not None and config.limit < len(train):
-        notes.append(f"data.limit keeps {config.limit} of {len(train)} training examples.")
+        beyond = many_left_out("training examples beyond data.limit", len(train) - config.limit)
+        inventory += beyond
         order = np.random.RandomState(seed).permutation(len(train))
         train = subset(train, order[: config.limit])
         if lost := sorted(set(range(len(names))) - set(train.labels.astype(int).tolist())):
@@ -80,7 +83,13 @@ def assemble(
         evaluation=evaluation,
         columns=source.columns,
         notes=tuple(notes),
+        inventory=inventory + Inventory(used_of(train, evaluation)),
     )
+
+
+def used_of(train: Split, evaluation: dict[str, Split]) -> dict[str, int]:
+    """Return the number of examples by split."""
+    return {"train": len(train), **{name: len(split) for name, split in evaluation.items()}}
 
 
 def to_split(rows: Rows, names: tuple[str, ...]) -> Split:
@@ -90,18 +99,18 @@ def to_split(rows: Rows, names: tuple[str, ...]) -> Split:
     return Split(rows.inputs, class_indices(rows, names) if names else scores(rows))
 
 
-def without_unlabelled_test(splits: dict[str, Rows]) -> tuple[dict[str, Rows], tuple[str, ...]]:
-    """Drop a `test` split none of whose rows has a label (as competitions publish it), with a note."""
+def without_unlabelled_test(splits: dict[str, Rows]) -> tuple[dict[str, Rows], Inventory]:
+    """Drop a `test` split none of whose rows has a label (as competitions publish it)."""
     test = splits.get("test")
     if test is None or any(test.labels):
-        return splits, ()
+        return splits, Inventory()
     kept = {name: rows for name, rows in splits.items() if name != "test"}
-    return kept, (f"{test.source} has no labels, so it is left out.",)
+    return kept, many_left_out("test examples without labels", len(test), test.source)
 
 
 def relabelled(split: Rows, mapping: dict[str, str]) -> Rows:
     """Return rows with labels replaced as `mapping` says; others stay for the check to name."""
-    return replace(split, labels=[mapping.get(label, label) for label in split.labels])
+    return replace(split, labels=[mapping.get(class_of(label), label) for label in split.labels])
 
 
 def _check_training(train: Split, rows: Rows, names: tuple[str, ...], *, all_classes: bool) -> None:

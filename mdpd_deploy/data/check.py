@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from mdpd_deploy.config import DataConfig
+from mdpd_deploy.data.assemble import used_of
 from mdpd_deploy.data.examples import Raw, Split, TaskData
 from mdpd_deploy.data.images import open_image
+from mdpd_deploy.data.inventory import Inventory, many_left_out
 from mdpd_deploy.data.splits import subset
 from mdpd_deploy.errors import UserError
 
@@ -38,7 +40,16 @@ def check_images(data: TaskData, config: DataConfig, progress: Progress | None =
     train = splits.pop("train")
     if data.label_names:
         _check_classes(data, train)
-    return replace(data, train=train, evaluation=splits, notes=(*data.notes, *notes))
+    used, before = used_of(train, splits), used_of(data.train, data.evaluation)
+    lost = sum(before.values()) - sum(used.values())
+    inventory = data.inventory + many_left_out("pictures that cannot be read", lost)
+    return replace(
+        data,
+        train=train,
+        evaluation=splits,
+        notes=(*data.notes, *notes),
+        inventory=inventory + Inventory(used),
+    )
 
 
 def readable(

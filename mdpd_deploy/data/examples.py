@@ -1,6 +1,7 @@
 """What every reader returns: examples by split, before any preprocessing. No torch here (D27)."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from mdpd_deploy.data.inventory import NOTHING, Inventory
+from mdpd_deploy.errors import UserError
 
 Modality = Literal["text", "image"]
 Kind = Literal["classify", "regress"]
@@ -50,6 +54,7 @@ class TaskData:
             exists and is the one that selects the best weights.
         columns: The columns inputs came from (for `predict` on a table); empty if not a table.
         notes: Sentences a user should see (a split that was made, pictures that were skipped).
+        inventory: What was found and is used, or left out and why.
     """
 
     task: str
@@ -62,11 +67,24 @@ class TaskData:
     evaluation: dict[str, Split]
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    inventory: Inventory = NOTHING
 
     @property
     def outputs(self) -> int:
         """Width of the logits: classes, or 1 for regression."""
         return len(self.label_names) or 1
+
+
+def refuse_empty(raws: Sequence[Raw]) -> None:
+    """Check inputs that are to be predicted, at every door the same.
+
+    Raises:
+        UserError: If a text, or one of a pair, holds nothing but white space.
+    """
+    for raw in raws:
+        texts = raw if isinstance(raw, tuple) else (raw,)
+        if any(isinstance(text, str) and not text.strip() for text in texts):
+            raise UserError("a text to predict is empty: leave it out.")
 
 
 def data_fingerprint(data: TaskData) -> str:
@@ -102,7 +120,7 @@ def split_sha256(split: Split) -> str:
 
 def _identity(raw: Raw) -> bytes:
     if isinstance(raw, Path):
-        return f"{raw} {raw.stat().st_size if raw.is_file() else 0}\n".encode()
+        return os.fsencode(raw) + f" {raw.stat().st_size if raw.is_file() else 0}\n".encode()
     if isinstance(raw, Image.Image):
         return f"{raw.mode} {raw.size}".encode() + raw.tobytes()
     return (repr(raw) + "\n").encode()

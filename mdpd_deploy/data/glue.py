@@ -13,6 +13,7 @@ from pathlib import Path
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.assemble import assemble, relabelled
 from mdpd_deploy.data.examples import Kind, Raw, TaskData
+from mdpd_deploy.data.inventory import left_out, why_unread
 from mdpd_deploy.data.lines import read_lines
 from mdpd_deploy.data.registry import TASKS, refuse_options
 from mdpd_deploy.data.rows import Rows, Source
@@ -109,33 +110,44 @@ def read_glue(task: str, config: DataConfig, *, seed: int) -> TaskData:
     Raises:
         UserError: If a folder, file or column is missing, or a row is damaged.
     """
-    refuse_options(task, config, "text", "image", "label")
+    refuse_options(task, config, "text", "image", "label", "encoding")
     glue = GLUE[task.removeprefix("glue/")]
     if config.path is None:
         raise UserError(f"--task {task} needs --data: the folder that holds {glue.folder}/.")
     folder = _task_folder(Path(config.path).expanduser(), glue, task)
-    notes: list[str] = []
-    splits = {"train": _read(folder / "train.tsv", glue, notes)}
+    left: list[tuple[str, str]] = []
+    splits = {"train": _read(folder / "train.tsv", glue, left)}
     evaluation = Path(config.eval_path).expanduser() if config.eval_path else folder
     if evaluation.is_file():
-        splits["validation"] = _read(evaluation, glue, notes)
+        splits["validation"] = _read(evaluation, glue, left)
     else:
         if config.eval_path:
             evaluation = _task_folder(evaluation, glue, task)
         for name, file in glue.dev:
-            splits[name] = _read(evaluation / file, glue, notes)
+            splits[name] = _read(evaluation / file, glue, left)
         if _has_labels(evaluation / "test.tsv", glue):
-            splits["test"] = _read(evaluation / "test.tsv", glue, notes)
+            splits["test"] = _read(evaluation / "test.tsv", glue, left)
     source = Source(
         splits,
         "text",
         pair=len(glue.text) == 2,
         names=tuple(glue.classes.values()) or None,
         columns=glue.text,
-        notes=tuple(notes),
+        inventory=left_out([*left, *_unused(folder, glue, splits)]),
     )
     kind: Kind = "classify" if glue.classes else "regress"
     return assemble(task, kind, source, config, seed=seed, metrics=glue.metrics)
+
+
+def _unused(folder: Path, glue: GlueTask, splits: Mapping[str, Rows]) -> list[tuple[str, str]]:
+    """Return what lies in the task's folder and is not read, with the reason."""
+    read = {Path(rows.source).name for rows in splits.values()}
+    test = {"test.tsv": "test files without labels"}
+    return [
+        (why_unread(path) or test.get(path.name, "files that are not read"), path.name)
+        for path in sorted(folder.iterdir())
+        if path.name not in read
+    ]
 
 
 def _task_folder(root: Path, glue: GlueTask, task: str) -> Path:
@@ -150,7 +162,7 @@ def _task_folder(root: Path, glue: GlueTask, task: str) -> Path:
     )
 
 
-def _read(path: Path, glue: GlueTask, notes: list[str]) -> Rows:
+def _read(path: Path, glue: GlueTask, left: list[tuple[str, str]]) -> Rows:
     header, rows, lines = _read_tsv(path, glue)
     wanted = [_column(header, name, path) for name in (*glue.text, glue.label)]
     kept = [i for i, row in enumerate(rows) if len(row) > max(wanted)]
@@ -161,8 +173,7 @@ def _read(path: Path, glue: GlueTask, notes: list[str]) -> Rows:
             f"{path} line {lines[at]} has {len(rows[at])} columns, {len(header)} are expected: "
             "correct the line or remove it."
         )
-    if broken:
-        notes.append(f"{path}: {len(broken)} rows without all columns are left out.")
+    left += [("rows without all columns", f"{path.name} line {lines[i]}") for i in broken]
     texts = [_texts(rows[i], wanted[:-1], path, lines[i], loose=glue.loose) for i in kept]
     labels = [rows[i][wanted[-1]].strip() for i in kept]
     places = [lines[i] for i in kept]

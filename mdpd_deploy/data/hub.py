@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
+from mdpd_deploy.data.cells import Where, label_cells, text_cells
 from mdpd_deploy.data.examples import Raw
-from mdpd_deploy.data.images import decode_image, open_image
-from mdpd_deploy.data.labels import label_text
+from mdpd_deploy.data.images import FILE_FORMATS, decode_image, open_image
+from mdpd_deploy.data.inventory import Inventory, many_left_out
 from mdpd_deploy.data.rows import Rows
 from mdpd_deploy.data.splits import SPLIT_NAMES
 from mdpd_deploy.errors import UserError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 PREFIX = "hub:"
+SPLITS_FILE = "dataset_dict.json"  # in a folder of `save_to_disk` that holds several splits
 
 
 def read_hub(
@@ -32,7 +34,7 @@ def read_hub(
     text: Sequence[str] | None,
     image: str | None,
     label: str,
-) -> dict[str, Rows]:
+) -> tuple[dict[str, Rows], Inventory]:
     """Pick the columns of a loaded data set.
 
     Args:
@@ -43,21 +45,25 @@ def read_hub(
         label: The label column; a ClassLabel gives its names.
 
     Returns:
-        Rows of the splits called train, validation and test (or another of their usual names).
+        Rows of the splits called train, validation and test (or another of their usual names), and
+        the account of the splits called otherwise.
 
     Raises:
         UserError: If the data set has none of these splits, or lacks a column.
     """
     splits: dict[str, Rows] = {}
+    others = Inventory()
     for name, dataset in loaded.items():
         split = SPLIT_NAMES.get(str(name).lower())
         if split is not None and split not in splits:
             splits[split] = _rows(dataset, f"{spec} {name}", text, image, label)
+        else:
+            others += many_left_out("rows of other splits", len(dataset), str(name))
     if not splits:
         raise UserError(
             f"{spec} has no train, validation or test split, it has: {', '.join(map(str, loaded))}."
         )
-    return splits
+    return splits, others
 
 
 def load_hub(spec: str) -> "DatasetDict":
@@ -73,12 +79,40 @@ def load_hub(spec: str) -> "DatasetDict":
         return _load(datasets, name, config, revision)
 
 
+def is_saved(folder: Path) -> bool:
+    """Tell whether `datasets.save_to_disk` made a folder, of one split or of several."""
+    one = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return one or (folder / SPLITS_FILE).is_file()
+
+
+def load_saved(folder: Path) -> "DatasetDict":
+    """Load a folder of `datasets.save_to_disk`; one without splits is `train`.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    import datasets
+
+    try:
+        with quiet("datasets"):
+            loaded = datasets.load_from_disk(str(folder))
+    except Exception as err:  # a damaged one raises whatever was stumbled on
+        reason = (str(err).strip() or type(err).__name__).splitlines()[0]
+        raise UserError(
+            f"{folder} is no sound saved data set ({reason:.200}): save it again."
+        ) from err
+    if isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    return datasets.DatasetDict({"train": loaded})
+
+
 def _load(datasets: Any, name: str, config: str | None, revision: str | None) -> "DatasetDict":
     try:
-        if (Path(name) / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(name)
-        else:
-            loaded = datasets.load_dataset(name, config, revision=revision)
+        if is_saved(Path(name)):
+            return load_saved(Path(name))
+        loaded = datasets.load_dataset(name, config, revision=revision)
+    except UserError:
+        raise
     except Exception as err:  # datasets, the hub client and the network raise dozens of kinds
         reason = (str(err).strip() or type(err).__name__).splitlines()[0]
         raise UserError(
@@ -133,24 +167,20 @@ def _rows(
     def where(index: int) -> str:
         return f"{source} row {index + 1}"
 
-    inputs = HubPictures(dataset, image, source) if image else _texts(dataset, text or (), source)
-    return Rows(inputs, _labels(dataset, label), where, source)
+    inputs = HubPictures(dataset, image, source) if image else _texts(dataset, text or (), where)
+    return Rows(inputs, _labels(dataset, label, where), where, source)
 
 
-def _labels(dataset: "Dataset", column: str) -> list[str]:
+def _labels(dataset: "Dataset", column: str, where: Where) -> list[str]:
     names = getattr(dataset.features[column], "names", None)
     values = list(dataset[column])
-    if names is None:
-        return [label_text(value) for value in values]
-    return ["" if value is None or value < 0 else str(names[value]) for value in values]
+    if names is not None:
+        values = [None if value is None or value < 0 else names[value] for value in values]
+    return label_cells(values, column, where)
 
 
-def _texts(dataset: "Dataset", columns: Sequence[str], source: str) -> list[Raw]:
-    cells = [list(dataset[name]) for name in columns]
-    for name, column in zip(columns, cells, strict=True):
-        for index, cell in enumerate(column):
-            if not isinstance(cell, str) or not cell.strip():
-                raise UserError(f"{source} row {index + 1}: column {name!r} holds no text.")
+def _texts(dataset: "Dataset", columns: Sequence[str], where: Where) -> list[Raw]:
+    cells = [text_cells(list(dataset[name]), name, where) for name in columns]
     return list(cells[0]) if len(cells) == 1 else list(zip(cells[0], cells[1], strict=True))
 
 
@@ -185,4 +215,4 @@ class HubPictures(Sequence[Raw]):
             raise UserError(f"{name} has no picture: leave the row out of the data set.")
         if cell["bytes"] is None:
             return open_image(Path(cell["path"]))
-        return decode_image(io.BytesIO(cell["bytes"]), name)
+        return decode_image(io.BytesIO(cell["bytes"]), name, formats=FILE_FORMATS)

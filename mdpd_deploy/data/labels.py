@@ -6,22 +6,15 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mdpd_deploy.data.cells import class_of
 from mdpd_deploy.data.rows import Rows
 from mdpd_deploy.errors import UserError
-
-
-def label_text(value: object) -> str:
-    """Return a label cell as text: "" if missing, whole floats without their `.0`."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return str(value).strip()
+from mdpd_deploy.unicode import require_unicode
 
 
 def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
     """Return the distinct labels in order: by value if all are whole numbers, else by name."""
-    names = {label for label in labels if label}
+    names = {class_of(label) for label in labels if label}
     if all(name.removeprefix("-").isdecimal() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
@@ -38,13 +31,16 @@ def class_names(
         own: The class list that belongs to the task.
 
     Raises:
-        UserError: If the list has doubles, leaves out a class of the task, or is too short.
+        UserError: If the list has doubles, leaves out a class of the task, is too short, or holds a
+            name that is no valid Unicode.
     """
-    names = tuple(given or own or sorted_names(found))
+    names = tuple(class_of(name) for name in given or own or sorted_names(found))
+    for name in names:
+        require_unicode(name, "the class")
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise UserError(f"the class list names {doubles[0]!r} twice: list each class once.")
-    if given and own and set(given) != set(own):
+    if given and own and set(names) != set(map(class_of, own)):
         raise UserError(f"data.labels must be this task's own classes in any order: {listed(own)}.")
     if len(names) < 2:
         raise UserError(
@@ -60,16 +56,17 @@ def class_indices(rows: Rows, names: Sequence[str]) -> NDArray[np.int64]:
     Raises:
         UserError: For a missing label or one outside `names`, with its file and row.
     """
-    index = {name: number for number, name in enumerate(names)}
+    index = {class_of(name): number for number, name in enumerate(names)}
+    labels = [class_of(label) for label in rows.labels]
     try:
-        return np.array([index[label] for label in rows.labels], dtype=np.int64)
+        return np.array([index[label] for label in labels], dtype=np.int64)
     except KeyError:
-        at = next(i for i, label in enumerate(rows.labels) if label not in index)
+        at = next(i for i, label in enumerate(labels) if label not in index)
     label = rows.labels[at]
     if not label:
         raise UserError(f"{rows.where(at)} has no label: fill it in or remove the row.")
     raise UserError(
-        f"{rows.where(at)}: the label {label!r} is not one of the classes {listed(names)}: "
+        f"{rows.where(at)}: the label {label!r:.60} is not one of the classes {listed(names)}: "
         "correct it; a class that the training data lack is named by data.labels=[...] when training."
     )
 
@@ -87,7 +84,7 @@ def scores(rows: Rows) -> NDArray[np.float64]:
         except ValueError:
             values[i] = math.nan
         if not math.isfinite(values[i]):
-            shown = repr(label) if label else "missing"
+            shown = f"{label!r:.60}" if label else "missing"
             raise UserError(
                 f"{rows.where(i)}: the label is {shown}, and regression needs a finite number: "
                 "correct the row or remove it."

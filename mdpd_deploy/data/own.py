@@ -3,18 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.assemble import assemble, to_split, without_unlabelled_test
 from mdpd_deploy.data.examples import Kind, Split, TaskData
-from mdpd_deploy.data.hub import PREFIX, load_hub, read_hub
-from mdpd_deploy.data.image_folder import other_pictures, read_classes, split_folders
-from mdpd_deploy.data.labels import label_text
+from mdpd_deploy.data.hub import PREFIX, SPLITS_FILE, is_saved, load_hub, load_saved, read_hub
+from mdpd_deploy.data.image_folder import read_image_folder
+from mdpd_deploy.data.inventory import NOTHING, Inventory, left_out
 from mdpd_deploy.data.registry import TASKS
 from mdpd_deploy.data.rows import Rows, Source
-from mdpd_deploy.data.splits import SPLIT_NAMES
-from mdpd_deploy.data.table import FORMATS, Table, read_table, table_texts
+from mdpd_deploy.data.split_files import beside_tables, split_files, unnamed_pictures
+from mdpd_deploy.data.table import Table, is_text_table, read_table, table_texts
 from mdpd_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class _Found:
     columns: _Columns | None
     whole: bool
     notes: tuple[str, ...] = ()
+    inventory: Inventory = NOTHING
 
     @property
     def form(self) -> tuple[str, int]:
@@ -51,7 +56,8 @@ class _Found:
 
 @TASKS.register("classify", "regress")
 def read_own(task: str, config: DataConfig, *, seed: int) -> TaskData:
-    """Read `data.path`: one table, a folder of tables by split, an image folder, or `hub:NAME`.
+    """Read `data.path`: a table, a folder of tables by split, of pictures, or saved by `datasets`;
+    or `hub:NAME`.
 
     `data.eval_path` takes the place of the validation and test splits that `data.path` has.
 
@@ -67,7 +73,7 @@ def read_own(task: str, config: DataConfig, *, seed: int) -> TaskData:
             f"{config.path} has no train split, only {', '.join(found.splits)}: "
             "add train.* (or train/CLASS/*.jpg)."
         )
-    splits = found.splits
+    splits, inventory = found.splits, found.inventory
     if config.eval_path is not None:
         measured = _read(config.eval_path, "--eval-data", kind, config)
         if measured.form != found.form:
@@ -78,15 +84,17 @@ def read_own(task: str, config: DataConfig, *, seed: int) -> TaskData:
         evaluation = _measured(measured, config.eval_path)
         if "validation" not in evaluation:
             evaluation = {"validation": evaluation["test"]}
+        inventory += measured.inventory + _replaced(splits)
         splits = {"train": splits["train"], **evaluation}
-    splits, notes = without_unlabelled_test(splits)
+    splits, unlabelled = without_unlabelled_test(splits)
     columns = found.columns
     source = Source(
         splits,
         "image" if found.form[0] == "pictures" else "text",
         pair=found.form[0] == "pairs",
         columns=columns.inputs if columns else (),
-        notes=(*found.notes, *notes),
+        notes=found.notes,
+        inventory=inventory + unlabelled,
     )
     return assemble(task, kind, source, config, seed=seed)
 
@@ -112,6 +120,15 @@ def read_own_evaluation(
     return {name: to_split(rows, tuple(label_names)) for name, rows in splits.items()}
 
 
+def _replaced(splits: dict[str, Rows]) -> Inventory:
+    """Return the account of the splits in whose place `--eval-data` comes."""
+    return left_out(
+        ("splits that --eval-data replaces", rows.source)
+        for name, rows in splits.items()
+        if name != "train"
+    )
+
+
 def _measured(found: _Found, path: str) -> dict[str, Rows]:
     """Return the splits to measure on, `validation` or `test` or both."""
     if found.whole:
@@ -126,27 +143,47 @@ def _measured(found: _Found, path: str) -> dict[str, Rows]:
 
 def _read(path: str, option: str, kind: Kind, config: DataConfig) -> _Found:
     if path.startswith(PREFIX):
-        return _read_from_hub(path, config)
+        return _read_data_set(path, load_hub(path), config)
     root = Path(path).expanduser()
     if not root.exists():
         raise UserError(f"{option} {path} does not exist: correct the path.")
-    files = {"train": root} if root.is_file() else _split_files(root)
+    if is_saved(root):
+        whole = not (root / SPLITS_FILE).is_file()
+        return _read_data_set(path, load_saved(root), config, whole=whole)
+    files = {"train": root} if root.is_file() else split_files(root)
     if not files:
         return _read_pictures(root, kind, config)
-    tables = {split: read_table(file) for split, file in files.items()}
+    if not any(map(is_text_table, files.values())):
+        _refuse_encoding(path, config)
+    tables = {split: read_table(file, config.encoding) for split, file in files.items()}
     first = tables.get("train") or next(iter(tables.values()))
     columns = _choose(config, list(first.columns), str(first.path))
     rows = {split: _table_rows(table, columns, split, config) for split, table in tables.items()}
-    return _Found(rows, columns, whole=root.is_file())
+    named = [raw for part in rows.values() for raw in part.inputs if isinstance(raw, Path)]
+    inventory = unnamed_pictures(named)
+    inventory += left_out(entry for table in tables.values() for entry in table.left_out)
+    if root.is_dir():
+        inventory += beside_tables(root, files.values(), named)
+    return _Found(rows, columns, whole=root.is_file(), inventory=inventory)
 
 
-def _read_from_hub(path: str, config: DataConfig) -> _Found:
-    loaded = load_hub(path)
+def _refuse_encoding(path: str, config: DataConfig) -> None:
+    if config.encoding is not None:
+        raise UserError(
+            f"data.encoding is for tables of text (CSV, TSV, JSON), and {path} holds none: leave it "
+            "out."
+        )
+
+
+def _read_data_set(
+    path: str, loaded: "DatasetDict", config: DataConfig, *, whole: bool = False
+) -> _Found:
+    _refuse_encoding(path, config)
     columns = _choose(config, list(next(iter(loaded.values())).column_names), path)
     text = None if columns.image else columns.inputs
     image = columns.inputs[0] if columns.image else None
-    rows = read_hub(path, loaded, text=text, image=image, label=columns.label)
-    return _Found(rows, columns, whole=False)
+    rows, inventory = read_hub(path, loaded, text=text, image=image, label=columns.label)
+    return _Found(rows, columns, whole=whole, inventory=inventory)
 
 
 def _read_pictures(root: Path, kind: Kind, config: DataConfig) -> _Found:
@@ -155,30 +192,15 @@ def _read_pictures(root: Path, kind: Kind, config: DataConfig) -> _Found:
             f"--task regress needs numbers as labels, and {root} is an image folder: "
             "give a table with --image COL --label COL."
         )
+    _refuse_encoding(str(root), config)
     given = [name for name in ("text", "image", "label") if getattr(config, name) is not None]
     if given:
         raise UserError(
             f"{root} holds no table (train.csv, ...), so data.{given[0]} names no column: "
             "leave it out for an image folder, or correct the path."
         )
-    folders = split_folders(root)
-    rows = {split: read_classes(folder) for split, folder in (folders or {"train": root}).items()}
-    note = other_pictures(root)
-    return _Found(rows, None, whole=not folders, notes=(note,) if note else ())
-
-
-def _split_files(root: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for path in sorted(root.iterdir()):
-        split = SPLIT_NAMES.get(path.stem.lower())
-        if split is None or not path.is_file() or path.suffix.lower() not in FORMATS:
-            continue
-        if split in files:
-            raise UserError(
-                f"{root} has two files for {split}, {files[split].name} and {path.name}: keep one."
-            )
-        files[split] = path
-    return files
+    found = read_image_folder(root)
+    return _Found(found.splits, None, found.whole, found.notes, found.inventory)
 
 
 def _choose(config: DataConfig, existing: list[str], where: str) -> _Columns:
@@ -213,5 +235,5 @@ def _table_rows(table: Table, columns: _Columns, split: str, config: DataConfig)
     if split == "test" and columns.label not in table.columns:
         labels = [""] * len(table)
     else:
-        labels = [label_text(cell) for cell in table.column(columns.label, "--label")]
+        labels = table.labels(columns.label)
     return Rows(inputs, labels, table.where, str(table.path))

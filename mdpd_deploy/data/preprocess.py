@@ -6,13 +6,13 @@ folder: `preprocess.json`, and for text `tokenizer.json`.
 
 Images follow timm's evaluation transform (`timm.data.transforms_factory.transforms_imagenet_eval`)
 step by step with PIL and numpy, and give the same numbers; text follows what transformers' fast
-tokenizers do with `truncation="longest_first"`.
+tokenizers do with `truncation="longest_first"`, cut at the side that the tokenizer names.
 """
 
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,8 +23,11 @@ from tokenizers import Encoding, Tokenizer
 
 from mdpd_deploy.data.examples import Raw, Text
 from mdpd_deploy.data.images import MAX_PIXELS, open_image
+from mdpd_deploy.data.tokenizer_limits import check_tokenizer
+from mdpd_deploy.data.truncation import Side, cut_text, keep_tokens
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.files import read_json, write_json, write_text
+from mdpd_deploy.files import Read, read_json, write_json, write_text
+from mdpd_deploy.unicode import require_unicode
 
 FILE = "preprocess.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -39,6 +42,7 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 CROP_MODES = ("center", "squash", "border")
+Resize = Literal["squash", "crop", "pad"]
 MAX_TOKENS = 1_000_000  # of one text; far above what an encoder takes
 
 
@@ -124,6 +128,18 @@ class ImagePreprocess:
         normal = (pixels - mean) / std
         return np.ascontiguousarray(normal.transpose(2, 0, 1))
 
+    def resized(self, mode: Resize) -> "ImagePreprocess":
+        """Return this preprocessing with another way to `size`, as `data.resize` names it.
+
+        `crop` is the backbone's own. Both others keep the whole picture: `squash` scales each edge
+        (bicubic, as VTAB's papers do), `pad` keeps the shape and adds a border.
+        """
+        if mode == "crop":
+            return self
+        if mode == "squash":
+            return replace(self, crop_mode="squash", crop_pct=1.0, interpolation="bicubic")
+        return replace(self, crop_mode="border", crop_pct=1.0)
+
     def save(self, folder: Path) -> None:
         """Write `preprocess.json` into a folder."""
         plain = {
@@ -165,6 +181,8 @@ class TextPreprocess:
         tokenizer: Kept as a copy of our own, so that nobody else's settings reach it.
         input_names: The arrays wanted, in the graph's order (RoBERTa has no `token_type_ids`).
         max_length: Most tokens kept, special ones included; of a pair the longer text gives first.
+            Texts are cut at their end, or at their beginning where the tokenizer says so.
+        side: Where texts are cut, `right` or `left`: the tokenizer's own setting.
         pad_id: The padding token.
         pad: N is that of the batch's longest text, or always `max_length`.
     """
@@ -174,6 +192,7 @@ class TextPreprocess:
     max_length: int
     pad_id: int
     pad: Literal["longest", "max"] = "longest"
+    side: Side = field(default="right", init=False)
 
     def __post_init__(self) -> None:
         unknown = set(self.input_names) - {"input_ids", "attention_mask", "token_type_ids"}
@@ -189,8 +208,10 @@ class TextPreprocess:
             )
         with _panics_in_words():
             own = Tokenizer.from_str(self.tokenizer.to_str())
+            side = (own.truncation or {}).get("direction", "right")
             own.no_padding()
-            own.enable_truncation(self.max_length, strategy="longest_first")
+            own.no_truncation()  # see `truncation`
+        object.__setattr__(self, "side", side)
         object.__setattr__(self, "tokenizer", own)
 
     def __call__(self, raws: Sequence[Raw]) -> dict[str, NDArray[Any]]:
@@ -199,21 +220,37 @@ class TextPreprocess:
         Raises:
             UserError: For a picture, or if the tokenizer is broken.
         """
-        texts = [_text(raw) for raw in raws]
         with _panics_in_words():
+            texts = [
+                cut_text(self.tokenizer, _text(raw), self.max_length, self.side) for raw in raws
+            ]
             encodings = self.tokenizer.encode_batch(texts)
+        kept = [keep_tokens(encoding, self.max_length, self.side) for encoding in encodings]
         length = self.max_length
         if self.pad == "longest":
-            length = max(len(encoding.ids) for encoding in encodings)
+            length = max(min(len(encoding), length) for encoding in encodings)
         arrays: dict[str, NDArray[Any]] = {}
         for name in self.input_names:
             filler = self.pad_id if name == "input_ids" else 0
             array = np.full((len(raws), length), filler, dtype=np.int64)
-            for row, encoding in zip(array, encodings, strict=True):
+            for row, encoding, positions in zip(array, encodings, kept, strict=True):
                 values = _values(encoding, name)
+                if positions is not None:
+                    values = [values[position] for position in positions]
                 row[: len(values)] = values
             arrays[name] = array
         return arrays
+
+    def count_tokens(self, raws: Sequence[Raw]) -> NDArray[np.int64]:
+        """Count the tokens of texts before they are cut, special ones included [len(raws)].
+
+        Raises:
+            UserError: As a call.
+        """
+        texts = [_text(raw) for raw in raws]
+        with _panics_in_words():
+            found = self.tokenizer.encode_batch_fast(texts)
+        return np.array([len(encoding.ids) for encoding in found], np.int64)
 
     def save(self, folder: Path) -> None:
         """Write `preprocess.json` and `tokenizer.json` into a folder."""
@@ -225,25 +262,32 @@ class TextPreprocess:
             "pad_id": self.pad_id,
             "pad": self.pad,
         }
-        write_text(folder / TOKENIZER_FILE, self.tokenizer.to_str())
+        written = Tokenizer.from_str(self.tokenizer.to_str())
+        written.enable_truncation(  # for others
+            self.max_length, strategy="longest_first", direction=self.side
+        )
+        write_text(folder / TOKENIZER_FILE, written.to_str())
         write_json(folder / FILE, plain)
 
 
 Preprocess = ImagePreprocess | TextPreprocess
 
 
-def load_preprocess(folder: Path, tokenizer_file: Path | None = None) -> Preprocess:
+def load_preprocess(
+    folder: Path, tokenizer_file: Path | None = None, *, read: Read = Path.read_bytes
+) -> Preprocess:
     """Read what `save` wrote.
 
     Args:
         folder: Holds `preprocess.json`.
         tokenizer_file: The tokenizer of a text model; None = the one in the folder.
+        read: How files are read.
 
     Raises:
         UserError: If a file is missing, damaged or of another schema.
     """
     path = folder / FILE
-    plain = read_json(path, "preprocessing")
+    plain = read_json(path, "preprocessing", read)
     if not isinstance(plain, dict) or plain.get("schema") != SCHEMA:
         found = plain.get("schema") if isinstance(plain, dict) else type(plain).__name__
         raise UserError(
@@ -254,7 +298,7 @@ def load_preprocess(folder: Path, tokenizer_file: Path | None = None) -> Preproc
         if plain["kind"] == "image":
             return _load_image(plain)
         if plain["kind"] == "text":
-            return _load_text(plain, tokenizer_file or folder / TOKENIZER_FILE)
+            return _load_text(plain, tokenizer_file or folder / TOKENIZER_FILE, read)
     except (KeyError, TypeError, ValueError, OverflowError) as err:
         raise UserError(f"{path} is damaged ({err!r:.200}): take it from a sound copy.") from err
     raise UserError(f"{path} has the unknown kind {plain['kind']!r:.60}: expected image or text.")
@@ -274,10 +318,14 @@ def _load_image(plain: dict[str, Any]) -> ImagePreprocess:
     )
 
 
-def _load_text(plain: dict[str, Any], tokenizer_file: Path) -> TextPreprocess:
+def _load_text(plain: dict[str, Any], tokenizer_file: Path, read: Read) -> TextPreprocess:
     try:
         with _panics_in_words():
-            tokenizer = Tokenizer.from_str(tokenizer_file.read_text(encoding="utf-8"))
+            raw = read(tokenizer_file)
+            check_tokenizer(raw)
+            tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
+    except UserError:
+        raise
     except Exception as err:  # the Rust side raises bare Exception
         raise UserError(
             f"the tokenizer {tokenizer_file} cannot be read ({err}): take it from a sound copy."
@@ -319,9 +367,14 @@ def _picture(raw: Raw) -> Path | Image.Image:
 
 
 def _text(raw: Raw) -> Text:
-    if isinstance(raw, str | tuple):
+    if isinstance(raw, str):
+        require_unicode(raw, "the text")
         return raw
-    raise UserError(f"this model takes text, not pictures: given {_short(raw)}.")
+    if isinstance(raw, tuple) and len(raw) == 2 and all(isinstance(part, str) for part in raw):
+        for part in raw:
+            require_unicode(part, "the text")
+        return raw
+    raise UserError(f"this model takes texts, or pairs of texts: given {_short(raw)}.")
 
 
 def _short(raw: object) -> str:

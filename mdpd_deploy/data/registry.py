@@ -4,7 +4,7 @@ A key is a whole task name (`glue/sst2`, `classify`), or a prefix that ends in `
 whose members are folders of the user (`vtab/`).
 """
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.examples import TaskData
@@ -31,6 +31,14 @@ def find_reader(task: str) -> Reader:
             raise UserError(f"--task {task!r} lacks the data set: write {family}/NAME.")
         return TASKS[family + slash]
     raise unknown("--task", task, (f"{n}NAME" if n.endswith("/") else n for n in TASKS))
+
+
+def default_resize(task: str) -> Literal["squash"] | None:
+    """Return how a task's pictures are resized unless `data.resize` says; None = the model's way.
+
+    VTAB's papers show the model the whole picture; a crop leaves a quarter of one of KITTI.
+    """
+    return "squash" if task.startswith(("vtab/", "vtab-full/")) else None
 
 
 def refuse_options(task: str, config: DataConfig, *names: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mdpd_deploy.data.examples import Modality, Raw
+from mdpd_deploy.data.inventory import NOTHING, Inventory
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Source:
         all_classes: True if a class without a training example is an error.
         columns: Input columns of a table.
         notes: Sentences the user should see.
+        inventory: What the reader found and left out.
     """
 
     splits: dict[str, Rows]
@@ -47,3 +49,4 @@ class Source:
     all_classes: bool = True
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    inventory: Inventory = NOTHING

@@ -14,11 +14,13 @@ from mdpd_deploy.data.examples import Raw, Split
 
 SPLIT_NAMES = {
     "train": "train",
+    "training": "train",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
     "dev": "validation",
     "test": "test",
+    "testing": "test",
 }
 
 Indices = NDArray[np.int64]

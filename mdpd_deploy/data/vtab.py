@@ -4,15 +4,19 @@ A line is `relative/path.jpg INDEX`, the path relative to the data set's folder;
 `classes.txt` names the classes, one per line.
 
     vtab/NAME       trains on train800, chooses the best weights on val200, measures test
-    vtab-full/NAME  the papers' protocol: trains on all 1000 (train800val200) and measures test after
-                    the last epoch; `validation` is then seen in training, so use train.keep=last
+    vtab-full/NAME  trains on all 1000 (train800val200) and measures test after the last epoch, as
+                    the papers do; their augmentation, schedules and rates are not part of it, and
+                    `validation` is then seen in training, so use train.keep=last
 """
 
+import os
 from pathlib import Path
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.assemble import assemble
 from mdpd_deploy.data.examples import Raw, TaskData
+from mdpd_deploy.data.images import looks_like_picture
+from mdpd_deploy.data.inventory import Inventory, left_out, walk
 from mdpd_deploy.data.lines import read_lines
 from mdpd_deploy.data.registry import TASKS, refuse_options
 from mdpd_deploy.data.rows import Rows, Source
@@ -40,6 +44,15 @@ OFFICIAL_CLASSES = {
     "smallnorb_azi": 18,
     "smallnorb_ele": 9,
 }
+LAYOUT = (
+    "train800.txt",
+    "val200.txt",
+    "train800val200.txt",
+    "train800val200test.txt",
+    "test.txt",
+    "classes.txt",
+)
+MOST_DIGITS = 6  # of a class index
 METRICS = ("accuracy", "balanced_accuracy")
 FULL_NOTE = (
     "validation pictures are part of the training data (train800val200): "
@@ -56,7 +69,7 @@ def read_vtab(task: str, config: DataConfig, *, seed: int) -> TaskData:
     Raises:
         UserError: If a folder, list or picture is missing, or a line is damaged.
     """
-    refuse_options(task, config, "text", "image", "label")
+    refuse_options(task, config, "text", "image", "label", "encoding")
     family, _, name = task.partition("/")
     if config.path is None:
         raise UserError(f"--task {task} needs --data: the folder that holds {name}/.")
@@ -76,7 +89,10 @@ def read_vtab(task: str, config: DataConfig, *, seed: int) -> TaskData:
     for split, rows in splits.items():
         splits[split] = _named(rows, names)
     notes = (FULL_NOTE,) if full and config.eval_path is None else ()
-    source = Source(splits, "image", names=names, all_classes=False, notes=notes)
+    inventory = _unlisted(folder, splits)
+    source = Source(
+        splits, "image", names=names, all_classes=False, notes=notes, inventory=inventory
+    )
     return assemble(task, "classify", source, config, seed=seed, metrics=METRICS)
 
 
@@ -103,7 +119,7 @@ def _read_list(path: Path, *, must_exist: bool) -> Rows:
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal():
+        if not name or not label.isdecimal() or len(label) > MOST_DIGITS:
             raise UserError(
                 f"{path} line {number} is not `relative/path.jpg CLASS_INDEX`: correct the line."
             )
@@ -116,6 +132,22 @@ def _read_list(path: Path, *, must_exist: bool) -> Rows:
         labels.append(str(int(label)))
         places.append(number)
     return Rows(inputs, labels, lambda i: f"{path} line {places[i]}", str(path))
+
+
+def _unlisted(folder: Path, splits: dict[str, Rows]) -> Inventory:
+    """Return the account of what no list names; the layout's own files count as used."""
+    used = {os.path.normpath(str(raw)) for rows in splits.values() for raw in rows.inputs}
+    used |= {str(folder / name) for name in LAYOUT}
+    return left_out(
+        (why or _why_unlisted(path), path.relative_to(folder).as_posix())
+        for path, why in walk(folder)
+        if str(path) not in used
+    )
+
+
+def _why_unlisted(path: Path) -> str:
+    kind = "pictures" if looks_like_picture(path) else "files"
+    return f"{kind} that no list names"
 
 
 def _class_names(folder: Path, name: str, splits: dict[str, Rows]) -> tuple[str, ...]:

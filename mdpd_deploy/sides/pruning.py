@@ -34,7 +34,7 @@ def copy_largest(
     """
     weight, axis = backbone.embedding_weight()
     scores = importance(weight).movedim(axis, 0).flatten(1).sum(dim=1)
-    keep = largest(scores, backbone.width // thin_width(blocks[0], backbone.layers(0)))
+    keep = largest(scores, thin_width(blocks[0], backbone.layers(0)))
     for index, thin in enumerate(blocks):
         block = backbone.blocks()[index]
         for layer in backbone.layers(index):
@@ -52,9 +52,8 @@ def thin_width(block: nn.Module, layers: Sequence[Layer]) -> int:
     return len(weight)
 
 
-def largest(scores: Tensor, reduction: int) -> Tensor:
-    """Return the positions of the n/r largest of n scores, ascending; equals in order."""
-    count = len(scores) - round((1 - 1 / reduction) * len(scores))
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Return the positions of the `count` largest scores, ascending; equals in order."""
     return scores.float().argsort(descending=True, stable=True)[:count].sort().values
 
 
@@ -72,7 +71,7 @@ def _copy_layer(
         for map_ in importance(old.weight)[:, keep].chunk(layer.stacked):
             product = product * _unit_mean(map_)
     outputs = olds[0].out_features // layer.stacked
-    kept = largest(product.sum(dim=1), olds[0].out_features // news[0].out_features)
+    kept = largest(product.sum(dim=1), news[0].out_features // layer.stacked)
     rows = torch.cat([kept + outputs * part for part in range(layer.stacked)])
     for old, new in zip(olds, news, strict=True):
         new.weight.copy_(old.weight[rows][:, keep])
@@ -87,8 +86,10 @@ def _unit_mean(importance: Tensor) -> Tensor:
 
 
 def _copy_units(old: nn.Module, new: nn.Module, keep: Tensor) -> None:
-    for source, target in zip(old.parameters(), new.parameters(), strict=True):
-        target.copy_(source[keep])
+    """Copy a norm; where the old one has no shift (RMSNorm), that of the new one stays 0."""
+    targets = dict(new.named_parameters())
+    for name, source in old.named_parameters():
+        targets[name].copy_(source[keep])
 
 
 def _linear(module: nn.Module, path: str) -> nn.Linear:

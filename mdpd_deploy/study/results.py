@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mdpd_deploy.intervals import student_interval
+from mdpd_deploy.scores import key_of, split_name
 from mdpd_deploy.study.schedule import CellOutcome
 from mdpd_deploy.study.suites import OTHER, group_means, group_of
 
@@ -79,13 +80,15 @@ class Row:
         metric: Primary metric.
         split: What `score` was measured on: the labelled test split where there is one, else
             validation.
+        examples: How many that split holds.
+        optimistic: Whether that split chose the learning rate or the weights kept.
         score: Deployed model, over seeds; None when every trial failed.
         scores: Seed → that score.
         gap: To the best of the task's methods with three seeds or more; None for that one, and below
             three common seeds.
         validation: The same on validation, by which the learning rate was chosen.
         side: MDPD's side network on the same split as `score`.
-        majority: What the most frequent class scores on validation.
+        majority: What always answering the most frequent class scores on that split.
         factor: The chosen factor of the learning rate, and
         lr: that rate.
         sweep: Factor → validation metric on the first seed; None for a failed trial.
@@ -100,6 +103,8 @@ class Row:
     method: str
     metric: str
     split: str
+    examples: int | None
+    optimistic: bool
     score: Spread | None
     scores: dict[int, float]
     gap: Gap | None
@@ -170,7 +175,7 @@ class Results:
         """What `overall` is."""
         if len(self.tasks) == 1:
             row = next(row for row in self.rows if row.score is not None)
-            return f"{row.metric} on {row.split}"
+            return f"{row.metric} on {split_name(row.split, row.examples)}"
         groups = {group_of(task) for task in self.tasks} - {OTHER}
         if len(groups) > 1:
             return f"mean of {len(groups)} groups"
@@ -227,12 +232,17 @@ def _row(outcome: CellOutcome) -> Row:
         method=cell.method,
         metric=first["primary_metric"] if first else "",
         split=split,
+        examples=(first or {}).get("data", {}).get(split),
+        optimistic=split == "validation"
+        and (len(outcome.sweep) > 1 or bool(first and first.get("weights_chosen_on") == split)),
         score=_spread(scores.values()),
         scores=scores,
         gap=None,
         validation=_spread(found.score() for found in good.values()),
         side=_spread(_side(summary, split) for summary in summaries),
-        majority=(first or {}).get("majority", {}).get(first["primary_metric"]) if first else None,
+        majority=first.get(key_of("majority", split), {}).get(first["primary_metric"])
+        if first
+        else None,
         factor=outcome.factor,
         lr=outcome.lr,
         sweep={f"{factor:g}": found.score() for factor, found in outcome.sweep.items()},
@@ -258,6 +268,6 @@ def _spread(values: Any) -> Spread | None:
 
 
 def _side(summary: dict[str, Any], split: str) -> float | None:
-    metrics = summary["metrics" if split == "validation" else f"metrics_{split}"]
+    metrics = summary[key_of("metrics", split)]
     value = metrics.get("side", {}).get(summary["primary_metric"])
     return None if value is None else float(value)

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
-from math import log
+from math import inf, log
 from pathlib import Path
 
 from mdpd_deploy.errors import MdpdError
 from mdpd_deploy.study.plan import Cell, Plan, Trial
 from mdpd_deploy.study.trial import TRIALS, Outcome, find_outcome, run_trial
+from mdpd_deploy.tasks.metrics import metric_text
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,13 @@ def _ended(future: Future[Outcome], folder: Path) -> Outcome:
 
 def choose(sweep: dict[float, Outcome]) -> float | None:
     """Return the factor with the best validation metric, of equal ones that nearest to 1."""
-    scores = {factor: outcome.score() for factor, outcome in sweep.items()}
-    known = {factor: score for factor, score in scores.items() if score is not None}
-    if not known:
-        return None
-    return max(known, key=lambda factor: (known[factor], -abs(log(factor))))
+    ended = [factor for factor, outcome in sweep.items() if outcome.summary is not None]
+
+    def worth(factor: float) -> tuple[float, float]:
+        score = sweep[factor].score()
+        return -inf if score is None else score, -abs(log(factor))
+
+    return max(ended, key=worth, default=None)
 
 
 def _cell_outcome(
@@ -128,4 +131,4 @@ def _words(outcome: Outcome) -> str:
         return f"FAILED, {outcome.reason}"
     metric = outcome.summary["primary_metric"]
     seconds = outcome.summary["time"]["train_s"]
-    return f"{metric} {outcome.score():.4f}, {seconds:.0f} s"
+    return f"{metric} {metric_text(outcome.score())} on validation, {seconds:.0f} s"

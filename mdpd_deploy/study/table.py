@@ -8,6 +8,7 @@ from rich.text import Text
 
 from mdpd_deploy.page import duration
 from mdpd_deploy.page import size as byte_size
+from mdpd_deploy.scores import split_name
 from mdpd_deploy.study.results import Gap, Latency, Results, Row, Spread
 from mdpd_deploy.study.suites import GROUP_SIZES, group_of
 
@@ -89,12 +90,20 @@ def notes(results: Results) -> list[str]:
             "mean and Student's 95 % interval"
         )
     said += facts["left_out"]
-    seen = [row.task for row in results.rows if row.split == "validation" and len(row.sweep) > 1]
+    seen = [row.task for row in results.rows if row.optimistic]
     if seen:
         tasks = ", ".join(dict.fromkeys(seen))
-        said.append(f"{tasks}: the score is on the data that chose the rate, so it is optimistic")
+        said.append(
+            f"{tasks}: the score is on the data that chose the rate, or the weights kept, so it is "
+            "optimistic"
+        )
     if results.latency:
         said.append(f"time ÷ backbone: {results.latency_setting}")
+        said += [
+            f"time of {method}: {latency.verdict}"
+            for method, latency in results.latency.items()
+            if latency.ci95 is not None
+        ]
     return said
 
 
@@ -125,7 +134,8 @@ def times(latency: Latency | None) -> str:
 
 def _cells(row: Row, results: Results) -> list[str]:
     if row.score is None:
-        return [row.method, "failed", *[DASH] * (len(HEADINGS) - 2)]
+        why = "failed" if row.failures else "undefined"
+        return [row.method, why, *[DASH] * (len(HEADINGS) - 2)]
     return [
         row.method,
         points(row.score),
@@ -178,7 +188,7 @@ def _overview(results: Results) -> tuple[str, Sequence[str], list[list[str]]]:
             + [f"{100 * means[name]:.1f}" if name in means else DASH for name in groups]
         )
     headings = ["method", *short, *(_mean_words(name, tasks) for name in groups)]
-    return "all tasks", headings, rows
+    return "all tasks, each on the split that its own table names", headings, rows
 
 
 def _mean(spread: Spread | None) -> str:
@@ -189,10 +199,10 @@ def _what(rows: Sequence[Row]) -> str:
     good = next((row for row in rows if row.score is not None), None)
     if good is None:
         return "every trial failed"
-    majority = "" if good.majority is None or good.split == "test" else (
-        f", always the most frequent class {100 * good.majority:.1f}"
+    majority = "" if good.majority is None else (
+        f"; always the most frequent class {100 * good.majority:.1f}"
     )  # fmt: skip
-    return f"{good.metric} on {good.split}{majority}"
+    return f"{good.metric} on {split_name(good.split, good.examples)}{majority}"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from mdpd_deploy.errors import MdpdError, UserError
 from mdpd_deploy.files import write_text
 from mdpd_deploy.folders import is_claimed, remove_leftovers
 from mdpd_deploy.run import Run
+from mdpd_deploy.scores import key_of
 from mdpd_deploy.study.plan import Trial
 
 TRIALS = "trials"
@@ -48,7 +49,7 @@ class Outcome:
         """Return the deployed model's primary metric on a split; None where there is none."""
         if self.summary is None:
             return None
-        metrics = self.summary.get("metrics" if split == "validation" else f"metrics_{split}", {})
+        metrics = self.summary.get(key_of("metrics", split), {})
         value = metrics.get("deployed", {}).get(self.summary["primary_metric"])
         return None if value is None else float(value)
 

@@ -2,9 +2,13 @@
 
 Metrics of correlation and of correctness are fractions in [-1, 1] (D11); `rmse` and `mae` are in
 the label's own unit. The combined ones are GLUE's: MRPC and QQP report the mean of accuracy and
-F1, STS-B the mean of Pearson and Spearman (methods.md 6).
+F1, STS-B the mean of Pearson and Spearman.
+
+A metric that the data leave without a value, such as the correlation with labels that are all the
+same, is None: undefined, and not 0.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,9 +19,13 @@ from mdpd_deploy.errors import WorkFailed
 from mdpd_deploy.registry import Registry
 
 Numbers = NDArray[np.float64]
+Values = dict[str, float | None]  # metric name → value, None where it is undefined
 Metric = Callable[[Numbers, Numbers], float]
 
 LOWER_IS_BETTER = frozenset({"rmse", "mae"})
+
+_UNDEFINED = math.nan
+_RESOLUTION = 1e-6  # of a score's size: what differs by less is the same in float32
 
 # What an undefined ratio counts; scikit-learn takes numbers here but annotates its default "warn".
 _ZERO: Any = 0
@@ -30,7 +38,7 @@ def compute(
     names: Sequence[str],
     outputs: NDArray[np.floating],
     labels: NDArray[np.int64] | NDArray[np.float64],
-) -> dict[str, float]:
+) -> Values:
     """Measure predictions against labels.
 
     Args:
@@ -39,7 +47,7 @@ def compute(
         labels: Class indices [n], or scores [n].
 
     Returns:
-        Name to value, finite plain floats.
+        Name to value: a finite plain float, or None where the metric is undefined.
 
     Raises:
         UserError: For an unknown metric name.
@@ -60,12 +68,30 @@ def compute(
         else outputs.argmax(axis=1).astype(np.float64)
     )
     truth = labels.astype(np.float64)
-    return {name: float(metric(predictions, truth)) for name, metric in metrics.items()}
+    values = {name: float(metric(predictions, truth)) for name, metric in metrics.items()}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def is_better(value: float | None, best: float | None) -> bool:
+    """Return whether a metric beats another one; an undefined one beats none."""
+    return value is not None and (best is None or value > best)
+
+
+def agree(value: float | None, expected: float | None, allowed: float) -> bool:
+    """Return whether a metric is within `allowed` of what is expected, or undefined as that is."""
+    if value is None or expected is None:
+        return value is expected
+    return abs(value - expected) <= allowed
+
+
+def metric_text(value: float | None) -> str:
+    """Return a metric as a table shows it."""
+    return "undefined" if value is None else f"{value:.4f}"
 
 
 def majority(
     names: Sequence[str], train: NDArray[np.int64], labels: NDArray[np.int64], classes: int
-) -> dict[str, float]:
+) -> Values:
     """Measure what the most frequent training class scores: the floor of any classifier.
 
     Args:
@@ -102,9 +128,11 @@ def balanced_accuracy(predictions: Numbers, labels: Numbers) -> float:
 
 @METRICS.register("f1")
 def f1(predictions: Numbers, labels: Numbers) -> float:
-    """F1 of class 1, the positive class of a task with two classes; 0 if it never occurs."""
+    """F1 of class 1, the positive class of two; undefined if it is neither there nor predicted."""
     from sklearn.metrics import f1_score
 
+    if not (labels == 1).any() and not (predictions == 1).any():
+        return _UNDEFINED
     return float(f1_score(labels == 1, predictions == 1, average="binary", zero_division=_ZERO))
 
 
@@ -118,32 +146,37 @@ def f1_macro(predictions: Numbers, labels: Numbers) -> float:
 
 @METRICS.register("matthews")
 def matthews(predictions: Numbers, labels: Numbers) -> float:
-    """Matthews correlation; 0 when predictions or labels are all of one class."""
+    """Matthews correlation; undefined if all labels are of one class.
+
+    If all predictions are of one class it is 0, as GLUE's own figures have it.
+    """
     from sklearn.metrics import matthews_corrcoef
 
-    if _constant(predictions) or _constant(labels):
+    if _constant(labels):
+        return _UNDEFINED
+    if _constant(predictions):
         return 0.0
     return float(matthews_corrcoef(labels, predictions))
 
 
 @METRICS.register("pearson")
 def pearson(predictions: Numbers, labels: Numbers) -> float:
-    """Pearson correlation; 0 where it is undefined (methods.md 6)."""
+    """Pearson correlation; undefined if all labels, or all predictions, are the same."""
     from scipy.stats import pearsonr
 
     if _constant(predictions) or _constant(labels):
-        return 0.0
-    return _defined(pearsonr(predictions, labels)[0])
+        return _UNDEFINED
+    return float(pearsonr(predictions, labels)[0])
 
 
 @METRICS.register("spearman")
 def spearman(predictions: Numbers, labels: Numbers) -> float:
-    """Spearman rank correlation; 0 where it is undefined."""
+    """Spearman rank correlation; undefined where Pearson's is."""
     from scipy.stats import spearmanr
 
     if _constant(predictions) or _constant(labels):
-        return 0.0
-    return _defined(spearmanr(predictions, labels)[0])
+        return _UNDEFINED
+    return float(spearmanr(predictions, labels)[0])
 
 
 @METRICS.register("accuracy_f1")
@@ -171,8 +204,4 @@ def mae(predictions: Numbers, labels: Numbers) -> float:
 
 
 def _constant(values: Numbers) -> bool:
-    return bool(np.all(values == values[0]))
-
-
-def _defined(value: Any) -> float:
-    return float(value) if np.isfinite(value) else 0.0
+    return bool(np.ptp(values) <= _RESOLUTION * np.abs(values).max())

@@ -7,6 +7,8 @@ files       every file is the one that the manifest lists
 schema      the manifest can be read, and the graph's own notes agree with it
 signature   the files are those that the owner of a key signed
 graph       its operators and weights have the digests of the export
+labels      class names, kind and name of the task have the digest of the export
+preprocessing  its settings and the tokenizer have the digests of the export
 side_free   no tensor of a side network, no weight that nothing reads
 identity    node for node the bare backbone's graph; with the bare norms put back, its weights too
 parameters  as many numbers as backbone and head have
@@ -27,6 +29,7 @@ from mdpd_deploy.verification.graph import (
     check_side_free,
 )
 from mdpd_deploy.verification.integrity import check_files, check_schema, check_signature
+from mdpd_deploy.verification.meaning import check_labels, check_preprocessing
 from mdpd_deploy.verification.subject import SOUND, Seen, Subject, Verdict
 
 __all__ = [
@@ -52,7 +55,13 @@ OF_THE_BUNDLE: Checks = {
     "identity": check_identity,
     "parameters": check_parameters,
 }
-OF_A_TASK: Checks = {"parity": check_parity, "golden": check_golden, "metric": check_metric}
+OF_A_TASK: Checks = {
+    "labels": check_labels,
+    "preprocessing": check_preprocessing,
+    "parity": check_parity,
+    "golden": check_golden,
+    "metric": check_metric,
+}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from mdpd_deploy.data.examples import split_sha256
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.golden import load_golden, replay
 from mdpd_deploy.parity_policy import allowed_again
-from mdpd_deploy.tasks.metrics import compute
+from mdpd_deploy.scores import split_name
+from mdpd_deploy.tasks.metrics import agree, compute, metric_text
 from mdpd_deploy.verification.subject import TOO_OLD, Seen, Subject
 
 BATCH = 32  # examples per run of the graph; the metric does not depend on it
@@ -49,7 +50,7 @@ def check_golden(subject: Subject) -> Seen:
     if subject.needs_gpu:
         return Seen("recorded", f"{subject.precision} cannot be run on a CPU; held at export")
     assert subject.task.golden is not None
-    golden = load_golden(subject.task.golden)
+    golden = load_golden(subject.task.golden, subject.bundle.read)
     found = replay(golden, subject.task.preprocess, subject.forward, record.spread)
     if not found.preprocessing_diff == 0:  # also true for NaN
         raise VerificationError(
@@ -73,10 +74,10 @@ def check_metric(subject: Subject) -> Seen:
         if subject.validation is not None:
             return Seen("not recorded", f"the export measured nothing to compare with ({note})")
         return Seen("recorded", f"not measured at export ({note})")
-    said = ", ".join(f"{name} {value:.4f}" for name, value in record.onnx.items())
+    said = ", ".join(f"{name} {metric_text(value)}" for name, value in record.onnx.items())
     if subject.validation is None:
         again = "`mdpd eval --task`" if subject.bundle.mixed else "--eval-data"
-        note = f"{said} on {record.examples} examples at export; {again} measures it again"
+        note = f"{said} on {split_name('validation', record.examples)}, at export; {again} measures it again"
         return Seen("recorded", note)
     if record.examples_sha256 is None or record.allowed is None:
         return TOO_OLD
@@ -94,9 +95,13 @@ def check_metric(subject: Subject) -> Seen:
     )
     measured = compute(list(record.onnx), outputs, subject.validation.labels)
     for name, value in measured.items():
-        if not abs(value - record.onnx[name]) <= record.allowed.get(name, 0):
-            raise VerificationError(f"{name} is {value:.4f} here and was {record.onnx[name]:.4f}")
-    return Seen("passed", f"{said} on {record.examples} examples, measured again")
+        before = record.onnx[name]
+        if not agree(value, before, record.allowed.get(name, 0)):
+            raise VerificationError(
+                f"{name} is {metric_text(value)} here and was {metric_text(before)}"
+            )
+    where = split_name("validation", record.examples)
+    return Seen("passed", f"{said} on {where}, measured again")
 
 
 def _refused(subject: Subject) -> Seen | None:

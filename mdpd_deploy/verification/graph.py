@@ -105,11 +105,11 @@ def check_parameters(subject: Subject) -> Seen:
 def _bare_digests(subject: Subject) -> dict[str, str]:
     """Return what the bare norms of the bundle give in place of the tuned ones, by name."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     shapes = {weight.name: weight.shape for weight in subject.signature.weights}
     try:
-        bare = load_file(subject.path / BARE_FILE)
+        bare = load(subject.bundle.read(subject.path / BARE_FILE))
     except (OSError, SafetensorError, KeyError, ValueError) as err:
         raise VerificationError(f"{BARE_FILE} cannot be read ({err})") from err
     for name, array in bare.items():

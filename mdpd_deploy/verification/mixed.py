@@ -17,7 +17,7 @@ from mdpd_deploy.verification.subject import TOO_OLD, Seen, Subject, sound_graph
 def check_mixed_identity(subject: Subject) -> Seen:
     """The base graph is the bare backbone's, and it and the deltas make the mixed graph again."""
     with sound_graph(BASE_FILE):
-        base = graph_signature(subject.path / BASE_FILE)
+        base = graph_signature(subject.path / BASE_FILE, subject.bundle.read)
     for certificate in subject.certificates.values():
         record = certificate.identity
         if record is None or record.structure_sha256 is None:
@@ -58,7 +58,7 @@ def check_mixed_parameters(subject: Subject) -> Seen:
 
 def _made_again(subject: Subject) -> Iterator[onnx.ModelProto]:
     """Yield the mixed graph in every form that an export may choose."""
-    base = onnx.load(subject.path / BASE_FILE, load_external_data=False)
+    base = onnx.load_model_from_string(subject.bundle.read(subject.path / BASE_FILE))
     known = {t.name: tuple(t.dims) for t in base.graph.initializer}
     shapes = {v.name: known[v.name] for v in base.graph.input if v.name in known}
     fitted = [delta.fit(shapes) for delta in _deltas(subject)]
@@ -67,8 +67,8 @@ def _made_again(subject: Subject) -> Iterator[onnx.ModelProto]:
 
 def _deltas(subject: Subject) -> list[Delta]:
     base = subject.bundle.manifest["files"][BASE_FILE]["sha256"]
-    where = subject.path / TASKS
-    return [load_delta(where / task.name / DELTA_FILE, base) for task in subject.bundle.tasks]
+    files = [subject.path / TASKS / task.name / DELTA_FILE for task in subject.bundle.tasks]
+    return [load_delta(file, base, subject.bundle.read) for file in files]
 
 
 def _same(found: onnx.ModelProto, made: onnx.ModelProto) -> bool:

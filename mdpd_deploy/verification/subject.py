@@ -18,6 +18,7 @@ from mdpd_deploy.manifest import MODEL_FILE
 from mdpd_deploy.runner import Forward, Runner
 
 Verdict = Literal["passed", "recorded", "not applicable", "not recorded", "not run", "failed"]
+KEEPING = ("side", "prompt", "prefix")  # methods that leave something beside backbone and head
 SOUND = ("passed", "recorded", "not applicable")
 
 
@@ -72,8 +73,15 @@ class Subject:
 
     @property
     def faded(self) -> bool:
-        """Whether nothing is deployed beside backbone and head."""
-        return bool(self.bundle.manifest["faded"])
+        """Whether nothing is deployed beside backbone and head: then every proof is asked for.
+
+        It follows from the method and from what the export proved. What the manifest says of it
+        counts for nothing, since one word of it would switch the proofs off.
+        """
+        if self.bundle.mixed or self.bundle.manifest["method"] not in KEEPING:
+            return True
+        record = self.certificate
+        return record.identity is not None or record.side_free is not None
 
     @property
     def precision(self) -> str:
@@ -100,24 +108,27 @@ class Subject:
     @cached_property
     def certificate(self) -> Certificate:
         """The numbers of the export's gates."""
-        return read_certificate(self.path, self.task.name if self.bundle.mixed else None)
+        return self._certificate_of(self.task)
 
     @property
     def certificates(self) -> dict[str, Certificate]:
         """The numbers of every task's gates, by its name."""
-        tasks, mixed = self.bundle.tasks, self.bundle.mixed
-        return {t.name: read_certificate(self.path, t.name if mixed else None) for t in tasks}
+        return {task.name: self._certificate_of(task) for task in self.bundle.tasks}
+
+    def _certificate_of(self, task: Task) -> Certificate:
+        name = task.name if self.bundle.mixed else None
+        return read_certificate(self.path, name, self.bundle.read)
 
     @cached_property
     def graph(self) -> onnx.ModelProto:
         """The graph without weights that lie outside its file."""
-        return onnx.load(self.path / MODEL_FILE, load_external_data=False)
+        return onnx.load_model_from_string(self.bundle.read(self.path / MODEL_FILE))
 
     @cached_property
     def signature(self) -> Signature:
         """The graph's structure and the digests of its weights."""
         with sound_graph(MODEL_FILE):
-            return graph_signature(self.path / MODEL_FILE)
+            return graph_signature(self.path / MODEL_FILE, self.bundle.read)
 
     @property
     def runner(self) -> Runner:

@@ -25,6 +25,8 @@ A `RunnerFactory` opens the graph on a device; `open_runner` is the default.
     protocol.py      bodies ↔ arrays                        graph_values.py   ranges of ids
     json_limit.py    how much JSON a model can take
     model.py         one bundle, open and proven            batcher.py    rows of many requests
+    preparing.py     pictures and long texts → arrays, in processes that can be killed
+    prepare_child.py what runs in these
     request_core.py  all of it together
 """
 

@@ -5,16 +5,19 @@ A token id beyond the embedding makes a CPU fail the whole batch, and a GPU read
 
 from pathlib import Path
 
+from mdpd_deploy.files import Read
 
-def read_value_ranges(path: Path) -> dict[str, tuple[int, int]]:
+
+def read_value_ranges(path: Path, read: Read = Path.read_bytes) -> dict[str, tuple[int, int]]:
     """Return (0, rows - 1) for every graph input that picks rows of a stored table.
 
     Args:
         path: The `.onnx` file; weights outside it are not read.
+        read: How the file is read.
     """
     import onnx
 
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = onnx.load_model_from_string(read(path)).graph
     rows = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.dims}
     inputs = {item.name for item in graph.input}
     found: dict[str, tuple[int, int]] = {}

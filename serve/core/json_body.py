@@ -5,6 +5,8 @@ from typing import Any
 from mdpd_deploy.serve.core.json_limit import JsonLimit
 from mdpd_deploy.serve.core.refusal import invalid, shown
 
+MOST_COUNT = 2**63 - 1
+
 
 def read_json_body(body: bytes, limit: JsonLimit) -> dict[str, Any]:
     """Return the JSON object in a body.
@@ -70,10 +72,12 @@ def take_flag(plain: dict[str, Any], key: str, where: str) -> bool | None:
 
 
 def take_count(plain: dict[str, Any], key: str, where: str) -> int | None:
-    """Return `plain[key]`, a whole number of at least 0; None when the key is not there."""
+    """Return `plain[key]`, a whole number of 0 to `MOST_COUNT`; None when the key is not there."""
     value = plain.get(key)
     if value is None:
         return None
-    if type(value) is not int or value < 0:
-        raise invalid(f"{where}{key!r} must be a whole number, not negative: given {shown(value)}.")
+    if type(value) is not int or not 0 <= value <= MOST_COUNT:
+        raise invalid(
+            f"{where}{key!r} must be a whole number below 2^63, not negative: given {shown(value)}."
+        )
     return value

@@ -58,13 +58,14 @@ def tensors_limit(inputs: Sequence[TensorSpec]) -> JsonLimit:
     return JsonLimit(size, SLACK_VALUES + numbers + lists, SLACK_STRINGS)
 
 
-def texts_limit(max_batch: int, text_bytes: int) -> JsonLimit:
+def texts_limit(max_batch: int, text_bytes: int, texts_bytes: int) -> JsonLimit:
     """Return the limit of a plain request: pairs of texts, each as long as it may be.
 
     Args:
         max_batch: Most inputs.
         text_bytes: Most bytes of a text.
+        texts_bytes: Most bytes of all.
     """
     texts = 2 * max_batch
-    size = SLACK_BYTES + texts * ESCAPED_BYTES * text_bytes
+    size = SLACK_BYTES + ESCAPED_BYTES * min(texts * text_bytes, texts_bytes)
     return JsonLimit(size, SLACK_VALUES + 2 * texts, SLACK_STRINGS + texts)

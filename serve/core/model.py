@@ -7,19 +7,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.bundle import Bundle, Task, load_bundle
+from mdpd_deploy.bundle import Bundle, Task
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
-from mdpd_deploy.errors import UserError
+from mdpd_deploy.errors import UserError, WorkFailed
 from mdpd_deploy.manifest import MODEL_FILE
 from mdpd_deploy.proof import prove
 from mdpd_deploy.runner import TASK_ID, Runner
 from mdpd_deploy.serve.core.graph_values import read_value_ranges
 from mdpd_deploy.serve.core.json_limit import texts_limit
 from mdpd_deploy.serve.core.options import CoreOptions
-from mdpd_deploy.serve.core.refusal import Refusal, draining, invalid, not_found, shown
+from mdpd_deploy.serve.core.refusal import (
+    Refusal,
+    draining,
+    invalid,
+    not_found,
+    overloaded,
+    shown,
+)
 from mdpd_deploy.serve.core.tensors import Arrays, Axis, TensorSpec, read_specs
-from mdpd_deploy.signing import check_signature
+from mdpd_deploy.signing import load_signed
 
 MASK = "attention_mask"
 VERSION = "1"  # a bundle is one version; another one is another bundle
@@ -70,17 +77,18 @@ class ServedModel:
         make_runner: RunnerFactory = open_runner,
     ) -> None:
         self.name = name
-        if options.key is not None:  # before anything is parsed
-            check_signature(path, options.key)
-        self.bundle = load_bundle(path)
+        self.bundle, _ = load_signed(path, options.key)
         manifest = self.bundle.manifest
         self.runner = make_runner(self.bundle, options)
         self.tasks: dict[str, Task] = {task.name: task for task in self.bundle.tasks}
-        ranges = read_value_ranges(path / MODEL_FILE) | {TASK_ID: (0, len(self.tasks) - 1)}
+        ranges = read_value_ranges(path / MODEL_FILE, self.bundle.read) | {
+            TASK_ID: (0, len(self.tasks) - 1)
+        }
         self.inputs = read_specs(manifest["inputs"], manifest["shapes"], ranges)
         self.outputs = read_specs(manifest["outputs"], manifest["shapes"], {})
         self.max_batch = self._choose_max_batch(options.max_batch)
-        self.texts_limit = texts_limit(self.max_batch, options.limits.text_bytes)
+        limits = options.limits
+        self.texts_limit = texts_limit(self.max_batch, limits.text_bytes, limits.texts_bytes)
         self._pads = any(spec.name == MASK for spec in self.inputs)
         prove(self.bundle, self.runner)
 
@@ -118,15 +126,27 @@ class ServedModel:
     def _task_names(self) -> str:
         return ", ".join(list(self.tasks)[:10]) + (", …" if len(self.tasks) > 10 else "")
 
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether raw inputs are pictures; else they are texts."""
+        return bool(self.bundle.manifest["modality"] == "image")
+
     def to_arrays(self, raws: Sequence[Raw], task: Task) -> Arrays:
         """Preprocess raw inputs of one task into the graph's inputs; raises `Refusal`."""
         try:
             arrays = task.preprocess(raws)
         except UserError as err:
             raise invalid(str(err)) from err
-        if self.bundle.mixed:
-            arrays[TASK_ID] = np.full(len(raws), task.index, dtype=np.int64)
-        return arrays
+        except WorkFailed as err:  # too little memory
+            raise overloaded(str(err)) from err
+        return self.with_task(arrays, task)
+
+    def with_task(self, arrays: Arrays, task: Task) -> Arrays:
+        """Return preprocessed rows of one task as the graph's inputs."""
+        if not self.bundle.mixed:
+            return arrays
+        rows = len(next(iter(arrays.values())))
+        return {**arrays, TASK_ID: np.full(rows, task.index, dtype=np.int64)}
 
     def check(self, arrays: Arrays) -> int:
         """Check what no single input tells, and return how many rows there are.

@@ -4,16 +4,14 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mdpd_deploy.bundle import Prediction, to_prediction
-from mdpd_deploy.data.examples import Raw
-from mdpd_deploy.data.images import decode_image
+from mdpd_deploy.bundle import Prediction, Task, to_prediction
+from mdpd_deploy.data.examples import Raw, refuse_empty
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.machine import cpu_count
 from mdpd_deploy.serve.core.batcher import Batch, Done, MicroBatcher
@@ -24,19 +22,24 @@ from mdpd_deploy.serve.core.model import (
     open_runner,
 )
 from mdpd_deploy.serve.core.options import CoreOptions
+from mdpd_deploy.serve.core.preparing import Preparers
 from mdpd_deploy.serve.core.protocol import InferRequest, Reply, decode_request, encode_reply
 from mdpd_deploy.serve.core.refusal import (
     draining,
     expired,
     invalid,
     not_found,
+    overloaded,
     shown,
     too_large,
 )
+from mdpd_deploy.serve.core.tensors import Arrays
 
 T = TypeVar("T")
 PARSES = 2  # large JSON bodies that are taken apart at once; Python has one of them run anyway
 LARGE_JSON = 100_000  # bytes; what is smaller takes a millisecond or so
+LONG_TEXTS = 32_000  # characters of a request; what is shorter takes a tenth of a second at most
+CHILDREN = range(2, 9)  # that prepare: as many as processors, within this
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,11 @@ class RequestCore:
         self.models: dict[str, ServedModel] = {model.name: model for model in models}
         self._threads: list[threading.Thread] = []
         self._device = self._pool(1, "inference")
-        self._preparing = self._pool(cpu_count(), "preparing")
+        self._processors = cpu_count()
+        self._preparing = self._pool(self._processors, "preparing")
+        self._overdue: set[Future[Any]] = set()  # work in there that nobody waits for any more
+        children = min(max(options.threads or self._processors, CHILDREN[0]), CHILDREN[-1])
+        self._preparers = Preparers(children, options.limits.pixels, self._preparing)
         self._parsing = asyncio.Semaphore(PARSES)
         self._batchers = {
             model.name: MicroBatcher(
@@ -135,6 +142,8 @@ class RequestCore:
         """Begin to answer, in the running event loop."""
         for batcher in self._batchers.values():
             batcher.start()
+        if any(model.takes_pictures for model in self.models.values()):
+            self._preparers.start()
         self._started = True
 
     async def close(self) -> None:
@@ -142,6 +151,7 @@ class RequestCore:
         self._closing = True
         limit = self.options.drain_s
         await asyncio.gather(*(batcher.close(limit) for batcher in self._batchers.values()))
+        await self._preparers.close()
         for pool in (self._preparing, self._device):
             pool.shutdown(wait=False)
 
@@ -171,18 +181,26 @@ class RequestCore:
 
         One failed model is reason enough: an error of a GPU stays for the life of the process.
         """
-        answering = self._started and not self._closing
         for name, model in self.models.items():
             if model.failed is not None:
                 return f"{name} answers no more: {model.failed}"
-            if answering and not self._batchers[name].running:
+            if self._open and not self._batchers[name].running:
                 return f"{name} answers no more: its batches have ended."
         return None
 
     @property
     def ready(self) -> bool:
-        """Whether requests are answered now."""
-        return self._started and not self._closing and self.failed is None
+        """Whether requests are answered now, and what they hold can be prepared."""
+        stuck = self._preparers.failed is not None or len(self._overdue) >= self._processors
+        return self._answering and not stuck
+
+    @property
+    def _open(self) -> bool:
+        return self._started and not self._closing
+
+    @property
+    def _answering(self) -> bool:
+        return self._open and self.failed is None
 
     def queued(self) -> dict[str, int]:
         """Return how many rows of each model are taken and not answered yet."""
@@ -291,32 +309,35 @@ class RequestCore:
         Raises:
             Refusal: For every request that cannot be answered, with the reason.
         """
-        self._check_raws(name, raws, task)
-        return await self._predict(name, len(raws), lambda: raws, task)
+        characters = self._check_raws(name, raws, task)
+        model = self.model(name)
+
+        async def prepare(chosen: Task) -> Arrays:
+            if characters > LONG_TEXTS:
+                return await self._prepare_apart(model, chosen, raws)
+            return await self._prepare(lambda: model.to_arrays(raws, chosen))
+
+        return await self._predict(name, len(raws), prepare, task)
 
     async def classify(self, name: str, picture: bytes, *, task: str | None = None) -> Answer:
         """Answer a JPEG, PNG or WebP file in memory; see `predict`."""
-        if self.model(name).bundle.manifest["modality"] != "image":
+        model = self.model(name)
+        if not model.takes_pictures:
             raise invalid(f"{name} takes text, not pictures.")
         if not picture:
             raise invalid("the body is empty: send the bytes of a JPEG, PNG or WebP picture.")
-
-        def decode() -> list[Raw]:
-            try:
-                return [decode_image(BytesIO(picture), "the picture")]
-            except UserError as err:
-                raise (too_large if "pixels" in str(err) else invalid)(str(err)) from err
-
-        return await self._predict(name, 1, decode, task)
+        return await self._predict(
+            name, 1, lambda task: self._prepare_apart(model, task, picture), task
+        )
 
     async def _predict(
-        self, name: str, rows: int, decode: Callable[[], Sequence[Raw]], task: str | None
+        self, name: str, rows: int, prepare: Callable[[Task], Awaitable[Arrays]], task: str | None
     ) -> Answer:
         model = self.model(name)
         chosen = model.task(task)
         async with _deadline(self.options.timeout_s):
             with self._batchers[name].reserve(rows):
-                arrays = await self._prepare(lambda: model.to_arrays(decode(), chosen))
+                arrays = await prepare(chosen)
                 done: Done = await self._batchers[name].submit(arrays, rows)
         predictions = tuple(
             to_prediction(row[: chosen.width], chosen.label_names) for row in done.outputs
@@ -324,7 +345,8 @@ class RequestCore:
         times = done.queue_ms, done.compute_ms, done.batch_rows
         return Answer(model.name, chosen.name, predictions, *times)
 
-    def _check_raws(self, name: str, raws: Sequence[Raw], task: str | None) -> None:
+    def _check_raws(self, name: str, raws: Sequence[Raw], task: str | None) -> int:
+        """Refuse what no request may hold, and return how many characters there are."""
         model = self.model(name)
         chosen = model.task(task)
         if not raws:
@@ -333,16 +355,27 @@ class RequestCore:
             raise invalid(
                 f"a request may have at most {model.max_batch} inputs: given {len(raws)}."
             )
-        if model.bundle.manifest["modality"] == "image":
-            return
-        most = self.options.limits.text_bytes
+        if model.takes_pictures:
+            return 0
+        limits, characters, size = self.options.limits, 0, 0
         for raw in raws:
             if isinstance(raw, tuple) != chosen.pair or not isinstance(raw, str | tuple):
                 wanted = "pairs of texts" if chosen.pair else "single texts"
                 raise invalid(f"task {chosen.name!r} takes {wanted}: given {shown(raw)}.")
             for text in raw if isinstance(raw, tuple) else (raw,):
-                if len(text.encode(errors="replace")) > most:
-                    raise too_large(f"a text has more than {most} bytes: shorten it.")
+                characters += len(text)
+                size += (own := len(text.encode(errors="replace")))
+                if own > limits.text_bytes:
+                    raise too_large(f"a text has more than {limits.text_bytes} bytes: shorten it.")
+        if size > limits.texts_bytes:
+            raise too_large(
+                f"the texts have more than {limits.texts_bytes} bytes together: send fewer at once."
+            )
+        try:
+            refuse_empty(raws)
+        except UserError as err:
+            raise invalid(str(err)) from None
+        return characters
 
     async def parse(self, work: Callable[[], T], json_bytes: int) -> T:
         """Take a body's JSON apart beside the event loop.
@@ -358,12 +391,29 @@ class RequestCore:
             return await self._prepare(work, json_bytes)
 
     async def _prepare(self, work: Callable[[], T], json_bytes: int = 0) -> T:
-        """Run processor work beside the event loop; large JSON, which takes memory, in turn."""
+        """Run short processor work beside the event loop; large JSON, which takes memory, in turn."""
         large = json_bytes > LARGE_JSON
         async with self._parsing if large else contextlib.nullcontext():
-            if not self.ready:
+            if not self._answering:
                 raise draining()
-            return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+            future = self._preparing.submit(work)
+            try:
+                return await asyncio.wrap_future(future)
+            finally:
+                if not future.cancel() and not future.done():  # a thread cannot be ended
+                    self._overdue.add(future)
+                    future.add_done_callback(self._overdue.discard)
+
+    async def _prepare_apart(
+        self, model: ServedModel, task: Task, inputs: Sequence[Raw] | bytes
+    ) -> Arrays:
+        """Run processor work that may be long in a process that ends with its request."""
+        if not self._answering:
+            raise draining()
+        if self._preparers.failed is not None:
+            raise overloaded("pictures and long texts cannot be prepared now: try again later.")
+        arrays = await self._preparers.prepare(task.preprocess, inputs)
+        return model.with_task(arrays, task)
 
 
 @contextlib.asynccontextmanager

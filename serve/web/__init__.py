@@ -1,6 +1,8 @@
 """The request core behind HTTP: FastAPI, uvicorn, Prometheus and a page. No torch.
 
-body.py      a body, read within its limits        metrics.py   numbers for Prometheus
-app.py       the application: errors, headers      page.py      the page at `/`
-routes.py    what is answered where                run.py       one process, from start to drain
+app.py       the application: errors, headers      body.py         a body, read within its limits
+routes.py    what is answered where                callers.py      which requests are answered at all
+metrics.py   numbers for Prometheus                page.py         the page at `/`
+run.py       one process, from start to drain      listener.py     which connections are accepted
+clients.py   who one client is                     connection.py   how long one may take to ask
 """

@@ -8,9 +8,10 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from mdpd_deploy.errors import missing_extra
-from mdpd_deploy.serve.core import Refusal, RequestCore
+from mdpd_deploy.serve.core import CoreOptions, Refusal, RequestCore
 from mdpd_deploy.serve.core.refusal import draining, internal, not_found
 from mdpd_deploy.serve.web.body import Bodies
+from mdpd_deploy.serve.web.callers import check_caller
 from mdpd_deploy.serve.web.metrics import Metrics
 from mdpd_deploy.serve.web.routes import add_pages, add_plain_routes, add_protocol_routes
 
@@ -26,7 +27,7 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
+    (b"referrer-policy", b"same-origin"),  # without any, a page may name itself as `null`
     (b"cache-control", b"no-store"),
 ]
 
@@ -69,12 +70,14 @@ def build_app(core: RequestCore, metrics: Metrics) -> "FastAPI":
         return _error(not_found("there is nothing at this path."), metrics)
 
     async def no_method(_: Any, err: Exception) -> Any:
-        return _error(Refusal(405, "no_method", "this path takes another method."), metrics)
+        answer = _error(Refusal(405, "no_method", "this path takes another method."), metrics)
+        answer.headers.update(getattr(err, "headers", None) or {})  # Allow: which it takes
+        return answer
 
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(404, no_route)
     app.add_exception_handler(405, no_method)
-    app.add_middleware(_Frame, metrics=metrics, header_bytes=core.options.limits.header_bytes)
+    app.add_middleware(_Frame, metrics=metrics, options=core.options)
     return app
 
 
@@ -85,23 +88,32 @@ def _error(refusal: Refusal, metrics: Metrics) -> Any:
     headers = {}
     if refusal.retry_after_s is not None:
         headers["Retry-After"] = str(refusal.retry_after_s)
-    if refusal.status in (408, 413):  # the rest of the body is not read
+    if refusal.status in (408, 413) or refusal.kind == "framing":  # what follows is not read
         headers["Connection"] = "close"
     body = json.dumps({"error": str(refusal)}, ensure_ascii=False).encode()
     return Response(body, refusal.status, headers=headers, media_type="application/json")
 
 
+def raw_error(refusal: Refusal, metrics: Metrics) -> bytes:
+    """Return the whole answer to what does not get as far as the application; it ends a connection."""
+    answer = _error(refusal, metrics)
+    lines = [f"HTTP/1.1 {refusal.status.value} {refusal.status.phrase}".encode()]
+    headers = [*answer.raw_headers, *_HEADERS, (b"connection", b"close")]
+    lines += [name + b": " + value for name, value in headers]
+    return b"\r\n".join([*lines, b"", answer.body])
+
+
 class _Frame:
-    """Around every request: the size of its headers, our own headers, time and status.
+    """Around every request: whose it is, the size of its headers, our own headers, time and status.
 
     What escapes the routes is answered here too: outside of the frame it would go uncounted and
     without our headers.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, header_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, options: CoreOptions) -> None:
         self._app = app
         self._metrics = metrics
-        self._header_bytes = header_bytes
+        self._options = options
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -122,13 +134,11 @@ class _Frame:
             if not status:
                 await response(scope, receive, framed)
 
-        size = sum(len(name) + len(value) for name, value in scope["headers"])
         try:
-            if size + len(scope["raw_path"]) + len(scope["query_string"]) > self._header_bytes:
-                words = f"the headers have more than {self._header_bytes} bytes."
-                await answer(Refusal(431, "too_large", words))
-            else:
-                await self._app(scope, receive, framed)
+            self._check(scope)
+            await self._app(scope, receive, framed)
+        except Refusal as refusal:
+            await answer(refusal)
         except asyncio.CancelledError:  # the time to drain is over
             await answer(draining())
         except Exception:
@@ -137,3 +147,10 @@ class _Frame:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.on_request(route, status or 500, time.perf_counter() - started)
+
+    def _check(self, scope: Scope) -> None:
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        most = self._options.limits.header_bytes
+        if size + len(scope["raw_path"]) + len(scope["query_string"]) > most:
+            raise Refusal(431, "too_large", f"the headers have more than {most} bytes.")
+        check_caller(scope["method"], scope["headers"], self._options.allow_hosts)

@@ -2,26 +2,29 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from mdpd_deploy.serve.core import Limits, Refusal
 from mdpd_deploy.serve.core.refusal import invalid, overloaded, shown, too_large
+from mdpd_deploy.serve.web.clients import client_of
 
 if TYPE_CHECKING:
     from fastapi import Request
 
 
 class Bodies:
-    """Reads bodies, and counts what is held of them.
+    """Reads bodies, and counts what is held of them, of one client (see `client_of`) and of all.
 
     Args:
-        limits: Most bytes of one body and of all.
+        limits: Most bytes of one body and of all; one client may hold half of all.
         timeout_s: Time in which a body must have come.
     """
 
     def __init__(self, limits: Limits, timeout_s: float) -> None:
         self.held = 0
+        self._held_by: Counter[str] = Counter()
         self._limits = limits
         self._timeout_s = timeout_s
 
@@ -41,20 +44,20 @@ class Bodies:
         from starlette.requests import ClientDisconnect
 
         most = min(most or self._limits.body_bytes, self._limits.body_bytes)
-        declared = request.headers.get("content-length", "0")
-        if int(declared) > most:  # the HTTP parser has seen that it is a number
+        declared = _length(request, "Content-Length")
+        if declared is not None and declared > most:
             raise _too_large(most)
+        client = client_of(request.client)
         chunks: list[bytes] = []
         size = 0
         try:
             async with asyncio.timeout(self._timeout_s):
                 async for chunk in request.stream():
                     size += len(chunk)
-                    self.held += len(chunk)
+                    self._hold(client, len(chunk))
                     if size > most:
                         raise _too_large(most)
-                    if self.held > self._limits.bodies_bytes:
-                        raise overloaded("too many bodies are being read: try again later.")
+                    self._check_room(client)
                     chunks.append(chunk)
             body = b"".join(chunks)
             chunks.clear()
@@ -65,7 +68,19 @@ class Bodies:
             message = f"the body did not arrive within {self._timeout_s:g} s."
             raise Refusal(408, "slow", message) from None
         finally:
-            self.held -= size
+            self._hold(client, -size)
+
+    def _hold(self, client: str, size: int) -> None:
+        self.held += size
+        self._held_by[client] += size
+        if not self._held_by[client]:
+            del self._held_by[client]
+
+    def _check_room(self, client: str) -> None:
+        if self.held > self._limits.bodies_bytes:
+            raise overloaded("too many bodies are being read: try again later.")
+        if self._held_by[client] > self._limits.bodies_bytes // 2:
+            raise overloaded("too many bodies of your address are being read: try again later.")
 
 
 def _too_large(most: int) -> Refusal:
@@ -74,9 +89,13 @@ def _too_large(most: int) -> Refusal:
 
 def json_length(request: "Request") -> int | None:
     """Return the header `Inference-Header-Content-Length`; None without one."""
-    value = request.headers.get("inference-header-content-length")
+    return _length(request, "Inference-Header-Content-Length")
+
+
+def _length(request: "Request", header: str) -> int | None:
+    value = request.headers.get(header)
     if value is None:
         return None
-    if not value.isascii() or not value.isdigit() or len(value) > 12:
-        raise invalid(f"Inference-Header-Content-Length is no length: {shown(value)}.")
+    if not value.isascii() or not value.isdigit() or len(value) > 20:
+        raise invalid(f"{header} is no length: {shown(value)}.")
     return int(value)

@@ -1,13 +1,16 @@
 """What is answered where: the Open Inference Protocol, plain requests, metrics and the page."""
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mdpd_deploy.serve.core import Answer, RequestCore, ServedModel, check_encoding
 from mdpd_deploy.serve.core.json_body import read_json_body, take_count, take_list, take_text
 from mdpd_deploy.serve.core.json_limit import tensors_limit
-from mdpd_deploy.serve.core.refusal import invalid, shown, unsupported
+from mdpd_deploy.serve.core.refusal import invalid, shown
 from mdpd_deploy.serve.web.body import Bodies, json_length
+from mdpd_deploy.serve.web.callers import BINARY, JSON, PICTURE, check_type
+from mdpd_deploy.serve.web.leaving import while_connected
 from mdpd_deploy.serve.web.metrics import Metrics
 from mdpd_deploy.serve.web.page import read_page
 
@@ -44,10 +47,12 @@ def add_protocol_routes(
     async def infer(request: Request, model: str, version: str | None = None) -> Response:
         served = core.model(model, version)
         check_encoding(request.headers.get("content-encoding"))
+        check_type(request.headers.raw, (JSON, BINARY))
         length = json_length(request)
         most = tensors_limit(served.inputs).most_bytes if length is None else None
         async with bodies.read(request, most) as body:
-            answer = await core.infer(model, body, json_length=length, version=version)
+            work = core.infer(model, body, json_length=length, version=version)
+            answer = await while_connected(request, work)
         metrics.on_wait(model, answer.queue_ms)
         reply = answer.reply
         if reply.json_length is None:
@@ -55,12 +60,12 @@ def add_protocol_routes(
         headers = {"Inference-Header-Content-Length": str(reply.json_length)}
         return Response(reply.body, headers=headers, media_type="application/octet-stream")
 
-    app.add_api_route("/v2", server, methods=["GET"])
-    app.add_api_route("/v2/health/live", live, methods=["GET"])
-    app.add_api_route("/v2/health/ready", ready, methods=["GET"])
+    _get(app, "/v2", server)
+    _get(app, "/v2/health/live", live)
+    _get(app, "/v2/health/ready", ready)
     for path in (_MODEL, _VERSION):
-        app.add_api_route(path, model_of, methods=["GET"])
-        app.add_api_route(f"{path}/ready", model_ready, methods=["GET"])
+        _get(app, path, model_of)
+        _get(app, f"{path}/ready", model_ready)
         app.add_api_route(f"{path}/infer", infer, methods=["POST"])
 
 
@@ -77,27 +82,29 @@ def add_plain_routes(app: "FastAPI", core: RequestCore, bodies: Bodies, metrics:
     async def predict(request: Request, model: str) -> Response:
         served = core.model(model)
         check_encoding(request.headers.get("content-encoding"))
+        check_type(request.headers.raw, (JSON,))
         async with bodies.read(request, served.texts_limit.most_bytes) as body:
-            asked = await core.parse(lambda: _read_plain(body, served), len(body))
+            work = core.parse(lambda: _read_plain(body, served), len(body))
+            asked = await while_connected(request, work)
         task = asked.task or request.query_params.get("task")
-        answer = await core.predict(model, asked.raws, task=task)
+        answer = await while_connected(request, core.predict(model, asked.raws, task=task))
         metrics.on_wait(model, answer.queue_ms)
         return _json(_plain(answer, asked.top))
 
     async def classify(request: Request, model: str) -> Response:
         core.model(model)
         check_encoding(request.headers.get("content-encoding"))
-        if request.headers.get("content-type", "").startswith("multipart/"):
-            raise unsupported("send the picture's bytes as the whole body, not as a form.")
+        check_type(request.headers.raw, (PICTURE, BINARY))
         query = request.query_params
         top = _top(query.get("top"))
         async with bodies.read(request) as body:
-            answer = await core.classify(model, body, task=query.get("task"))
+            work = core.classify(model, body, task=query.get("task"))
+            answer = await while_connected(request, work)
         metrics.on_wait(model, answer.queue_ms)
         return _json(_plain(answer, top))
 
-    app.add_api_route("/v1/models", models, methods=["GET"])
-    app.add_api_route("/v1/models/{model}", model_of, methods=["GET"])
+    _get(app, "/v1/models", models)
+    _get(app, "/v1/models/{model}", model_of)
     app.add_api_route("/v1/models/{model}/predict", predict, methods=["POST"])
     app.add_api_route("/v1/models/{model}/classify", classify, methods=["POST"])
 
@@ -119,9 +126,14 @@ def add_pages(app: "FastAPI", core: RequestCore, metrics: Metrics) -> None:
         content, media_type = metrics.text()
         return Response(content, headers={"Content-Type": media_type})
 
-    app.add_api_route("/", page, methods=["GET"])
-    app.add_api_route("/v1/queue", queue, methods=["GET"])
-    app.add_api_route("/metrics", read_metrics, methods=["GET"])
+    _get(app, "/", page)
+    _get(app, "/v1/queue", queue)
+    _get(app, "/metrics", read_metrics)
+
+
+def _get(app: "FastAPI", path: str, answer: Callable[..., Any]) -> None:
+    """Add what is read; a HEAD gets the same without its body."""
+    app.add_api_route(path, answer, methods=["GET", "HEAD"])
 
 
 class _Plain(NamedTuple):

@@ -1,20 +1,27 @@
 """One server process, from its start to the end of its drain."""
 
-import errno
+import contextlib
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from mdpd_deploy.errors import UserError, WorkFailed, missing_extra
-from mdpd_deploy.serve.core import CoreOptions, RequestCore, RunnerFactory, open_runner
-from mdpd_deploy.serve.web.app import build_app
+from mdpd_deploy.errors import WorkFailed, missing_extra
+from mdpd_deploy.serve.core import CoreOptions, Refusal, RequestCore, RunnerFactory, open_runner
+from mdpd_deploy.serve.core.refusal import overloaded
+from mdpd_deploy.serve.web.app import build_app, raw_error
+from mdpd_deploy.serve.web.callers import called_by
+from mdpd_deploy.serve.web.connection import connection_class
+from mdpd_deploy.serve.web.listener import Listener, bind, most_connections
 from mdpd_deploy.serve.web.metrics import Metrics
 
+_NO_HTTP = Refusal(400, "no_http", "this is no HTTP request that can be read.")
+_CROWDED = overloaded("there are too many connections: try again later.")
 STOP_S = 2.0  # for what the threads still do when nobody waits for an answer any more
 
 
@@ -27,12 +34,12 @@ def serve_bundles(
     on_ready: Callable[[str], None] = lambda url: None,
     make_runner: RunnerFactory = open_runner,
 ) -> None:
-    """Serve bundles until SIGTERM or an interrupt, then answer what was taken and return.
+    """Serve bundles until SIGTERM, SIGHUP or an interrupt, then answer what was taken and return.
 
-    It listens only when every bundle's files, device and golden vectors are proven. When a model
-    fails for good it drains and raises, so that whoever watches the process starts it again. Work
-    that still hangs `STOP_S` after the drain cannot be ended from here: the process ends then and
-    there with exit code 1.
+    It accepts connections only when every bundle's files, device and golden vectors are proven.
+    When a model fails for good it drains and raises, so that whoever watches the process starts it
+    again. Work that still hangs `STOP_S` after the drain cannot be ended from here: the process
+    ends then and there with exit code 1.
 
     Args:
         bundles: Folders by the names that requests use.
@@ -43,7 +50,8 @@ def serve_bundles(
         make_runner: Opens a bundle's graph.
 
     Raises:
-        UserError: If a package is missing, the address cannot be used or a bundle is no sound one.
+        UserError: If a package is missing, the address cannot be used, a bundle is no sound one, or
+            the process may open too few files.
         WorkFailed: If a bundle does not run on the device, its golden vectors do not come out, or
             it answers no more.
         KeyboardInterrupt: After the drain that an interrupt began.
@@ -56,21 +64,30 @@ def serve_bundles(
     place = bind(host, port)
     with place:
         core = RequestCore.open(
-            bundles, options, make_runner=make_runner, on_batch=metrics.on_batch
+            bundles, called_by(options, host), make_runner=make_runner, on_batch=metrics.on_batch
         )
+        most = most_connections(options.limits.connections)  # beside the files that are open now
+        ask_s = min(options.limits.ask_s, options.timeout_s)
         config = uvicorn.Config(
             build_app(core, metrics),
-            http="h11",  # the parser that limits the size of headers
+            # h11's is the parser that limits the size of headers.
+            http=connection_class(ask_s, options.timeout_s, lambda: raw_error(_NO_HTTP, metrics)),
             h11_max_incomplete_event_size=options.limits.header_bytes,
+            loop="asyncio",  # which every installation has; with uvloop answers are no faster
             ws="none",
             log_config=None,
+            log_level="error",  # below it is a line for every request that is no HTTP
             access_log=False,
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=options.drain_s,
         )
+
+        def listen(make: Callable[[], Any]) -> Listener:
+            return Listener(place, make, most, lambda: raw_error(_CROWDED, metrics))
+
         try:
-            _run(config, place, core, lambda: on_ready(_url(host, place.getsockname()[1])))
+            _run(config, listen, core, lambda: on_ready(_url(host, place.getsockname()[1])))
         finally:
             if not core.join(STOP_S):
                 _end_now("a model is still busy after the drain: its work was abandoned.")
@@ -84,7 +101,10 @@ def _end_now(reason: str) -> NoReturn:
 
 
 def _run(
-    config: Any, place: socket.socket, core: RequestCore, announce: Callable[[], None]
+    config: Any,
+    listen: Callable[[Callable[[], Any]], Listener],
+    core: RequestCore,
+    announce: Callable[[], None],
 ) -> None:
     import uvicorn
 
@@ -95,8 +115,15 @@ def _run(
         failed: str | None = None
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
+            await super().startup([])  # uvicorn accepts nothing by itself
+            connection, state = config.http_protocol_class, self.lifespan.state
+            self.listener = listen(lambda: connection(config, self.server_state, state))
+            self.listener.open()
             announce()
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            self.listener.close()
+            await super().shutdown(sockets)
 
         async def on_tick(self, counter: int) -> bool:
             self.failed = core.failed
@@ -108,38 +135,27 @@ def _run(
             self.should_exit = True
 
     server = Server(config)
-    server.run(sockets=[place])
+    with hanging_up(server.handle_exit):
+        server.run()
     if server.interrupted:
         raise KeyboardInterrupt
     if server.failed is not None:
         raise WorkFailed(f"{server.failed} Start the server again.")
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Take an address before the bundles are loaded: a taken one is told at once.
-
-    Raises:
-        UserError: If it cannot be used.
-    """
-    where = f"--host {host} --port {port}"
+@contextlib.contextmanager
+def hanging_up(handle: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Handle SIGHUP, a closed terminal, in the block; not where `nohup` has it ignored."""
+    before = signal.getsignal(signal.SIGHUP)
+    in_main = threading.current_thread() is threading.main_thread()  # where signals can be handled
+    if before is signal.SIG_IGN or not in_main:
+        yield
+        return
+    signal.signal(signal.SIGHUP, handle)
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError, OverflowError) as err:
-        raise UserError(f"{where} is no address of this machine ({err}).") from err
-    place = socket.socket(family, kind)
-    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        place.bind(address)
-    except OSError as err:
-        place.close()
-        if err.errno == errno.EADDRINUSE:
-            raise UserError(
-                f"--port {port} is in use: choose another one, or 0 for any that is free."
-            ) from err
-        raise UserError(f"{where} cannot be used ({err.strerror}).") from err
-    return place
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before or signal.SIG_DFL)
 
 
 def _url(host: str, port: int) -> str:
