@@ -3,12 +3,20 @@
 import copy
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from transformers import DebertaV2Config, ElectraConfig, ModernBertConfig, MPNetConfig
 
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import BackboneConfig, load_config
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.graph_signature import same_structure
+from mdpd_deploy.model import Deployed
+from mdpd_deploy.onnx_graph import export_onnx
+from mdpd_deploy.parity import shape_batches
+from mdpd_deploy.tasks.head import Head
+from mdpd_deploy.train.forecast import forecast
 from mdpd_deploy.train.methods import Batch, TaskSpec, build_method
 
 # timm name, picture size, blocks, tuned norms: per block and between or behind the blocks
@@ -69,7 +77,7 @@ def gradients(backbone, mode):
 def test_the_gradient_of_every_norm_is_that_of_plain_back_propagation(backbone):
     plain, _ = gradients(backbone, "full")
     exact, method = gradients(backbone, "recompute")
-    assert plain.keys() == exact.keys() and len(exact) > 8
+    assert plain.keys() == exact.keys() and len(exact) > 5
     for name, gradient in plain.items():
         assert gradient is not None and gradient.abs().sum() > 0, name
         assert torch.equal(exact[name], gradient), name
@@ -81,3 +89,95 @@ def test_the_gradient_of_every_norm_is_that_of_plain_back_propagation(backbone):
     late, _ = gradients(backbone, "late:1")
     assert 2 < len(late) < len(exact)
     assert all(torch.equal(exact[name], gradient) for name, gradient in late.items())
+
+
+def test_only_norms_of_blocks_and_behind_them_are_tuned(backbone):
+    name = backbone.name.removeprefix("timm:")
+    expected = VISION[name][2] if name in VISION else TEXT[backbone.model.config.model_type][2]
+    norms = {path.rpartition(".")[0] for path in backbone.norms()}
+    assert len(norms) == expected
+    assert not any("embed" in path or "stem" in path or "q_norm" in path for path in norms)
+    inside = [path for index in range(backbone.depth) for path in backbone.block_norms(index)]
+    assert sorted([*inside, *backbone.final_norm_parameters()]) == sorted(backbone.norms())
+    if name in VISION:
+        assert backbone.depth == VISION[name][1]
+
+
+def test_statistics_of_batch_norms_stay_as_they_were_trained():
+    backbone = vision("resnet18")
+    before = {n: b.clone() for n, b in backbone.named_buffers() if "running" in n}
+    assert before
+    _, method = gradients(backbone, "recompute")
+    assert method.backbone.training
+    after = dict(method.backbone.named_buffers())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "modernbert"])
+def test_a_forecast_is_what_a_step_takes(name, encoder_folder, real_peak):
+    options = {"method": "norms", "train.batch": 4}
+    if name in VISION:
+        options |= {"backbone.name": f"timm:{name}", "backbone.img_size": 64}
+    else:
+        kind, more, _ = TEXT[name]
+        options |= {"backbone.name": str(encoder_folder(kind, **more)), "data.max_length": 16}
+    config = load_config(None, {**options, "backbone.pretrained": name not in VISION}, [])
+    foreseen = forecast(config, outputs=3, kind="classify")
+    assert foreseen.peak_bytes == pytest.approx(real_peak(config).peak_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["side", "mdpd", "lora", "prompt", "prefix"])
+def test_what_needs_declared_taps_is_refused_in_a_sentence(method):
+    backbone = vision("resnet18")
+    config = load_config(None, {"method": method}, [])
+    with pytest.raises(UserError, match=r"resnet18.*use --method norms, bitfit"):
+        build_method(backbone, TaskSpec("classify", 3), config)
+
+
+def test_bfloat16_holds_the_frozen_weights_and_leaves_norms_exact():
+    backbone = vision("resnet18")
+    config = load_config(None, {"method": "norms"}, ["train.precision=bf16"])
+    method = build_method(backbone, TaskSpec("classify", 3), config)
+    norms = method.backbone.norms()
+    for path, parameter in method.backbone.named_parameters():
+        assert parameter.dtype == (torch.float32 if path in norms else torch.bfloat16), path
+    statistics = [
+        b for n, b in method.backbone.named_buffers() if n.startswith("model.layer1.0.bn1")
+    ]
+    assert all(b.dtype != torch.bfloat16 for b in statistics)
+    method.train_mode()
+    batch = Batch(backbone.example_inputs(3), torch.arange(3), np.arange(3), 1, 3.0, 3.0)
+    assert torch.isfinite(method.step(batch)["loss"])
+
+
+def test_a_model_without_norms_is_refused_where_norms_are_tuned():
+    backbone = load_backbone(BackboneConfig(name="timm:vgg11", pretrained=False, img_size=32))
+    task = TaskSpec("classify", 3)
+    with pytest.raises(UserError, match=r"timm:vgg11 has no norms .* use --method full"):
+        build_method(backbone, task, load_config(None, {"method": "norms"}, []))
+    assert build_method(backbone, task, load_config(None, {"method": "probe"}, []))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "modernbert"])
+def test_the_graph_is_the_bare_backbones_and_answers_as_torch(name, encoder_folder, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="runs exported graphs")
+    if name in VISION:
+        backbone = vision(name)
+    else:
+        kind, options, _ = TEXT[name]
+        folder = encoder_folder(kind, **options)
+        backbone = load_backbone(BackboneConfig(name=str(folder)), max_length=12)
+    model = Deployed(backbone, Head(backbone.width, 3)).eval()
+    bare = export_onnx(model, tmp_path / "bare.onnx")
+    for parameter in backbone.norms().values():  # equal in value: each keeps its own name
+        parameter.data.fill_(0.7)
+    graph = export_onnx(model, tmp_path / "tuned.onnx")
+    assert same_structure(bare.path, graph.path) == []
+    names = {entry.name for entry in onnx.load(graph.path).graph.initializer}
+    assert {f"backbone.{path}" for path in backbone.norms()} <= names
+    session = onnxruntime.InferenceSession(graph.path, providers=["CPUExecutionProvider"])
+    for _, arrays in shape_batches(model, max_batch=3):
+        fed = {value.name: arrays[value.name] for value in session.get_inputs()}
+        with torch.no_grad():
+            expected = model(*(torch.from_numpy(arrays[n]) for n in graph.input_names)).numpy()
+        np.testing.assert_allclose(session.run(None, fed)[0], expected, rtol=1e-4, atol=1e-5)

@@ -57,7 +57,10 @@ def skeleton(build: Callable[[], ModuleT]) -> ModuleT:
 def _build_on_meta(build: Callable[[], ModuleT]) -> ModuleT:
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    try:
+        with init_empty_weights(include_buffers=False):
+            return build()
+    except NotImplementedError:  # it computes buffers where its weights lie: Swin v2
         return build()
 
 

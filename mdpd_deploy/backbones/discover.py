@@ -110,7 +110,8 @@ def _blocks(name: str, model: nn.Module, seen: dict[str, _Seen]) -> list[str]:
     if not links or is_norm(module) or not any(True for _ in module.parameters()):
         return []
     inner = [block for link in links for block in _blocks(link, model, seen)]
-    if _is_chain(links, seen) and any(_adds(block, seen) for block in inner):
+    large = [link for link in links if seen[link].children]
+    if _is_chain(large, seen) and any(_adds(block, seen) for block in inner):
         return inner
     return [name]
 

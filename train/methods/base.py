@@ -97,6 +97,11 @@ class Method(ABC):
         self.config = config
         self.backbone_numbers = sum(weight.numel() for weight in backbone.parameters())
         backbone.requires_grad_(False)
+        if self.tunes_norms and config.train.norm_grad != "none" and not backbone.norms():
+            raise UserError(
+                f"--method {config.method}: {backbone.source.name} has no norms to tune; use "
+                "--method full, bitfit or probe."
+            )
         self.task_loss = TaskLoss(task.kind, task.class_weights, config.loss.label_smoothing)
         self.modules = self.build_modules()
         if self.held:
