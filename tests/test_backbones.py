@@ -179,7 +179,7 @@ def test_weights_decide_where_the_final_norm_is(tmp_path, saved, named):
 
 
 def test_post_norm_blocks_and_distillation_tokens(tmp_path):
-    backbone = mdpd_deploy.backbones.vit.VitBackbone(tiny_vit(block_fn=ResPostBlock), "swin-like")
+    backbone = mdpd_deploy.backbones.vit.VitBackbone(tiny_vit(block_fn=ResPostBlock))
     inputs = backbone.example_inputs(2)
     expected = backbone.model.forward_features(inputs["pixel_values"])
     torch.testing.assert_close(backbone.normalise(tokens_of(backbone, inputs)), expected)
@@ -532,7 +532,6 @@ def test_unknown_names_are_refused_with_the_choices(tmp_path):
     refused("the folder ./nowhere does not exist", "hf:./nowhere")
     refused("unknown 'vit-xs'.*Did you mean 'vit-xs-tin32'", "builtin:vit-xs")
     refused("no model 'vit_smal_patch16_224'.*vit_small_patch16_224", "timm:vit_smal_patch16_224")
-    refused("resnet50 is no plain vision transformer; take a ViT", "timm:resnet50")
     refused("has no config.json", tmp_path)
     refused("name the folder without timm:", f"timm:{tmp_path}")
     (tmp_path / "config.json").write_text("{}")
@@ -542,27 +541,24 @@ def test_unknown_names_are_refused_with_the_choices(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, trouble",
+    "name",
     [
-        ("vit_base_patch16_siglip_224", "attention pool"),
-        ("eva02_tiny_patch14_224", "no plain vision transformer"),
-        ("vit_base_r26_s32_224", "no plain vision transformer"),
-        ("vit_base_resnet50d_224", "no plain vision transformer"),
-        ("swin_tiny_patch4_window7_224", "no plain vision transformer"),
-        ("vit_small_plus_patch16_dinov3", "no plain vision transformer"),
+        "vit_base_patch16_siglip_224",  # read out through an attention pool
+        "eva02_tiny_patch14_224",
+        "vit_base_r26_s32_224",  # over a ResNet
+        "swin_tiny_patch4_window7_224",
+        "vit_small_plus_patch16_dinov3",
+        "vit_small_patch16_18x2_224",  # blocks with two attentions side by side
     ],
 )
-def test_models_that_are_not_plain_are_refused(name, trouble):
-    with pytest.raises(UserError, match=trouble) as caught:
-        load_backbone(BackboneConfig(name=f"timm:{name}"), fake=True)
-    assert "vit_small_patch16_224" in str(caught.value)
+def test_models_that_are_not_plain_are_taken_whole(name):
+    backbone = load_backbone(BackboneConfig(name=f"timm:{name}"), fake=True)
+    assert not backbone.has_taps and backbone.depth >= 12 and len(backbone.norms()) > 20
 
 
-def test_blocks_with_inner_norms_are_refused():
-    config = BackboneConfig(name="timm:vit_small_patch16_36x1_224")
-    assert load_backbone(config, fake=True).depth == 36
-    with pytest.raises(UserError, match="ParallelThingsBlocks"):
-        load_backbone(BackboneConfig(name="timm:vit_small_patch16_18x2_224"), fake=True)
+def test_models_that_are_plain_have_taps():
+    backbone = load_backbone(BackboneConfig(name="timm:vit_small_patch16_36x1_224"), fake=True)
+    assert backbone.has_taps and backbone.depth == 36
 
 
 def test_vision_options_that_cannot_work_are_refused(texts, tmp_path):
@@ -623,8 +619,8 @@ def test_bad_text_folders_are_refused(texts, tmp_path):
         (folder / "config.json").write_text(json.dumps(config | changes))
         return folder
 
-    refused("model type 'gpt2'. Supported: bert, roberta", broken("type", model_type="gpt2"))
-    refused("vision transformers load as timm:NAME", broken("image", model_type="vit"))
+    refused("model type 'gpt2', no text encoder that transformers classifies texts with", broken("type", model_type="gpt2"))
+    refused("vision models load as timm:NAME", broken("image", model_type="vit"))
     refused("no plain encoder", broken("decoder", is_decoder=True))
     refused("no plain encoder", broken("relative", position_embedding_type="relative_key"))
     refused("tokenizer has 12 tokens, the model 8", broken("vocabulary", vocab_size=8))
@@ -734,7 +730,7 @@ def test_a_new_family_is_one_class_and_one_registry_line(vit, monkeypatch):
         def load(cls, request):
             return vit, "r1"
 
-    assert set(BACKBONES) == {"bert", "vit"}
+    assert set(BACKBONES) == {"bert", "timm"}
     monkeypatch.setitem(BACKBONES, "toy", Toy)
     assert _family(BackboneConfig(name="toy:x")) is Toy
     assert load("toy:x").source.revision == "r1"

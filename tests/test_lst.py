@@ -37,7 +37,7 @@ def test_budget_vit(width, depth, heads, budget):
         model = timm.create_model(
             "vit_base_patch16_224", embed_dim=width, depth=depth, num_heads=heads, num_classes=0
         )
-        backbone = VitBackbone(model, "vit")
+        backbone = VitBackbone(model)
         assert count(build_side(backbone, SideConfig(name="lst", init="random"))) == budget
 
 
@@ -195,7 +195,7 @@ def test_thin_blocks_of_every_plain_vision_transformer(options):
         more |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 4.0}
     shape = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "num_classes": 0}
     model = timm.create_model("vit_tiny_patch16_224", **({"depth": 1} | shape | more))
-    backbone = VitBackbone(model, "made up")
+    backbone = VitBackbone(model)
     side = build_side(backbone, SideConfig(name="lst", reduction=2))
     taps = [torch.randn(2, 5, 32) for _ in range(backbone.depth + 1)]
     out = side(taps, None, lambda index, x, block: block(x))

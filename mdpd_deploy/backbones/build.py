@@ -55,13 +55,16 @@ def skeleton(build: Callable[[], ModuleT]) -> ModuleT:
 
 
 def _build_on_meta(build: Callable[[], ModuleT]) -> ModuleT:
+    """Build without weights; with them where the library computes from them or where they lie."""
     from accelerate import init_empty_weights
 
     try:
         with init_empty_weights(include_buffers=False):
-            return build()
-    except NotImplementedError:  # it computes buffers where its weights lie: Swin v2
+            module = build()
+    except Exception:  # noqa: BLE001  # what is truly wrong is raised again below
         return build()
+    kept = [*module.buffers(), *(v for part in module.modules() for v in vars(part).values())]
+    return build() if any(isinstance(v, Tensor) and v.is_meta for v in kept) else module
 
 
 @contextlib.contextmanager
