@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -338,6 +339,16 @@ def stand_in(monkeypatch):
         sys.modules.pop(name, None)
         if before[name] is not None:
             sys.modules[name] = before[name]
+
+
+def pytest_configure(config):
+    """Give signals their usual meaning: a test run in the background may ignore some of them."""
+    for number, usual in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 def pytest_collection_modifyitems(items):

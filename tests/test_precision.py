@@ -1,5 +1,6 @@
 """Exports in other precisions than FP32: forms, receipts, gates, refusals, and what `auto` keeps."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -195,7 +196,11 @@ def test_a_reduced_bundle_predicts_evaluates_and_is_timed(int8_cpu, sentence_fol
 def test_fp16_gives_the_bare_backbone_in_its_own_precision(fp16, fp32, tmp_path):
     folder = shutil.copytree(fp32.path, tmp_path / "b")
     shutil.copyfile(fp16.graph, folder / "model.onnx")
-    bare = onnx.load(replace(fp32, path=folder).write_bare_graph(tmp_path / "bare.onnx"))
+    raw = (folder / "model.onnx").read_bytes()
+    entry = {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
+    listed = fp32.manifest | {"files": fp32.manifest["files"] | {"model.onnx": entry}}
+    changed = replace(fp32, path=folder, manifest=listed)
+    bare = onnx.load(changed.write_bare_graph(tmp_path / "bare.onnx"))
     onnx.checker.check_model(bare, full_check=True)
     kinds = {t.data_type for t in bare.graph.initializer}
     assert TensorProto.FLOAT not in kinds and TensorProto.FLOAT16 in kinds

@@ -58,7 +58,7 @@ def test_the_gates_pass_on_what_is_undefined_for_both(run, tmp_path, constant) -
     bundle = export_run(run.path, out=tmp_path / "bundle")
     gate = bundle.manifest["verification"]["metric"]
     assert gate["verdict"] == "passed"
-    assert "pearson_spearman undefined on 6 examples" in gate["note"]
+    assert "pearson_spearman undefined on validation, 6 examples" in gate["note"]
     words = ["verify", str(bundle.path), "--eval-data", str(constant)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
@@ -73,4 +73,4 @@ def test_training_prints_what_is_undefined(constant, text_options, tmp_path) -> 
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert "undefined" in done.stdout
-    assert "pearson_spearman: deployed undefined" in done.stderr
+    assert "pearson_spearman on validation, 6 examples: deployed undefined" in done.stderr
