@@ -619,7 +619,10 @@ def test_bad_text_folders_are_refused(texts, tmp_path):
         (folder / "config.json").write_text(json.dumps(config | changes))
         return folder
 
-    refused("model type 'gpt2', no text encoder that transformers classifies texts with", broken("type", model_type="gpt2"))
+    refused(
+        "model type 'gpt2', no text encoder that transformers classifies texts with",
+        broken("type", model_type="gpt2"),
+    )
     refused("vision models load as timm:NAME", broken("image", model_type="vit"))
     refused("no plain encoder", broken("decoder", is_decoder=True))
     refused("no plain encoder", broken("relative", position_embedding_type="relative_key"))

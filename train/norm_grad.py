@@ -18,7 +18,6 @@ nothing of it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +31,16 @@ LayerLoss = Callable[[int, Tensor], Tensor]  # (1-based layer, b_l) → scalar
 
 
 class NormGradient(ABC):
-    """One of the five ways; `trained` names the norm parameters that it moves."""
+    """One of the five ways; `trained` names the norm parameters that it moves.
 
-    run: ClassVar[Run] = staticmethod(recomputed)
+    Args:
+        backbone: Whose norms they are.
+        run: How the forward runs a block.
+    """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, run: Run) -> None:
         self.backbone = backbone
+        self.run = run
 
     @abstractmethod
     def trained(self, feature_layers: tuple[int, ...]) -> dict[str, nn.Parameter]:
@@ -64,7 +67,7 @@ class Recompute(NormGradient):
     """Exact, with the activations of one block at a time; stops above the first trained block."""
 
     def __init__(self, backbone: Backbone, first: int = 0) -> None:
-        super().__init__(backbone)
+        super().__init__(backbone, recomputed)
         self.first = first
 
     def trained(self, feature_layers: tuple[int, ...]) -> dict[str, nn.Parameter]:
@@ -77,16 +80,12 @@ class Recompute(NormGradient):
 class Full(NormGradient):
     """Exact, keeping every activation."""
 
-    run = staticmethod(plainly)
-
     def trained(self, feature_layers: tuple[int, ...]) -> dict[str, nn.Parameter]:
         return self.backbone.norms()
 
 
 class Local(NormGradient):
     """Each block's norms follow their own layer's feature loss."""
-
-    run = staticmethod(apart)
 
     def trained(self, feature_layers: tuple[int, ...]) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}
@@ -117,8 +116,6 @@ class Local(NormGradient):
 class Nothing(NormGradient):
     """No norm is trained; the loss reaches the head only."""
 
-    run = staticmethod(plainly)
-
     def trained(self, feature_layers: tuple[int, ...]) -> dict[str, nn.Parameter]:
         return {}
 
@@ -133,4 +130,10 @@ def build_norm_gradient(mode: str, backbone: Backbone) -> NormGradient:
                 f"use late:K with K from 1 to {backbone.depth}."
             )
         return Recompute(backbone, backbone.depth - blocks)
-    return {"recompute": Recompute, "full": Full, "local": Local, "none": Nothing}[mode](backbone)
+    modes: dict[str, NormGradient] = {
+        "recompute": Recompute(backbone),
+        "full": Full(backbone, plainly),
+        "local": Local(backbone, apart),
+        "none": Nothing(backbone, plainly),
+    }
+    return modes[mode]

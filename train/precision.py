@@ -28,7 +28,8 @@ def hold_in_bfloat16(backbone: Backbone, trained: Iterable[nn.Parameter] = ()) -
     for path in sorted({name.rpartition(".")[0] for name in norms}):
         norm = backbone.get_submodule(path)
         kept |= {id(buffer) for buffer in norm.buffers(recurse=False)}
-        norm.__class__ = _in_float32(type(norm))
+        kind: Any = type(norm)
+        norm.__class__ = _in_float32(kind)
     _convert(backbone, torch.bfloat16, kept)
 
 

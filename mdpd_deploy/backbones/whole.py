@@ -31,6 +31,7 @@ class WholeModel(Backbone):
     heads = 0
     pooling = "mean"
     has_taps = False
+    model: nn.Module
     name: str
 
     def find_parts(self) -> None:
