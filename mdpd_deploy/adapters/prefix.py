@@ -39,10 +39,10 @@ class Prefix(VirtualTokens):
         self.prefix = encoder(chosen)  # standard normal, as peft's default
 
     def forward(self, backbone: Backbone, inputs: Inputs) -> Tensor:
-        trace = self.trace(backbone, inputs)
+        trace = self.trace(backbone, inputs, keep_taps=False)
         return backbone.finish(trace.ends[-1], trace.mask)
 
-    def trace(self, backbone: Backbone, inputs: Inputs) -> Trace:
+    def trace(self, backbone: Backbone, inputs: Inputs, *, keep_taps: bool = True) -> Trace:
         """Run the backbone with the prefix."""
         shape = (self.count, backbone.depth, 2, backbone.heads, backbone.width // backbone.heads)
         pairs = self.prefix(self.positions).view(shape).permute(1, 2, 3, 0, 4)
@@ -52,7 +52,8 @@ class Prefix(VirtualTokens):
             call = call.replaced(forward, past_key_values=Before(keys, values))
             return call.of(forward, call.x)
 
-        return backbone.trace(inputs, run=run, mask=self.extend(backbone.token_mask(inputs)))
+        mask = self.extend(backbone.token_mask(inputs))
+        return backbone.trace(inputs, run=run, mask=mask, keep_taps=keep_taps)
 
 
 class Before:

@@ -37,7 +37,8 @@ class Prompt(VirtualTokens):
         def run(index: int, forward: Forward, call: Call) -> Any:
             return call.of(forward, self._before(call.x) if index == 0 else call.x)
 
-        trace = backbone.trace(inputs, run=run, mask=self.extend(backbone.token_mask(inputs)))
+        mask = self.extend(backbone.token_mask(inputs))
+        trace = backbone.trace(inputs, run=run, mask=mask, keep_taps=False)
         return backbone.finish(trace.ends[-1][:, self.count :], trace.mask)
 
     def _before(self, x: Tensor) -> Tensor:

@@ -152,6 +152,7 @@ class Backbone(nn.Module, ABC):
         last: int | None = None,
         run: Run = plainly,
         mask: Tensor | None = None,
+        keep_taps: bool = True,
     ) -> Trace:
         """Run the backbone and return its taps.
 
@@ -160,12 +161,20 @@ class Backbone(nn.Module, ABC):
             last: The highest tap that is needed; nothing runs past it. None means L.
             run: How blocks are run, see `wrap.py`.
             mask: Another token mask for the blocks than the inputs' own, e.g. of longer states.
+            keep_taps: False where only the last state is wanted: then nothing else is kept alive.
         """
         own = self.token_mask(inputs)
         shown = own if mask is None else mask
         trace = Trace(own)
         last = self.depth if last is None else last
-        record(trace, self.blocks(), last, run, lambda: self.run_library(inputs, shown))
+        record(
+            trace,
+            self.blocks(),
+            last,
+            run,
+            lambda: self.run_library(inputs, shown),
+            keep_taps=keep_taps,
+        )
         return trace
 
     def run_block(
@@ -216,7 +225,7 @@ class Backbone(nn.Module, ABC):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Return the pooled features [B, D]."""
-        trace = self.trace(inputs)
+        trace = self.trace(inputs, keep_taps=False)
         return self.finish(trace.ends[-1], trace.mask)
 
     def train(self, mode: bool = True) -> Self:

@@ -66,8 +66,9 @@ class WholeModel(Backbone):
         last: int | None = None,
         run: Run = plainly,
         mask: Tensor | None = None,
+        keep_taps: bool = True,
     ) -> Trace:
-        """Run the model to its features, the only end; there are no taps for `last` and `mask`."""
+        """Run the model to its features, the only end; it has no taps, whatever is asked of them."""
         trace = Trace(self.token_mask(inputs))
         with wrapped(self.blocks(), run):
             trace.ends.append(self.run_library(inputs, trace.mask))
@@ -192,11 +193,12 @@ class WholeText(WholeModel):
 
     def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
         """Return random texts of `tokens` tokens, every second one padded by a quarter."""
-        return random_texts(self, self.model.config.vocab_size, batch, tokens)
+        config: Any = self.model.config
+        return random_texts(self, config.vocab_size, batch, tokens)
 
     def set_attention(self, kind: str, within: nn.Module | None = None) -> None:
         """Choose "sdpa" or "eager"; a model that has one form only keeps it."""
         if kind not in ("sdpa", "eager"):
             raise unknown("attention", kind, ("sdpa", "eager"))
-        sdpa: Any = getattr(self.model, "_supports_sdpa", False)
-        self.model.set_attn_implementation(kind if sdpa else "eager")
+        model: Any = self.model
+        model.set_attn_implementation(kind if model._supports_sdpa else "eager")

@@ -65,9 +65,9 @@ class Trace:
 
     Attributes:
         mask: Token mask [B, N], 1 = real token; None when nothing is padded.
-        taps: b_0..b_l as far as the forward ran, detached.
+        taps: b_0..b_l as far as the forward ran, detached; empty where none are kept.
         calls: What every block was called with, those beyond `taps` included; states are detached.
-        ends: b_1..b_l with their graphs.
+        ends: b_1..b_l with their graphs; b_l alone where no taps are kept.
     """
 
     mask: Tensor | None
@@ -106,7 +106,13 @@ class _ReachedError(Exception):
 
 
 def record(
-    trace: Trace, blocks: Sequence[nn.Module], last: int, run: Run, forward: Forward
+    trace: Trace,
+    blocks: Sequence[nn.Module],
+    last: int,
+    run: Run,
+    forward: Forward,
+    *,
+    keep_taps: bool,
 ) -> None:
     """Call `forward`, which runs `blocks` in order, and leave b_0..b_last in `trace`.
 
@@ -117,17 +123,20 @@ def record(
         run: How each is run.
         forward: The library's own forward without arguments. Blocks from `last` on are entered, for
             the sake of their calls, and not run.
+        keep_taps: Keep b_0..b_last and the calls, not only b_last.
     """
 
     def recorded(index: int, plain: Forward, call: Call) -> Any:
-        trace.calls.append(replace(call, x=call.x.detach()))
-        if index == 0:
-            trace.taps.append(call.x.detach())
+        if keep_taps:
+            trace.calls.append(replace(call, x=call.x.detach()))
+            trace.taps += [call.x.detach()] if index == 0 else []
         out: Any = call.x
         if index < last:
             out = run(index, plain, call)
-            trace.ends.append(first_of(out))
-            trace.taps.append(first_of(out).detach())
+            if keep_taps:
+                trace.taps.append(first_of(out).detach())
+            if keep_taps or index == last - 1:
+                trace.ends.append(first_of(out))
         if index == len(blocks) - 1:
             raise _ReachedError
         return out
