@@ -162,8 +162,11 @@ def test_the_whole_step_for_vit_b_is_small(side, reduction, precision, most):
 
 
 def test_methods_in_order_of_need():
-    """The order, and the numbers of an independent measurement of the same shapes (±3 %)."""
-    known = {"probe": 0.58e9, "norms": 0.96e9}
+    """The order, and the numbers of an independent measurement of the same shapes (±3 %).
+
+    Of the probe's 0.60 GB 0.02 are b_0, which the library's own forward holds until it returns.
+    """
+    known = {"probe": 0.60e9, "norms": 0.96e9}
     for method, measured in known.items():
         config = check_config({"method": method, "backbone": VIT_B, "train": {"batch": 32}})
         assert forecast(config, outputs=100, kind="classify").peak_bytes == pytest.approx(

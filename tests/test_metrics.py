@@ -18,7 +18,7 @@ TRUTH = [1, 1, 1, 0, 0, 0, 1, 0]
 GUESS = [1, 0, 1, 0, 1, 1, 1, 0]  # TP 3, FN 1, FP 2, TN 2
 
 
-def binary(*names: str) -> dict[str, float]:
+def binary(*names: str) -> dict[str, float | None]:
     return compute(names, logits(GUESS, 2), np.array(TRUTH))
 
 

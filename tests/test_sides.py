@@ -3,6 +3,8 @@
 Vectors are float64; fills: F(t, shape) = 0.5 sin(t + 0.7 i), X(l, shape) = sin(0.3 i + l).
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -185,18 +187,18 @@ def test_more_late_blocks_than_fit_are_refused(layers):
 def test_tv3_the_ladder():
     seen = []
 
-    def tanh(block, x, mask):
+    def tanh(index, x, *, block):
         seen.append(x)
         return torch.tanh(x)
 
     norm = nn.RMSNorm(2, eps=1e-6)
-    side = LST(4, 2, [nn.Identity(), nn.Identity()], tanh, out_width=4, bias=True, norm=norm)
+    side = LST(4, 2, [nn.Identity(), nn.Identity()], out_width=4, bias=True, norm=norm)
     side = side.double()
     for index, linear in enumerate([side.first, *side.ladder, side.up[1]]):
         linear.weight.data = fill(2 * index + 1, *linear.weight.shape)
         linear.bias.data = fill(2 * index + 2, *linear.bias.shape)
     side.alpha.data = torch.tensor([0.05, -0.1], dtype=torch.float64)
-    out = side([tap(layer, 1, 2, 4) for layer in range(3)], None, no_block)
+    out = side([tap(layer, 1, 2, 4) for layer in range(3)], None, tanh)
 
     close(seen[0], [[-0.058710, -0.098522], [0.802228, -0.893490]])
     close(seen[1], [[-0.501021, 0.673100], [-0.076246, -0.080490]])
@@ -347,9 +349,14 @@ VARIANTS = [(name, "reference") for name in sorted(SIDES)] + [
 ]
 
 
+def texts_of(mask):
+    """Return inputs with this token mask."""
+    return {"input_ids": torch.full(mask.shape, 4), "attention_mask": mask}
+
+
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_padding_changes_nothing_on_real_tokens(name, variant, tiny_bert):
-    backbone = load_backbone(BackboneConfig(name=str(tiny_bert)), max_length=24)
+    backbone = load_backbone(BackboneConfig(name=str(tiny_bert)), max_length=24).double()
     torch.manual_seed(0)
     config = other_side(SideConfig(variant=variant, reduction=2), name)
     side = build_side(backbone, config).double().eval()
@@ -359,8 +366,10 @@ def test_padding_changes_nothing_on_real_tokens(name, variant, tiny_bert):
     padded = [torch.cat([x, torch.randn(2, 3, 32, dtype=torch.float64)], dim=1) for x in taps]
     mask = torch.ones(2, 5)
     longer = torch.cat([mask, torch.zeros(2, 3)], dim=1)
-    plain = side(taps, mask, lambda index, x: x)
-    other = side(padded, longer, lambda index, x: x)
+    plain, other = (
+        side(some, shown, partial(backbone.run_block, backbone.trace(texts_of(shown))))
+        for some, shown in ((taps, mask), (padded, longer))
+    )
     torch.testing.assert_close(other.tokens[:, :5], plain.tokens)
     assert tuple(plain.features) == side.feature_layers
     for layer, feature in plain.features.items():

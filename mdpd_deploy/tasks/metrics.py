@@ -166,7 +166,8 @@ def pearson(predictions: Numbers, labels: Numbers) -> float:
 
     if _constant(predictions) or _constant(labels):
         return _UNDEFINED
-    return float(pearsonr(predictions, labels)[0])
+    found: Any = pearsonr(predictions, labels)
+    return float(found.statistic)
 
 
 @METRICS.register("spearman")
@@ -176,7 +177,8 @@ def spearman(predictions: Numbers, labels: Numbers) -> float:
 
     if _constant(predictions) or _constant(labels):
         return _UNDEFINED
-    return float(spearmanr(predictions, labels)[0])
+    found: Any = spearmanr(predictions, labels)
+    return float(found.statistic)
 
 
 @METRICS.register("accuracy_f1")
