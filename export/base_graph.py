@@ -1,7 +1,7 @@
 """The base graph of a bundle of several tasks, and a task's delta to it.
 
 The base graph is the bare backbone's with a head as wide as the widest task's. It is traced with
-varied norms (D14): the exporter merges equal weights and drops shifts that are zero, and a task
+varied norms: the exporter merges equal weights and drops shifts that are zero, and a task
 must find every norm under its name.
 """
 

@@ -1,4 +1,4 @@
-"""Build a bundle's TensorRT engine, verify it on its GPU, and put it beside `model.onnx` (D16).
+"""Build a bundle's TensorRT engine, verify it on its GPU, and put it beside `model.onnx`.
 
 What is built is verified before it gets into the bundle: the layers must compute in the precision
 that was asked for, the golden vectors must come back, and at the corners of the profile the
@@ -74,7 +74,7 @@ def unavailable_reason() -> str | None:
 
 
 def engine_state(fmt: str) -> dict[str, str]:
-    """Return `manifest.engine` of a bundle before an engine was tried (D17)."""
+    """Return `manifest.engine` of a bundle before an engine was tried."""
     if fmt != "trt":
         return {"status": "not-asked", "reason": ""}
     return {"status": "to-build", "reason": unavailable_reason() or ""}

@@ -1,4 +1,4 @@
-"""What a bundle's manifest says of a run: no absolute path of the training machine gets in (D16)."""
+"""What a bundle's manifest says of a run: no absolute path of the training machine gets in."""
 
 import json
 from pathlib import Path

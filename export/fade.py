@@ -14,7 +14,7 @@ class Faded:
     """The model to export.
 
     Attributes:
-        model: Backbone + head; more only for a method that keeps it (D13).
+        model: Backbone + head; more only for a method that keeps it.
         bare: The same head on the untouched backbone; None when nothing faded.
         changed: Names of the model's tensors whose values differ from `bare`'s.
     """
@@ -57,7 +57,7 @@ def bare_norms(faded: Faded) -> dict[str, Tensor] | None:
 
 
 def make_comparable(faded: Faded) -> None:
-    """Give `bare` varied values where it is constant and the deployed model is not (D14).
+    """Give `bare` varied values where it is constant and the deployed model is not.
 
     The exporter drops an all-zero bias; that is a matter of values, and the identity gate asks
     about structure.

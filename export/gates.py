@@ -1,4 +1,4 @@
-"""The gates: a bundle exists only if its graph passed every one of them (D12-D15).
+"""The gates: a bundle exists only if its graph passed every one of them.
 
 side_free  no tensor of a side network is in the graph
 identity   node for node the graph of the bare backbone with the same head
@@ -33,7 +33,7 @@ from mdpd_deploy.scores import split_name
 from mdpd_deploy.sides.base import SideNetwork
 from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, Values, agree, compute, metric_text
 
-METRIC_TOLERANCE = 1e-3  # 0.1 point, D15
+METRIC_TOLERANCE = 1e-3  # 0.1 point
 GOLDEN_CASE = "golden inputs"
 DEPLOYS_MORE = "this method deploys more than the backbone and a head"
 Verdict = Literal["passed", "skipped", "not applicable", "warned"]
@@ -256,7 +256,7 @@ def _both_outputs(
 
 
 def allowed_drop(name: str, labels: NDArray[np.int64] | NDArray[np.float64]) -> float:
-    """Return how far a metric may be off: 0.1 point or one example, the larger (D15)."""
+    """Return how far a metric may be off: 0.1 point or one example, the larger."""
     scale = label_spread(labels) if name in LOWER_IS_BETTER else 1.0
     return max(METRIC_TOLERANCE, 1 / len(labels)) * scale
 

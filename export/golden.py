@@ -1,4 +1,4 @@
-"""Chooses golden inputs: validation examples, or made-up ones where the data is private (D16)."""
+"""Chooses golden inputs: validation examples, or made-up ones where the data is private."""
 
 from collections.abc import Sequence
 from typing import Literal

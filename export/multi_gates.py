@@ -1,4 +1,4 @@
-"""The gates of a bundle of several tasks: every task must pass each of them (D13-D15).
+"""The gates of a bundle of several tasks: every task must pass each of them.
 
 side_free  no side network in the task's model, and none in the mixed graph
 identity   the task's graph is node for node the base graph, which is the bare backbone's; the mixed

@@ -1,4 +1,4 @@
-"""The recipe for a TensorRT engine, carried by every bundle of `--fmt trt` (D17).
+"""The recipe for a TensorRT engine, carried by every bundle of `--fmt trt`.
 
 `build_engine.json` says what to build, for `mdpd build-engine`; `build_engine.sh` asks the same of
 NVIDIA's `trtexec`. The script writes its engine beside the bundle, since a bundle refuses files it

@@ -1,4 +1,4 @@
-"""The bundle: what export leaves on disk, and how it is used. No torch here (D27).
+"""The bundle: what export leaves on disk, and how it is used. No torch here.
 
 BUNDLE/manifest.json       what it is, how it was verified, SHA-256 of every other file
 BUNDLE/model.onnx          the graph (+ model.onnx.data when the weights are large)
@@ -260,7 +260,7 @@ class Bundle:
         return found
 
     def write_bare_graph(self, path: Path) -> Path:
-        """Write the same graph with the untouched backbone's norms: the `bare` rival (D23).
+        """Write the same graph with the untouched backbone's norms: the `bare` rival.
 
         Returns:
             `path`, for convenience.

@@ -1,4 +1,4 @@
-"""The tasks that a bundle's graph answers: one, or several on one backbone. No torch here (D27)."""
+"""The tasks that a bundle's graph answers: one, or several on one backbone. No torch here."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -2,7 +2,7 @@
 
 `manifest.verification` holds a verdict and a sentence per gate; `parity.json`, read here, the
 numbers. The digests in it come from the bare backbone, which the export traced on its own, so they
-say what `model.onnx` must be without that backbone at hand. No torch here (D27).
+say what `model.onnx` must be without that backbone at hand. No torch here.
 """
 
 import json

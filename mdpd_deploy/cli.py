@@ -1,7 +1,7 @@
 """The `mdpd` command: one list of verbs, each loaded only when it is used.
 
 `mdpd --help` shows the list below without importing a verb, so it costs little more than importing
-typer and rich (D26). `main` is the one place that turns exceptions into words and exit codes:
+typer and rich. `main` is the one place that turns exceptions into words and exit codes:
 
     0    done
     1    the work failed (a gate, divergence, the disk, or a bug of ours)

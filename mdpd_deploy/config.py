@@ -89,10 +89,10 @@ class BackboneConfig(Section):
     name: str = BUILTIN_BACKBONE  # builtin:NAME, timm:NAME, hf:NAME[@revision], or a local folder
     weights: str | None = None  # a local weights file for timm:NAME
     pretrained: bool = True  # false: random weights, stored with the run
-    pooling: Literal["mean", "cls"] = "mean"  # D3: mean of real tokens / patch tokens, or the first
+    pooling: Literal["mean", "cls"] = "mean"  # mean of real tokens / patch tokens, or the first
     img_size: int | None = Field(default=None, ge=1)  # pixels, vision only
     patch_size: int | None = Field(default=None, ge=1)  # pixels, vision only
-    dropout_active: bool = True  # keep the backbone's own dropout while training (D8)
+    dropout_active: bool = True  # keep the backbone's own dropout while training
 
 
 class SideConfig(Section):
@@ -102,7 +102,7 @@ class SideConfig(Section):
     # r: side width = width / r; default 8 text, 2 vision
     reduction: int | None = Field(default=None, ge=1)
     variant: Literal["reference", "paper"] = "reference"  # released code, or the paper's equations
-    projection: Literal["auto", "d-d", "d-D-d"] = "auto"  # UniPT's map of the blend (methods 2.1.2)
+    projection: Literal["auto", "d-d", "d-D-d"] = "auto"  # UniPT's map of the blend
     late_layers: int = Field(default=1, ge=1)  # SHERL: blocks that it enters anew
     rank: int = Field(default=2, ge=1)  # DTL: d', the rank of each reading
     kernel: int | None = Field(default=None, ge=1, le=15)  # DTL: k; default 5 images, 3 text
@@ -140,7 +140,7 @@ class DistillConfig(Section):
     share_gen: bool = False  # one G for all deep layers instead of one each
     shallow_layers: int | None = Field(default=None, ge=0)  # default: the first half (rounded up)
     feature_mean: bool = False  # mean over tokens and channels instead of the paper's sum
-    side_head: Literal["final", "paper"] = "final"  # Y_S from the final norm, or Eq. 3 on s_L (D2)
+    side_head: Literal["final", "paper"] = "final"  # Y_S from the final norm, or Eq. 3 on s_L
 
 
 class LossConfig(Section):
@@ -148,7 +148,7 @@ class LossConfig(Section):
 
     task: float = Field(default=1.0, ge=0)
     logits: float = Field(default=1e-4, ge=0)
-    deep: float | None = Field(default=None, ge=0)  # default 6e-5, and 0 over DTL (D6)
+    deep: float | None = Field(default=None, ge=0)  # default 6e-5, and 0 over DTL
     shallow: float | None = Field(default=None, ge=0)  # default 4e-5, and 0 over DTL
     # Eq. 3; KL divergence at `temperature`; or the same decoupled, with `beta` on the other classes
     logits_form: Literal["mse", "kl", "dkd"] = "mse"

@@ -2,7 +2,7 @@
 
 safetensors with the graph's initialiser names. Its notes hold the SHA-256 of the base graph, and
 that graph's notes the SHA-256 of the weights beside it, so a delta fits one backbone only. The
-un-scaling of a regression task is folded into its head. No torch here (D27).
+un-scaling of a regression task is folded into its head. No torch here.
 """
 
 import json

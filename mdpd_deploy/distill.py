@@ -6,7 +6,7 @@ Shallow layers are imitated directly, deep layers are generated behind a mask:
     Eq. 4    L_sha  = Σ_tokens Σ_channels (b_l − φ_l(s_l))²
     Eq. 5-7  L_deep = Σ_tokens m Σ_channels (b_l − G_l(s̄_l))²,  s̄ = f_mask where m, else φ_l(s_l)
 
-Readings that the paper leaves open, each a default here (methods 3.5): targets b_l are detached;
+Readings that the paper leaves open, each a default here: targets b_l are detached;
 one mask per example, drawn anew each step and shared by all deep layers (`distill.mask_level`);
 it hides tokens after the bottleneck, never class, register or padding tokens; G is depth-wise
 (3×3 on the patch grid, k = 3 on text) because a full 3×3 at width D_B would cost more than the
@@ -127,7 +127,7 @@ class FeatureDistiller(nn.Module):
         """Draw m of Eq. 5: [B, N], 1 = hidden.
 
         Every example has its own stream, keyed by (seed, step, position in the data set), so the
-        draw depends neither on the number of processes nor on padding (D10).
+        draw depends neither on the number of processes nor on padding.
 
         Args:
             keys: Position of each example in the training data [B].

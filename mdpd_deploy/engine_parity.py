@@ -1,4 +1,4 @@
-"""Does an engine compute what the bundle says? Measured on the device itself, without torch (D27).
+"""Does an engine compute what the bundle says? Measured on the device itself, without torch.
 
 The policy is that of the graph's own parity: differences are scaled by the spread of the reference
 outputs. TF32 has the mantissa of FP16, so an engine that may use it is held to FP16's tolerance. A

@@ -2,7 +2,7 @@
 
 The counterpart of `mixed.Swap`, which feeds a task's weights with every run. An engine holds them as
 constants: it is as fast as one task's, and asking another task than the last one costs a refit.
-`mdpd_deploy.export.build_swap` makes one. No torch here (D27).
+`mdpd_deploy.export.build_swap` makes one. No torch here.
 """
 
 from collections.abc import Iterator, Mapping

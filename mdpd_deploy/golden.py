@@ -1,4 +1,4 @@
-"""Golden vectors: raw inputs with the outputs a bundle must give for them. No torch here (D27).
+"""Golden vectors: raw inputs with the outputs a bundle must give for them. No torch here.
 
 They start from *raw* input, so a wrong resize, channel order or tokenizer shows at once; the
 arrays in between tell which half is at fault.

@@ -1,4 +1,4 @@
-"""What two ONNX graphs must share to be the same graph with other weights (D14).
+"""What two ONNX graphs must share to be the same graph with other weights.
 
 The exporter merges equal initialisers (on an untuned model most norms are ones and zeros), so
 weights are looked at where they are used, not by name: that un-shares them.

@@ -1,4 +1,4 @@
-"""What this machine is and how much of it we may use. No torch here (D27)."""
+"""What this machine is and how much of it we may use. No torch here."""
 
 import contextlib
 import os

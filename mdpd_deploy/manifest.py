@@ -1,4 +1,4 @@
-"""`manifest.json`: what a bundle says of itself, written last and checked first. No torch (D27).
+"""`manifest.json`: what a bundle says of itself, written last and checked first. No torch.
 
 A bundle is accepted only whole: every file listed with its SHA-256, nothing else in the folder, no
 symbolic or hard link (ONNX Runtime would follow one out of the bundle), external weights inside.

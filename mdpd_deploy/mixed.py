@@ -1,7 +1,7 @@
 """Running a graph that answers many tasks: one batch of several tasks, or one task at a time.
 
 `mixed_batch` and `TaskRunner` use the mixed graph (`task_id` per row), `Swap` the base graph, which
-is fed a task's norms and head with every run. No torch here (D27).
+is fed a task's norms and head with every run. No torch here.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Graphs for many tasks on one backbone, made from a single-task graph. No torch here (D27).
+"""Graphs for many tasks on one backbone, made from a single-task graph. No torch here.
 
 base graph    the bare backbone's graph with the norms and head declared as graph inputs with a
               default, so that a run may be fed another task's.

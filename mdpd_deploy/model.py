@@ -45,7 +45,7 @@ class WithTokens(TaskModel):
 class WithSide(TaskModel):
     """Backbone + side network + side head, the rival that every inference pays for.
 
-    It runs the backbone only as far as the side network reads it (D23): a block that the side
+    It runs the backbone only as far as the side network reads it: a block that the side
     network runs itself is not run twice.
 
     Args:
@@ -83,14 +83,14 @@ def pool_side(
     last_feature: bool = False,
     blocked: bool = False,
 ) -> Tensor:
-    """Pool a side network's output for its head (D2).
+    """Pool a side network's output for its head.
 
     Args:
         backbone: Gives the final norm and the pooling.
         output: From the side network.
         mask: [B, N] or None.
         last_feature: Eq. 3 literally: GAP(s_L) [B, D_S]; else pool(final_norm(tokens)) [B, D].
-        blocked: Keep gradients from the final norm (D1).
+        blocked: Keep gradients from the final norm.
     """
     if last_feature:
         return backbone.pool(output.features[backbone.depth], mask)

@@ -113,7 +113,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def size(number: float) -> str:
-    """Return bytes in the unit that suits them; 1 GB = 1e9 bytes (D30)."""
+    """Return bytes in the unit that suits them; 1 GB = 1e9 bytes."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= scale:
             return f"{number / scale:.2f} {unit}"

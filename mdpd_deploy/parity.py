@@ -1,4 +1,4 @@
-"""Does an exported graph compute what the torch model computes? (deployment facts, parity policy)
+"""Does an exported graph compute what the torch model computes?
 
 Differences are scaled by the spread of the reference outputs: a fixed absolute tolerance makes
 harmless misses noise on a head with large logits, and hides real ones on a head with small logits.

@@ -1,14 +1,14 @@
-"""How far a graph may be from PyTorch FP32, by precision: the one table (D15). No torch here (D27).
+"""How far a graph may be from PyTorch FP32, by precision: the one table. No torch here.
 
-| check                                                  | fp32 | fp16, bf16 | int8     |
-|--------------------------------------------------------|------|------------|----------|
-| largest output difference / spread of the outputs      | 1e-4 | 3e-2       | reported |
-| same class where the reference's margin exceeds drift  | all  | 99.9 %     | 99 %     |
-| drop of the primary metric, paired, on validation      | D15  | 0.2 points | 0.5 points |
-| finite outputs                                         | all  | all        | all      |
+| check                                                 | fp32       | fp16, bf16 | int8       |
+|-------------------------------------------------------|------------|------------|------------|
+| largest output difference / spread of the outputs     | 1e-4       | 3e-2       | reported   |
+| same class where the reference's margin exceeds drift | all        | 99.9 %     | 99 %       |
+| drop of the primary metric, paired, on validation     | 0.1 points | 0.2 points | 0.5 points |
+| finite outputs                                        | all        | all        | all        |
 
 The drift is what the outputs may be off by; for int8, whose difference is only reported, it is what
-sound int8 graphs were seen to be off by. One example may always count (D15).
+sound int8 graphs were seen to be off by. One example may always count.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Proof that a bundle gives here what it gave when it was exported: the golden vectors.
 
-The server asks it of what it serves, and a build of an engine of what it keeps. No torch (D27).
+The server asks it of what it serves, and a build of an engine of what it keeps. No torch.
 """
 
 from functools import partial

@@ -3,7 +3,7 @@
     RUN/config.yaml  metrics.jsonl  summary.json  report.html
     RUN/checkpoints/   see train/checkpoint.py
     RUN/model/         delta.safetensors  side.safetensors  adapter.safetensors  labels.json
-                       preprocess.json (+ tokenizer.json)   backbone.safetensors (D12)
+                       preprocess.json (+ tokenizer.json)   backbone.safetensors
 
 `delta.safetensors` holds every tensor of the deployed model that differs from the backbone as
 loaded: `backbone.<name>` and `head.<name>`. `side.safetensors` holds `side.<name>`,
@@ -135,13 +135,13 @@ class Run:
             update["eval_path"] = eval_path
         return self.config.data.model_copy(update=update)
 
-    # --- models; torch is imported here and not above (D27) --------------------------------------
+    # --- models; torch is imported here and not above --------------------------------------
 
     def load_backbone(self) -> Backbone:
         """Load the frozen backbone as it was before training (float32, eval mode).
 
         Raises:
-            UserError: If its weights are not the ones the run was trained on (D12).
+            UserError: If its weights are not the ones the run was trained on.
         """
         from mdpd_deploy.backbones import load_backbone
 
@@ -238,7 +238,7 @@ class Run:
 
         Returns:
             The model (float32, eval mode), and whether its side network is the trained one. One
-            the run did not train has random values at the run's reduction (D23).
+            the run did not train has random values at the run's reduction.
         """
         import torch
 
@@ -321,7 +321,7 @@ def _load(module: Any, tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def newest_run(root: Path) -> Path:
-    """Return the latest completed run below a folder (D19)."""
+    """Return the latest completed run below a folder."""
     runs = [path.parent for path in root.glob("*/summary.json")]
     if not runs:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Runs an exported graph with ONNX Runtime on the device that was asked for. No torch (D27)."""
+"""Runs an exported graph with ONNX Runtime on the device that was asked for. No torch."""
 
 import contextlib
 import json

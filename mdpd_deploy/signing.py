@@ -3,7 +3,7 @@
 The signature lies beside the bundle, as `BUNDLE.sig`: a bundle refuses files that it does not
 list, and what is signed must not change by being signed. It covers every file of the folder, the
 manifest included, so an engine that is built later asks for a new signature. The library's own
-command, `model_signing verify key`, reads it too. No torch here (D27).
+command, `model_signing verify key`, reads it too. No torch here.
 
 A signature may carry a name and a version, as the package URL of its subject. Whoever asks for them
 is not served an old signed bundle in the place of a new one, nor one model in the place of another.

@@ -1,4 +1,4 @@
-"""The few CUDA calls that running an engine takes, by `cuda.bindings`. No torch here (D27)."""
+"""The few CUDA calls that running an engine takes, by `cuda.bindings`. No torch here."""
 
 import weakref
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """TensorRT as installed: found when it is needed, its messages kept, its engines opened.
 
-One code path for 10.12 to 11: only names that exist in all of them are used (D31), which
+One code path for 10.12 to 11: only names that exist in all of them are used, which
 `tests/test_trt_names.py` compares with the real bindings.
 """
 

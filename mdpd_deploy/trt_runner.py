@@ -1,4 +1,4 @@
-"""Runs a TensorRT engine, called as `OnnxRunner` is. No torch here (D27)."""
+"""Runs a TensorRT engine, called as `OnnxRunner` is. No torch here."""
 
 import threading
 from collections.abc import Mapping

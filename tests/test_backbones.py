@@ -263,7 +263,7 @@ def test_builtin_backbone_keeps_its_pretrained_norm_and_card():
     assert digest in card
     assert "Weights: Apache-2.0" in card
     assert "Training data: Tiny-ImageNet" in card
-    assert sum(file.stat().st_size for file in ASSET.iterdir()) < 50e6  # D34
+    assert sum(file.stat().st_size for file in ASSET.iterdir()) < 50e6
 
 
 def test_preprocess_takes_the_size_and_statistics_of_the_weights():

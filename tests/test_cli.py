@@ -1,4 +1,4 @@
-"""The frame of the command line: help, exit codes, words on stderr, doctor (D18, D20, D26)."""
+"""The frame of the command line: help, exit codes, words on stderr, doctor."""
 
 import errno
 import importlib

@@ -1,4 +1,4 @@
-"""Readers, preprocessing and metrics leave torch unloaded (D27)."""
+"""Readers, preprocessing and metrics leave torch unloaded."""
 
 import subprocess
 import sys

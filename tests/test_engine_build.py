@@ -1,4 +1,4 @@
-"""`mdpd export --fmt trt` and `mdpd build-engine`, driven with a stand-in for TensorRT (D17)."""
+"""`mdpd export --fmt trt` and `mdpd build-engine`, driven with a stand-in for TensorRT."""
 
 import hashlib
 import json

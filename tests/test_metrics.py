@@ -1,4 +1,4 @@
-"""Metrics against formulas written out by hand (methods.md 6)."""
+"""Metrics against formulas written out by hand."""
 
 import math
 

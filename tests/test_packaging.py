@@ -1,4 +1,4 @@
-"""The package as it installs: folders, wheel, guards, who imports whom, the doors (D21, D25-D28)."""
+"""The package as it installs: folders, wheel, guards, who imports whom, the doors."""
 
 import ast
 import doctest
@@ -21,7 +21,7 @@ MAPPING: dict[str, str] = PYPROJECT["tool"]["setuptools"]["package-dir"]
 AREAS = ("mdpd_deploy.train", "mdpd_deploy.export", "mdpd_deploy.serve")
 COMMANDS = "mdpd_deploy.commands"
 
-# Modules of the inference path: no torch at import (D27).
+# Modules of the inference path: no torch at import.
 TORCH_FREE = (
     "mdpd_deploy.errors",
     "mdpd_deploy.registry",
@@ -227,7 +227,7 @@ def test_importing_the_package_loads_nothing(run_python):
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_who_may_know_whom(module):
-    """The core knows no area, areas know the core only, verbs use an area's door (D25)."""
+    """The core knows no area, areas know the core only, verbs use an area's door."""
     mine = next((area for area in AREAS if is_below(module, area)), None)
     for name in imports(module):
         area = next((area for area in AREAS if is_below(name, area)), None)
@@ -313,6 +313,19 @@ def test_docstring_examples_run(name, tmp_path, monkeypatch):
     for test in doctest.DocTestFinder().find(importlib.import_module(name), name):
         if test.name not in elsewhere:
             assert doctest.DocTestRunner().run(test).failed == 0, test.name
+
+
+def test_no_word_in_the_source_points_at_a_page_that_is_not_here():
+    """Marks of decisions that are numbered elsewhere: a reader could not follow them."""
+    marks = re.compile(r"\bD\d{1,2}\b|\bmethods(?:\.md)? \d|deployment facts")
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for folder in ("mdpd_deploy", "train", "export", "serve", "benchmarks")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for number, line in enumerate(file.read_text().splitlines(), start=1)
+        if marks.search(line) and "FF D" not in line
+    ]
+    assert found == []
 
 
 def test_constraints_pin_every_dependency():

@@ -45,7 +45,7 @@ def test_a_run_directory_holds_the_contract(tiny_run):
 
 
 def test_the_deployed_model_is_backbone_with_tuned_norms_and_head_alone(tiny_run):
-    """Loading the delta into a plain backbone gives the training-time Y_B (methods 3.6)."""
+    """Loading the delta into a plain backbone gives the training-time Y_B."""
     model = tiny_run.load_deployed()
     bare = load_backbone(tiny_run.config.backbone)
     changed = [

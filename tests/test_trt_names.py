@@ -1,4 +1,4 @@
-"""Every name of TensorRT's API that our source uses exists in the real bindings (D31).
+"""Every name of TensorRT's API that our source uses exists in the real bindings.
 
 Offline the source is compared with `trt_names.json`, which `python tests/trt_api.py` printed; with
 the network the bindings are fetched and that file is compared with them.
@@ -108,7 +108,7 @@ def test_what_tensorrt_11_removed_is_nowhere():
 
 
 def test_tensorrt_is_named_in_files_that_say_so():
-    """`trt` is TensorRT and nothing else, in files whose names this test looks for (D31)."""
+    """`trt` is TensorRT and nothing else, in files whose names this test looks for."""
     for folder in ("mdpd_deploy", "train", "export", "serve"):
         for file in (ROOT / folder).rglob("*.py"):
             tree = ast.parse(file.read_text())

@@ -83,7 +83,7 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
 
 
 def write_model(setup: Setup, folder: Path) -> None:
-    """Write trained tensors, labels, preprocessing and, where needed, the backbone (D12)."""
+    """Write trained tensors, labels, preprocessing and, where needed, the backbone."""
     for file, tensors in setup.method.model_files(setup.frozen_weights).items():
         _save(tensors, folder / file)
     write_json(folder / LABELS, {"names": list(setup.data.label_names)})

@@ -40,7 +40,7 @@ from mdpd_deploy.train.stopping import StopRequest
 from mdpd_deploy.train.trackers import Trackers
 
 LOG_EVERY = 10  # steps
-MEASURED_STEPS = 2  # live bytes are counted on these; they are left out of timings (D30)
+MEASURED_STEPS = 2  # live bytes are counted on these; they are left out of timings
 
 
 def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) -> Progress:
@@ -151,7 +151,7 @@ def one_step(
 
 
 def sum_over_processes(setup: Setup, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add up the gradients (in place) and losses of all processes, in one message (D10)."""
+    """Add up the gradients (in place) and losses of all processes, in one message."""
     parameters = [p for group in setup.method.groups.values() for p in group.values()]
     pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     names = sorted(losses)

@@ -3,7 +3,7 @@
 Groups with their own learning rate and their own clip norm: `side` or `adapter`, `norms` or
 `backbone`, `head`. Norms, biases and what a method names as scales get no weight decay. Tensors
 that only the logits loss reaches (MDPD without a student task loss) see gradients scaled by 1e-4,
-which Adam undoes only down to its eps: they take 1e-12 (D9).
+which Adam undoes only down to its eps: they take 1e-12.
 """
 
 import math

@@ -31,5 +31,5 @@ def paper_figure(method: str, config: Config) -> str | None:
     backbone = re.fullmatch(r"timm:vit_base_patch16_224(\..*)?", config.backbone.name)
     if not backbone or config.backbone.img_size not in (None, 224) or config.train.batch != BATCH:
         return None
-    own = 8 if method == "side:lst" else 2  # their defaults beside vision: `lst.LST.build`, D5
+    own = 8 if method == "side:lst" else 2  # their defaults beside vision: `lst.LST.build`
     return FIGURES.get((method, None)) or FIGURES.get((method, config.side.reduction or own))

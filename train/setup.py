@@ -32,7 +32,7 @@ class Setup:
     schedule: Schedule
     steps: int
     state: PartialState
-    original: dict[str, Tensor] | None  # a backbone that cannot be loaded again (D12)
+    original: dict[str, Tensor] | None  # a backbone that cannot be loaded again
     lengths: dict[str, TextLengths]  # tokens of the texts by split; empty for images
 
     @property
@@ -222,7 +222,7 @@ def class_weights(config: Config, data: TaskData) -> tuple[float, ...] | None:
 
 
 def default_out(config: Config, now: str) -> Path:
-    """Return runs/DATE-TASK-METHOD (D19)."""
+    """Return runs/DATE-TASK-METHOD."""
     method = (
         config.method
         if config.method not in ("mdpd", "side")

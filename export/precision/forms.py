@@ -1,4 +1,4 @@
-"""Which precision exists for which target, and who makes it (deployment facts).
+"""Which precision exists for which target, and who makes it.
 
 The target is where the file will run: `cpu` is ONNX Runtime on the CPU, `gpu` is TensorRT. One int8
 file cannot serve both: TensorRT refuses the operators of the CPU's form, and its own form is slower

@@ -56,7 +56,7 @@ class Backbone(nn.Module, ABC):
         has_cls: Whether token 0 is a class token.
         grid: (rows, columns) of the patch tokens, or None for text.
         input_names: The graph's inputs in order, e.g. ("pixel_values",).
-        pooling: "mean" over real tokens without prefix tokens, or "cls" (D3).
+        pooling: "mean" over real tokens without prefix tokens, or "cls".
         heads: Attention heads of each block.
         preprocess: Raw inputs → arrays named `input_names`.
         takes_prefix: Whether blocks take keys and values from before their tokens.
@@ -121,7 +121,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def set_attention(self, kind: str, within: nn.Module | None = None) -> None:
-        """Choose "sdpa" (training) or "eager" (export, see deployment facts on the SDPA graph).
+        """Choose "sdpa" (training) or "eager" (export: fused attention adds nodes).
 
         Args:
             kind: "sdpa" or "eager".
@@ -237,7 +237,7 @@ class Backbone(nn.Module, ABC):
         return self
 
     def norms(self) -> dict[str, nn.Parameter]:
-        """Return every tuned norm parameter by full name: block norms and the final norm (D3)."""
+        """Return every tuned norm parameter by full name: block norms and the final norm."""
         found: dict[str, nn.Parameter] = {}
         for index in range(self.depth):
             found.update(self.block_norms(index))

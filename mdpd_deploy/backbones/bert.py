@@ -1,7 +1,7 @@
 """BERT-family text encoders of transformers: BERT, MiniLM, RoBERTa, XLM-RoBERTa, DistilBERT.
 
 All are post-norm: each block ends in a LayerNorm, there is no final norm, and the embedding norm
-is never tuned (D3). The pooler is not loaded; texts are pooled over their real tokens.
+is never tuned. The pooler is not loaded; texts are pooled over their real tokens.
 """
 
 import copy

@@ -21,7 +21,7 @@ class LoadRequest:
         max_length: Most tokens of a text, special tokens included; unused by vision families.
         pad: N is that of a batch's longest text, or always `max_length`.
         fake: Build the architecture only: no weights are read or initialised.
-        weights: The whole state of a `Backbone` as it was saved with a run (D12), or None.
+        weights: The whole state of a `Backbone` as it was saved with a run, or None.
     """
 
     config: BackboneConfig

@@ -37,7 +37,7 @@ def load_backbone(
         fake: Build the architecture only, for forecasts: weights are neither read nor
             initialised, and `source.sha256` is empty. Works under torch's FakeTensorMode too.
         weights_file: A safetensors file with the state of the whole `Backbone`, as a run keeps it
-            when its weights cannot be loaded again (D12); used instead of the named weights.
+            when its weights cannot be loaded again; used instead of the named weights.
 
     Raises:
         UserError: For an unknown name, an architecture that does not fit, or weights that are

@@ -2,7 +2,7 @@
 
 Plain means: one sequence of tokens, every block a `Block` (pre-norm) or `ResPostBlock`, any number
 of prefix tokens (class, distillation, registers), LayerScale or not. The pretrained final norm is
-kept where the weights have it (D3): before the pooling (`norm`), or, for weights trained with
+kept where the weights have it: before the pooling (`norm`), or, for weights trained with
 timm's average pooling, after it (`fc_norm`).
 """
 
@@ -67,7 +67,7 @@ class VitBackbone(Backbone):
         return self.normalise(self.pool(x, mask), blocked=blocked)
 
     def block_norms(self, index: int) -> dict[str, nn.Parameter]:
-        """Return scale and shift of norm1 and norm2; not of q/k norms (D3)."""
+        """Return scale and shift of norm1 and norm2; not of q/k norms."""
         block = self.blocks()[index]
         norms = [block.get_submodule(name) for name in ("norm1", "norm2")]
         return norm_parameters_of(block, f"model.blocks.{index}.", norms)

@@ -9,7 +9,7 @@ from mdpd_deploy.errors import UserError
 
 
 def read_state(path: Path, option: str) -> dict[str, Tensor]:
-    """Read a weights file: safetensors, or a PyTorch file without executing any code (D29).
+    """Read a weights file: safetensors, or a PyTorch file without executing any code.
 
     Raises:
         UserError: If it is missing, damaged, of another kind, or holds more than tensors.

@@ -1,4 +1,4 @@
-"""`mdpd eval`: the task metrics of a run (PyTorch) or of a bundle (ONNX Runtime, no torch: D27)."""
+"""`mdpd eval`: the task metrics of a run (PyTorch) or of a bundle (ONNX Runtime, no torch)."""
 
 from __future__ import annotations
 

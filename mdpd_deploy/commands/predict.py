@@ -1,4 +1,4 @@
-"""`mdpd predict`: raw inputs through a bundle. No torch is imported (D27)."""
+"""`mdpd predict`: raw inputs through a bundle. No torch is imported."""
 
 from __future__ import annotations
 

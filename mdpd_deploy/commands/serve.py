@@ -1,4 +1,4 @@
-"""`mdpd serve`: bundles behind HTTP. No torch is imported (D27)."""
+"""`mdpd serve`: bundles behind HTTP. No torch is imported."""
 
 from __future__ import annotations
 

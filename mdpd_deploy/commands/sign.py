@@ -1,4 +1,4 @@
-"""`mdpd sign`: vouch for a bundle with a key, offline. No torch (D27)."""
+"""`mdpd sign`: vouch for a bundle with a key, offline. No torch."""
 
 from pathlib import Path
 from typing import Annotated

@@ -276,7 +276,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(config: Config) -> Config:
-    """Store local paths absolute, so that a run can be resumed from anywhere (D19)."""
+    """Store local paths absolute, so that a run can be resumed from anywhere."""
     data = config.data.model_copy(
         update={
             name: _local(value)

@@ -1,4 +1,4 @@
-"""`mdpd verify`: is this bundle what its export proved it to be? (ONNX Runtime, no torch: D27)"""
+"""`mdpd verify`: is this bundle what its export proved it to be? (ONNX Runtime, no torch)"""
 
 from __future__ import annotations
 

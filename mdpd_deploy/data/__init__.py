@@ -1,6 +1,6 @@
 """Data: readers from files to examples, and the preprocessing that travels with a model.
 
-No torch here (D27): inputs are text, paths or PIL pictures, arrays are numpy.
+No torch here: inputs are text, paths or PIL pictures, arrays are numpy.
 
     --task                    reader
     glue/NAME                 glue.py          official GLUE folders

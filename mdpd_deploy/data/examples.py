@@ -1,4 +1,4 @@
-"""What every reader returns: examples by split, before any preprocessing. No torch here (D27)."""
+"""What every reader returns: examples by split, before any preprocessing. No torch here."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""The nine GLUE tasks in their official folders, files and columns (D22, methods.md 6).
+"""The nine GLUE tasks in their official folders, files and columns.
 
 Files are unquoted TSV: a `"` is a character. CoLA's train and dev files have no header. train is
 trained on and dev is `validation` (MNLI: dev_matched; dev_mismatched is measured as

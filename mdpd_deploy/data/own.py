@@ -1,4 +1,4 @@
-"""The user's own data: `classify` and `regress` on tables, image folders and hub data sets (D22)."""
+"""The user's own data: `classify` and `regress` on tables, image folders and hub data sets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Preprocessing that travels with the model: raw inputs → numpy arrays. No torch here (D27).
+"""Preprocessing that travels with the model: raw inputs → numpy arrays. No torch here.
 
 `Preprocess` has two forms, `ImagePreprocess` and `TextPreprocess`; both are callables from a list
 of raw inputs to named arrays (the names are the graph's inputs), and both save to and load from a

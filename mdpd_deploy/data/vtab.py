@@ -1,4 +1,4 @@
-"""VTAB-1K list files: `train800.txt`, `val200.txt`, `train800val200.txt`, `test.txt` (methods.md 6).
+"""VTAB-1K list files: `train800.txt`, `val200.txt`, `train800val200.txt`, `test.txt`.
 
 A line is `relative/path.jpg INDEX`, the path relative to the data set's folder; an optional
 `classes.txt` names the classes, one per line.

@@ -51,7 +51,7 @@ class SideShape:
 
     @property
     def default_reduction(self) -> int:
-        """r of D5: 8 for text, 2 for vision."""
+        """r: 8 for text, 2 for vision."""
         return 8 if self.text else 2
 
 
@@ -61,7 +61,7 @@ class SideOutput:
 
     Attributes:
         tokens: The side output [B, N, D]; it goes where the backbone's last features would go.
-        features: s_l by 1-based layer [B, N, D_S]; only the layers that have one (D6).
+        features: s_l by 1-based layer [B, N, D_S]; only the layers that have one.
     """
 
     tokens: Tensor
@@ -77,8 +77,8 @@ class SideNetwork(nn.Module, ABC):
         distils_features: Whether MDPD imitates and generates the backbone's features from s_l
             unless told otherwise.
         width: D_S.
-        last_tap: The highest tap b_l that it reads; the backbone need not run past it (D23).
-        feature_layers: The layers l that have an s_l, ascending (D6).
+        last_tap: The highest tap b_l that it reads; the backbone need not run past it.
+        feature_layers: The layers l that have an s_l, ascending.
     """
 
     options: ClassVar[tuple[str, ...]] = ()
@@ -168,7 +168,7 @@ def side_width(
         heads: What D_S must be a multiple of.
 
     Raises:
-        UserError: When r does not fit, naming those that do (D4, D5).
+        UserError: When r does not fit, naming those that do.
     """
     width = shape.width
     reduction = config.reduction or default or shape.default_reduction

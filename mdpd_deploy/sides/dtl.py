@@ -11,8 +11,8 @@ code for v1; the journal extension for v2 and v2-LS, which have no code. Layers 
     v2   F_i(h) = θ(g_i(h)) w'_i + h on some blocks only; w_i on some blocks only
     LS   as v2 with one g and w' for all; blocks that read the same h get a scale and a shift each
 
-At the start h = 0 and the logits are the frozen backbone's. Read-out is the deployed model's own
-(D3), so that this holds exactly; the released code averages before the final norm. Prefix tokens
+At the start h = 0 and the logits are the frozen backbone's. Read-out is the deployed model's own,
+so that this holds exactly; the released code averages before the final norm. Prefix tokens
 skip g; texts, which the papers leave out, take a 1-D convolution along the words.
 
 The pattern of v2 on plain transformers is not reported, and no literal one gives the sizes reported
@@ -26,7 +26,7 @@ the same h, so that LS has no scale or shift there. `side.kernel` (k), `side.dtl
 
 Two of them as options are in docs/guide.md.
 
-Under MDPD s_l is h_{l+1}, the state that is added to block l's output. D6 names h_l: but h_1 = 0
+Under MDPD s_l is h_{l+1}, the state that is added to block l's output. Not h_l: h_1 = 0
 would have nothing to teach, and what block l is read for would be missing from its own feature.
 """
 
@@ -256,7 +256,7 @@ class DTLv2LS(DTLv2):
 
 
 def first_adapted(shape: SideShape, config: SideConfig) -> int:
-    """Return M: `side.dtl_first`, or L//2 + 1 (D4)."""
+    """Return M: `side.dtl_first`, or L//2 + 1."""
     first = config.dtl_first or shape.depth // 2 + 1
     if first > shape.depth:
         raise UserError(
@@ -295,7 +295,7 @@ def default_reads(last: int) -> list[int]:
 
 
 def default_adds(first: int, depth: int) -> list[int]:
-    """Return the blocks of v2 whose output is adapted: every second from M, and the last (D4)."""
+    """Return the blocks of v2 whose output is adapted: every second from M, and the last."""
     return sorted({*range(first, depth - 1, 2), depth})
 
 

@@ -3,11 +3,11 @@
 Source: "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning" (NeurIPS
 2022) and its released code. Per layer: h ← μ h + (1 − μ) Lin(b_l) with μ = σ(α_l / 0.1), then the
 side block. Following the released code the mix comes before the block and every backbone layer
-keeps its ladder (D4). Text follows the CLIP-ViL flavour (maps without bias, no final norm,
+keeps its ladder. Text follows the CLIP-ViL flavour (maps without bias, no final norm,
 r = 4), vision the form that gives the 2.38 M parameters reported for ViT-B (maps with bias, a
 final norm, r = 8). The first weights are inherited from the backbone (`pruning.py`).
 
-The side output is pooled as the deployed model's is (D2, D3): on a vision transformer the
+The side output is pooled as the deployed model's is: on a vision transformer the
 up-projected tokens pass the backbone's own frozen final norm before the head, which the released
 code, of text only, does not have.
 """

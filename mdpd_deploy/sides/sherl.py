@@ -86,7 +86,7 @@ class Aggregation(nn.Module):
 class SHERL(SideNetwork):
     """Taps b_0..b_{L-k} → k × (aggregate → late block) → side output [B, N, D].
 
-    s_l is the mapped F̂_l for l = 1..L-1; the last layer has none (D6).
+    s_l is the mapped F̂_l for l = 1..L-1; the last layer has none.
 
     Args:
         width: D.
@@ -166,7 +166,7 @@ class SHERL(SideNetwork):
 
     @classmethod
     def build(cls, shape: SideShape, config: SideConfig) -> "SHERL":
-        """Build SHERL for a backbone: VSE flavour beside text, CLIP-ViL beside vision (D5)."""
+        """Build SHERL for a backbone: VSE flavour beside text, CLIP-ViL beside vision."""
         paper = config.variant == "paper"
         return cls(
             shape.width,

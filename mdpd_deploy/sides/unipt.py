@@ -119,7 +119,7 @@ class UniPT(SideNetwork):
 
     @classmethod
     def build(cls, shape: SideShape, config: SideConfig) -> "UniPT":
-        """Build UniPT for a backbone: VSE flavour beside text, CLIP-ViL beside vision (D5)."""
+        """Build UniPT for a backbone: VSE flavour beside text, CLIP-ViL beside vision."""
         deep = config.projection == "d-D-d" or (config.projection == "auto" and not shape.text)
         return cls(
             shape.width,

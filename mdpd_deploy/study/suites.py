@@ -2,7 +2,7 @@
 
 glue       the nine tasks; the mean is over eight, without WNLI
 vtab       the 19 tasks of VTAB-1K by their folder names, and any other folder in the same
-           layout; the mean is over the means of the three groups (methods.md 3.5, 19)
+           layout; the mean is over the means of the three groups
 vtab-full  the same, trained on all 1,000 pictures
 """
 

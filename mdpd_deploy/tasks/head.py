@@ -8,7 +8,7 @@ class Head(nn.Module):
     """Pooled features [B, D] → outputs [B, C].
 
     Classification: logits. Regression: training works on standardised labels, and the deployed
-    graph un-scales (D22): `forward` returns scores in the label's own unit, `raw` the
+    graph un-scales: `forward` returns scores in the label's own unit, `raw` the
     standardised ones.
 
     Args:

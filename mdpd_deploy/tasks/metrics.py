@@ -1,6 +1,6 @@
-"""Task metrics from outputs and labels, by scikit-learn and scipy. No torch here (D27).
+"""Task metrics from outputs and labels, by scikit-learn and scipy. No torch here.
 
-Metrics of correlation and of correctness are fractions in [-1, 1] (D11); `rmse` and `mae` are in
+Metrics of correlation and of correctness are fractions in [-1, 1]; `rmse` and `mae` are in
 the label's own unit. The combined ones are GLUE's: MRPC and QQP report the mean of accuracy and
 F1, STS-B the mean of Pearson and Spearman.
 

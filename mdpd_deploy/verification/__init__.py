@@ -1,4 +1,4 @@
-"""Checks a bundle again from what it holds, without the run, the backbone or torch (D27).
+"""Checks a bundle again from what it holds, without the run, the backbone or torch.
 
 Each check is one function from a `Subject` to what was `Seen`; it raises when it fails. A bundle of
 a kind with more to it gets one more function and one more line in a table below.

@@ -1,4 +1,4 @@
-"""What is checked, and what a check says of it. No torch here (D27)."""
+"""What is checked, and what a check says of it. No torch here."""
 
 import contextlib
 from collections.abc import Iterator

@@ -258,7 +258,7 @@ class Method(ABC):
         return head
 
     def train_mode(self) -> None:
-        """Dropout on: in the trained parts always, in the backbone as the config says (D8)."""
+        """Dropout on: in the trained parts always, in the backbone as the config says."""
         self.backbone.train(self.config.backbone.dropout_active)
         self.modules.train()
 

@@ -1,13 +1,13 @@
 """MDPD: backbone and side network teach each other; then the side network fades.
 
-One step is two passes with disjoint graphs (architecture 4, D1):
+One step is two passes with disjoint graphs:
 
     side pass      task loss on Y_S + feature distillation from the detached taps
     backbone pass  logits distillation from the detached Y_S, and `student_task_weight` × task loss
                    on Y_B, through the norm-gradient engine
 
 Both passes add into `.grad` and one optimiser step follows: the joint reading of the paper's
-single weighted sum (methods 3.5, 2). The logits loss moves the backbone only and the feature
+single weighted sum. The logits loss moves the backbone only and the feature
 losses the side network only: teachers are detached.
 """
 
@@ -33,7 +33,7 @@ SHALLOW, DEEP = 4e-5, 6e-5  # supplementary B of the paper
 
 
 def feature_weights(loss: LossConfig, side: type[SideNetwork]) -> tuple[float, float]:
-    """Return the weights of the shallow and the deep feature loss; 0 over DTL by default (D6)."""
+    """Return the weights of the shallow and the deep feature loss; 0 over DTL by default."""
     default = (SHALLOW, DEEP) if side.distils_features else (0.0, 0.0)
     return (
         default[0] if loss.shallow is None else loss.shallow,
@@ -179,7 +179,7 @@ class MDPD(Method):
     def _layer_loss(
         self, features: dict[int, Tensor], hidden: Tensor, mask: Tensor | None, count: float
     ) -> LayerLoss:
-        """The feature loss of one layer with roles swapped, for `norm_grad=local` (D7)."""
+        """The feature loss of one layer with roles swapped, for `norm_grad=local`."""
         distiller = self.distiller
 
         def loss(layer: int, tap: Tensor) -> Tensor:
