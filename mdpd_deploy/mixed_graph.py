@@ -203,8 +203,8 @@ class _Surgery:
         if node.op_type == "Gemm" and list(node.input[1:]) == [HEAD_WEIGHT, HEAD_BIAS]:
             return self._head(node)
         raise ExportError(
-            f"{mine[0]} is read by {node.op_type}, and only LayerNormalization and the head's Gemm "
-            "can take a value per sample."
+            f"--multi: {mine[0]} is read by {node.op_type}, and in one graph for several tasks only "
+            "layer norms and the head can take a value per sample: export each run alone."
         )
 
     def _norm(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
