@@ -70,8 +70,9 @@ def inject(backbone: Backbone, name: str, config: PeftConfig, *, random: bool = 
     """Put the adapter `name` into a backbone, in place.
 
     Raises:
-        UserError: If the installed peft does not have it.
+        UserError: If the installed peft does not have it, or the backbone's layers are not known.
     """
+    backbone.require_taps(f"--method {name}")
     return LAYERS.get_or_raise(name)(backbone, config, random=random)
 
 

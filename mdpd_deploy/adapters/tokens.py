@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone, Inputs
 from mdpd_deploy.config import PeftConfig
-from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
 
 
@@ -54,10 +53,5 @@ def build_tokens(backbone: Backbone, name: str, config: PeftConfig) -> VirtualTo
         UserError: If the backbone's attention cannot read them, or the installed peft does not
             have them.
     """
-    if not backbone.has_taps:
-        raise UserError(
-            f"--method {name}: virtual tokens stand beside those of plain vision transformers and "
-            f"BERT-family encoders; {backbone.source.name} is tuned as a whole, use --method norms, "
-            "bitfit, full or probe."
-        )
+    backbone.require_taps(f"--method {name}")
     return TOKENS.get_or_raise(name)(backbone, config)

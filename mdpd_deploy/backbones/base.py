@@ -201,6 +201,21 @@ class Backbone(nn.Module, ABC):
         own: Any = self.blocks()[index]
         return first_of(call.of(_WithoutGrad(own) if blocked else own, x))
 
+    def require_taps(self, option: str) -> None:
+        """Refuse what needs to know how the tokens of the blocks lie, where nothing says so.
+
+        Args:
+            option: What asks for it, as the user wrote it.
+
+        Raises:
+            UserError: For a model that is taken as a whole.
+        """
+        if not self.has_taps:
+            raise UserError(
+                f"{option} knows plain vision transformers and BERT-family encoders; "
+                f"{self.source.name} is tuned as a whole, use --method norms, bitfit, full or probe."
+            )
+
     def finish(self, x: Tensor, mask: Tensor | None, *, blocked: bool = False) -> Tensor:
         """Final norm and pooling: [B, N, D] → [B, D]."""
         return self.pool(self.normalise(x, blocked=blocked), mask)

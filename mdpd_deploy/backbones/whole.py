@@ -97,22 +97,16 @@ class WholeModel(Backbone):
         return self._parameters_of(self.parts.last_norms)
 
     def thin_block(self, index: int, reduction: int) -> nn.Module:
-        """Raise: no thinner copy of a block is known."""
-        raise self._undeclared("copies of its blocks are made")
+        """Raise: no thinner copy of a block is known; see `require_taps`."""
+        raise NotImplementedError
 
     def layers(self, index: int) -> tuple[Layer, ...]:
-        """Raise: which layers are maps of the attention is not known."""
-        raise self._undeclared("adapters are put into its layers")
+        """Raise: which layers are maps of the attention is not known; see `require_taps`."""
+        raise NotImplementedError
 
     def embedding_weight(self) -> tuple[Tensor, int]:
-        """Raise: which weight makes tokens is not known."""
-        raise self._undeclared("its embeddings are read")
-
-    def _undeclared(self, what: str) -> UserError:
-        return UserError(
-            f"backbone.name: {self.name} is tuned as a whole, {what} only of plain vision "
-            "transformers and BERT-family encoders; use --method norms, bitfit, full or probe."
-        )
+        """Raise: which weight makes tokens is not known; see `require_taps`."""
+        raise NotImplementedError
 
     def _parameters_of(self, norms: Iterable[str]) -> dict[str, nn.Parameter]:
         return {

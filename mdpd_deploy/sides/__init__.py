@@ -43,12 +43,7 @@ def build_side(
     Raises:
         UserError: If the name is unknown, an option does not fit, or there is no s_L to read.
     """
-    if not backbone.has_taps:
-        raise UserError(
-            f"--side {config.name}: side networks know plain vision transformers and BERT-family "
-            f"encoders, {backbone.source.name} is tuned as a whole; use --method norms, bitfit, "
-            "full or probe."
-        )
+    backbone.require_taps(f"--side {config.name}")
     shape = SideShape(
         backbone.family,
         backbone.width,
