@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DebertaV2Config, ElectraConfig, ModernBertConfig, MPNetConfig
 
+from mdpd_deploy import bench_latency, export_run, load_bundle
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import BackboneConfig, load_config
 from mdpd_deploy.errors import UserError
@@ -181,3 +182,25 @@ def test_the_graph_is_the_bare_backbones_and_answers_as_torch(name, encoder_fold
         with torch.no_grad():
             expected = model(*(torch.from_numpy(arrays[n]) for n in graph.input_names)).numpy()
         np.testing.assert_allclose(session.run(None, fed)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolutional_network_goes_from_training_to_latency(digit_folder, fit_in, tmp_path):
+    """Real pictures through train, export with every gate, predict, and the benchmark."""
+    pytest.importorskip("onnxruntime", reason="runs exported graphs")
+    options = dict(
+        task="classify", data=digit_folder, backbone="timm:resnet10t", method="norms", steps=2,
+        batch=8, set=["backbone.pretrained=false", "backbone.img_size=32"],
+    )  # fmt: skip
+    run = fit_in(tmp_path / "run", options)
+    assert run.summary["backbone"]["taps"] is False
+    bundle = export_run(run.path)
+    verdicts = {gate: entry["verdict"] for gate, entry in bundle.manifest["verification"].items()}
+    assert set(verdicts.values()) == {"passed"} and {"identity", "parity", "golden"} <= set(
+        verdicts
+    )
+    picture = next((digit_folder / "validation").rglob("*.png"))
+    (answer,) = load_bundle(bundle.path).predict([picture])
+    assert answer.label in run.label_names
+    report = bench_latency(run.path, runtime=["onnx"], batch=[1], seconds=0.2, openings=3)
+    names = [note["name"] for note in report["variants"]]
+    assert "bare" in names and not {"unipt", "sherl"} & set(names)

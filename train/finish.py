@@ -139,6 +139,7 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
             "revision": backbone.source.revision,
             "sha256": backbone.source.sha256,
             "pretrained": backbone.source.pretrained,
+            "taps": backbone.has_taps,
             "sees": setup.card.sees,
             "licence": setup.card.licence,
         },

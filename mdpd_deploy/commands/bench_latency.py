@@ -35,7 +35,7 @@ def command(
         str | None,
         typer.Option(
             help="bare, full, side networks, sherl-multi, lora, lora-unmerged, prompt, …. Default: "
-            "bare,unipt,sherl."
+            "bare,unipt,sherl; bare alone where no side network fits."
         ),
     ] = None,
     runtime: Annotated[
@@ -338,7 +338,12 @@ def _variants(subject: _Subject, rivals: Sequence[str] | None) -> "list[Variant]
 
     graph = None if subject.bundle is None else subject.bundle.path / MODEL_FILE
     if subject.run is not None:
-        names = rival_names(DEFAULT_RIVALS if rivals is None else rivals)
+        if rivals is None:
+            rivals = DEFAULT_RIVALS
+            if not subject.run.summary["backbone"].get("taps", True):
+                log.info("no side network stands beside this backbone: timed against bare alone")
+                rivals = ("bare",)
+        names = rival_names(rivals)
         return variants_of_run(subject.run, names, graph=graph)
     assert subject.bundle is not None and graph is not None
     names = rival_names(("bare",) if rivals is None else rivals)
