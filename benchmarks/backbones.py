@@ -1,6 +1,6 @@
 """Which encoders can be tuned, exported and timed? The smallest of every family, one after another.
 
-    python benchmarks/backbones.py                 # resumable; under two hours on 2 cores
+    python benchmarks/backbones.py                 # resumable
     python benchmarks/backbones.py swin_transformer modernbert     # these families only
 
 For each: which norms were found, whether their gradients by recomputing equal plain
