@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 PRELOADED = [
-    "mdpd_deploy.serve.benchmark",
+    "mdpd_deploy.serve.latency.benchmark",
     "mdpd_deploy.train",
     "peft",
     "timm",

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 from mdpd_deploy.backbones import Backbone, load_backbone
+from mdpd_deploy.checks.parity import shape_batches
 from mdpd_deploy.config import BackboneConfig, Config, load_config
 from mdpd_deploy.errors import MdpdError
-from mdpd_deploy.graph_signature import same_structure
+from mdpd_deploy.graphs.signature import same_structure
+from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed
-from mdpd_deploy.onnx_graph import export_onnx
-from mdpd_deploy.parity import shape_batches
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.train.forecast import example_batches, forecast, measured_step
 from mdpd_deploy.train.methods import TaskSpec, build_method

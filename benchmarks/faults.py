@@ -207,7 +207,7 @@ def train_trial(backbone: Path, pictures: Path) -> Trial:
         return ("train", "--resume", "{out}") if begun else words
 
     def sound(out: Path) -> str | None:
-        from mdpd_deploy.run import Run
+        from mdpd_deploy.artifacts.run import Run
 
         Run.open(out).load_with_side()
         return None
@@ -229,7 +229,7 @@ def sign_trial(bundle: Path, key: Path) -> Trial:
     words = ("sign", "{root}/given", "--key", str(key))
 
     def sound(out: Path) -> str | None:
-        from mdpd_deploy.signing import check_signature
+        from mdpd_deploy.artifacts.signing import check_signature
 
         check_signature(out.parent / "given", key.with_name("public.pem"))
         return None

@@ -37,9 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mdpd_deploy import verify_bundle
-from mdpd_deploy.errors import UserError, VerificationError
-from mdpd_deploy.machine import describe
-from mdpd_deploy.manifest import (
+from mdpd_deploy.artifacts.manifest import (
     BASE_FILE,
     DELTA_FILE,
     EXTERNAL_FILE,
@@ -47,7 +45,9 @@ from mdpd_deploy.manifest import (
     graph_notes,
     weights_note,
 )
-from mdpd_deploy.mixed_graph import TABLE
+from mdpd_deploy.errors import UserError, VerificationError
+from mdpd_deploy.graphs.mixed import TABLE
+from mdpd_deploy.machine import describe
 
 JSON = st.recursive(
     st.none()

@@ -30,7 +30,9 @@ from memory import PRECISIONS, Setting
 
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.machine import describe
-from mdpd_deploy.serve import FEWEST_OPENINGS, Plan, choose_device, rival_names
+from mdpd_deploy.serve.latency.cells import FEWEST_OPENINGS, Plan
+from mdpd_deploy.serve.latency.runtimes import choose_device
+from mdpd_deploy.serve.latency.variants import rival_names
 from mdpd_deploy.train import default_entries, entry_configs, parse_entry
 
 LIMIT_S = 1800.0  # of a row; compiling nine models takes minutes

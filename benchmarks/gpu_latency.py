@@ -17,19 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdpd_deploy.config import Config
-from mdpd_deploy.serve.estimate import (
+from mdpd_deploy.serve.latency.cells import CellTimes, Plan, join, measure
+from mdpd_deploy.serve.latency.estimate import (
     MARGIN,
     milliseconds,
     paired_ratio,
     percentiles_ms,
     verdict,
 )
-from mdpd_deploy.serve.gpu_state import gpu_state
-from mdpd_deploy.serve.latency import CellTimes, Plan, join, measure
-from mdpd_deploy.serve.latency_inputs import Arrays, InputSource, size_of
-from mdpd_deploy.serve.latency_report import CONTROL, DEPLOYED
-from mdpd_deploy.serve.runtimes import PreparedCall, TorchSession
-from mdpd_deploy.serve.variants import Variant, variants_of_run
+from mdpd_deploy.serve.latency.gpu_state import gpu_state
+from mdpd_deploy.serve.latency.inputs import Arrays, InputSource, size_of
+from mdpd_deploy.serve.latency.report import CONTROL, DEPLOYED
+from mdpd_deploy.serve.latency.runtimes import PreparedCall, TorchSession
+from mdpd_deploy.serve.latency.variants import Variant, variants_of_run
 
 Row = dict[str, Any]
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}

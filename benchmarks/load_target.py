@@ -16,10 +16,10 @@ import numpy as np
 import psutil
 from open_loop import Request
 
-from mdpd_deploy.bundle import Bundle, Task, to_prediction
+from mdpd_deploy.artifacts.bundle import Bundle, Task, to_prediction
+from mdpd_deploy.artifacts.golden import load_golden
 from mdpd_deploy.data.examples import Raw
-from mdpd_deploy.golden import load_golden
-from mdpd_deploy.runner import TASK_ID
+from mdpd_deploy.runtimes.onnx import TASK_ID
 
 TOLERANCE = 1e-3  # of the outputs' spread: padding and batching move float32 by far less
 DATATYPES = {"float32": "FP32", "int64": "INT64"}

@@ -33,13 +33,13 @@ import onnx
 from onnx import helper, numpy_helper
 
 from mdpd_deploy import load_bundle
-from mdpd_deploy.deltas import HEAD_WEIGHT, Delta, load_delta
+from mdpd_deploy.graphs.deltas import HEAD_WEIGHT, Delta, load_delta
+from mdpd_deploy.graphs.mixed import TABLE, mixed_graph
 from mdpd_deploy.machine import describe
-from mdpd_deploy.mixed import Swap
-from mdpd_deploy.mixed_graph import TABLE, mixed_graph
-from mdpd_deploy.runner import open_session
-from mdpd_deploy.serve.estimate import paired_ratio, percentiles_ms
-from mdpd_deploy.serve.latency import FEWEST_OPENINGS, CellTimes, Plan, join, measure
+from mdpd_deploy.runtimes.mixed import Swap
+from mdpd_deploy.runtimes.onnx import open_session
+from mdpd_deploy.serve.latency.cells import FEWEST_OPENINGS, CellTimes, Plan, join, measure
+from mdpd_deploy.serve.latency.estimate import paired_ratio, percentiles_ms
 
 SPIN = {"session.force_spinning_stop": "1"}  # else idle sessions take the others' processor
 CLOCKS = {"wall": time.perf_counter_ns, "cpu": time.process_time_ns}

@@ -2,7 +2,7 @@
 
     python benchmarks/norm_fusion.py BUNDLE … --seconds 2 --openings 4 --out norm-fusion.json
 
-`mdpd_deploy/runner.py` opens graphs on a CPU without that fusion; this measures why. Two openings of
+`mdpd_deploy/runtimes/onnx.py` opens graphs on a CPU without that fusion; this measures why. Two openings of
 one and the same graph can differ by some per cent throughout a measurement, which no number of rounds
 averages out. So every cell is measured with several fresh openings, in random order, and each of them
 is shown: with the fusion again (the A/A control) and without it, as ratios to the first.
@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.bundle import load_bundle
+from mdpd_deploy.artifacts.bundle import load_bundle
+from mdpd_deploy.artifacts.manifest import MODEL_FILE
 from mdpd_deploy.machine import describe
-from mdpd_deploy.manifest import MODEL_FILE
-from mdpd_deploy.runner import SLOW_FUSIONS
-from mdpd_deploy.serve.estimate import paired_ratio
-from mdpd_deploy.serve.latency import Plan, measure
-from mdpd_deploy.serve.runtimes import ONNX_ENTRIES
+from mdpd_deploy.runtimes.onnx import SLOW_FUSIONS
+from mdpd_deploy.serve.latency.cells import Plan, measure
+from mdpd_deploy.serve.latency.estimate import paired_ratio
+from mdpd_deploy.serve.latency.runtimes import ONNX_ENTRIES
 
 BASE, CONTROL, WITHOUT = "fused", "fused again", "not fused"
 INPUTS = 3  # that rounds rotate through

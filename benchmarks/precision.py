@@ -18,21 +18,22 @@ from pathlib import Path
 import numpy as np
 
 from mdpd_deploy import export_run, fit
+from mdpd_deploy.artifacts.golden import load_golden
+from mdpd_deploy.artifacts.run import Run
+from mdpd_deploy.checks.policy import paired_drop
 from mdpd_deploy.commands.bench_latency import input_source
 from mdpd_deploy.export.fade import fade
 from mdpd_deploy.export.gates import Measured
+from mdpd_deploy.export.precision.convert import convert, material_of
 from mdpd_deploy.export.precision.forms import forms_for
+from mdpd_deploy.export.precision.gates import Reference
 from mdpd_deploy.export.precision.int8_trt import quantise_static
-from mdpd_deploy.export.precision.receipt import take_receipt
 from mdpd_deploy.export.precision.runtime_tools import quiet
-from mdpd_deploy.export.reduced import convert, material_of
-from mdpd_deploy.export.reduced_gates import Reference
-from mdpd_deploy.golden import load_golden
+from mdpd_deploy.export.precision.weight_report import take_receipt
 from mdpd_deploy.machine import describe
-from mdpd_deploy.parity_policy import paired_drop
-from mdpd_deploy.run import Run
-from mdpd_deploy.runner import OnnxRunner
-from mdpd_deploy.serve import Plan, race_graphs
+from mdpd_deploy.runtimes.onnx import OnnxRunner
+from mdpd_deploy.serve.latency.cells import Plan
+from mdpd_deploy.serve.latency.graph_race import race_graphs
 
 STATIC = "static uint8 (not offered)"
 

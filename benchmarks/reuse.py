@@ -17,9 +17,9 @@ from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import BackboneConfig, SideConfig
 from mdpd_deploy.machine import describe
 from mdpd_deploy.model import WithSide
-from mdpd_deploy.serve import Plan, SharedTasks
-from mdpd_deploy.serve.estimate import paired_ratio
-from mdpd_deploy.serve.latency import measure
+from mdpd_deploy.serve.latency.cells import Plan, measure
+from mdpd_deploy.serve.latency.estimate import paired_ratio
+from mdpd_deploy.serve.shared import SharedTasks
 from mdpd_deploy.sides import build_side
 from mdpd_deploy.tasks.head import Head
 

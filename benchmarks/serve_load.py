@@ -27,11 +27,11 @@ from load_chart import write_charts
 from load_target import graph_arrays, memory_bytes, plain_requests, protocol_requests, started
 from open_loop import KNEE_FACTOR, Request, apply_load, carried, find_knee, summarise
 
-from mdpd_deploy.bundle import Bundle, load_bundle
-from mdpd_deploy.golden import load_golden
+from mdpd_deploy.artifacts.bundle import Bundle, load_bundle
+from mdpd_deploy.artifacts.golden import load_golden
 from mdpd_deploy.machine import cpu_count, describe
-from mdpd_deploy.runner import OnnxRunner
-from mdpd_deploy.serve.estimate import paired_ratio
+from mdpd_deploy.runtimes.onnx import OnnxRunner
+from mdpd_deploy.serve.latency.estimate import paired_ratio
 
 WARM_UP = 30  # requests
 _BARE = ("bare", "")

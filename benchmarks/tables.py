@@ -248,7 +248,7 @@ def _difference(
 
     Both are named as `mdpd compare` has them, and as `transfer.py` has them.
     """
-    from mdpd_deploy.intervals import student_interval
+    from mdpd_deploy.report.intervals import student_interval
 
     of_transfer = file.suffix == ".jsonl"
     found, base = (_scores(file, task, pair[of_transfer]) for pair in (names, others))
@@ -325,8 +325,8 @@ def _points(row: dict | None) -> str:
 
 def picture(results: Path) -> str:
     """Return STS-B at the best rate against training memory, as an SVG of its own."""
-    from mdpd_deploy.charts import Dot, trade_off_chart
-    from mdpd_deploy.page import CSS
+    from mdpd_deploy.report.charts import Dot, trade_off_chart
+    from mdpd_deploy.report.page import CSS
     from mdpd_deploy.study.study_page import kind_of
 
     file, task = RATES["STS-B"]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.model import Deployed, TaskModel
-from mdpd_deploy.run import Run
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,19 +17,25 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mdpd_deploy.bundle import batches
+from mdpd_deploy.artifacts.bundle import batches
+from mdpd_deploy.artifacts.golden import Golden, load_golden, replay
+from mdpd_deploy.artifacts.scores import split_name
+from mdpd_deploy.checks.parity import (
+    Arrays,
+    Parity,
+    compare_with_torch,
+    shape_batches,
+    torch_outputs,
+)
+from mdpd_deploy.checks.policy import ParityMode, label_spread
 from mdpd_deploy.data.examples import Split, split_sha256
 from mdpd_deploy.data.preprocess import Preprocess, load_preprocess
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.export.fade import Faded, bare_norms, make_comparable
-from mdpd_deploy.golden import Golden, load_golden, replay
-from mdpd_deploy.graph_signature import Signature, graph_signature, value_digest, values_sha256
+from mdpd_deploy.graphs.signature import Signature, graph_signature, value_digest, values_sha256
+from mdpd_deploy.graphs.trace import OnnxGraph, changed_weights, export_onnx, same_structure
 from mdpd_deploy.model import TaskModel
-from mdpd_deploy.onnx_graph import OnnxGraph, changed_weights, export_onnx, same_structure
-from mdpd_deploy.parity import Arrays, Parity, compare_with_torch, shape_batches, torch_outputs
-from mdpd_deploy.parity_policy import ParityMode, label_spread
-from mdpd_deploy.runner import Forward
-from mdpd_deploy.scores import split_name
+from mdpd_deploy.runtimes.onnx import Forward
 from mdpd_deploy.sides.base import SideNetwork
 from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, Values, agree, compute, metric_text
 

@@ -6,11 +6,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from mdpd_deploy.artifacts.golden import Golden, keep_raw, spread_evenly
+from mdpd_deploy.checks.parity import torch_outputs
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import ImagePreprocess, Preprocess
-from mdpd_deploy.golden import Golden, keep_raw, spread_evenly
 from mdpd_deploy.model import TaskModel
-from mdpd_deploy.parity import torch_outputs
 
 COUNT = 8
 GoldenSource = Literal["validation", "synthetic"]

@@ -27,7 +27,7 @@ if find_spec("mdpd_deploy.train") is None:
     )
 
 if TYPE_CHECKING:
-    from mdpd_deploy.bundle import load_bundle
+    from mdpd_deploy.artifacts.bundle import load_bundle
     from mdpd_deploy.commands.bench_latency import bench_latency
     from mdpd_deploy.commands.build_engine import build_engine
     from mdpd_deploy.commands.compare import compare
@@ -49,7 +49,7 @@ _HOME = {
     "export_run": "mdpd_deploy.commands.export",
     "export_runs": "mdpd_deploy.commands.export",
     "fit": "mdpd_deploy.commands.train",
-    "load_bundle": "mdpd_deploy.bundle",
+    "load_bundle": "mdpd_deploy.artifacts.bundle",
     "sign_bundle": "mdpd_deploy.commands.sign",
     "verify_bundle": "mdpd_deploy.commands.verify",
     "triton_repository": "mdpd_deploy.commands.triton",

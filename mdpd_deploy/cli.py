@@ -27,7 +27,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from mdpd_deploy.errors import MdpdError
-from mdpd_deploy.shown import shown
+from mdpd_deploy.text import shown
 
 
 class Verb(NamedTuple):

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from mdpd_deploy.errors import UserError, printable
-from mdpd_deploy.unicode import is_encoding, require_unicode
+from mdpd_deploy.text import is_encoding, require_unicode
 
 SIDE_ALIASES = {"dtl": "dtlv1"}
 BUILTIN_BACKBONE = "builtin:vit-xs-tin32"

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdpd_deploy.model import TaskModel
-from mdpd_deploy.serve.latency_inputs import Arrays
+from mdpd_deploy.serve.latency.inputs import Arrays
 
 
 def count_nodes(path: Path) -> int:

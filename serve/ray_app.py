@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mdpd_deploy.bundle import load_bundle
+from mdpd_deploy.artifacts.bundle import load_bundle
+from mdpd_deploy.artifacts.signing import check_signature
 from mdpd_deploy.data.images import MAX_PIXELS
 from mdpd_deploy.errors import UserError, WorkFailed, missing_extra
 from mdpd_deploy.serve.core import CoreOptions, Limits, RequestCore
@@ -27,7 +28,6 @@ from mdpd_deploy.serve.core.options import usual_device
 from mdpd_deploy.serve.web.callers import called_by
 from mdpd_deploy.serve.web.listener import bind
 from mdpd_deploy.serve.web.run import hanging_up
-from mdpd_deploy.signing import check_signature
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.model import WithSide, named
-from mdpd_deploy.run import Run
 
 
 class SharedTasks(nn.Module):

@@ -12,18 +12,19 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mdpd_deploy import load_bundle, runner
+from mdpd_deploy import load_bundle
+from mdpd_deploy.artifacts.bundle import is_bundle, to_prediction
+from mdpd_deploy.artifacts.golden import Golden, keep_raw, load_golden, replay, spread_evenly
+from mdpd_deploy.artifacts.manifest import graph_notes, read_checked, seal
 from mdpd_deploy.backbones import load_backbone
-from mdpd_deploy.bundle import is_bundle, to_prediction
+from mdpd_deploy.checks.parity import torch_outputs
 from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.data.preprocess import ImagePreprocess
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.golden import Golden, keep_raw, load_golden, replay, spread_evenly
-from mdpd_deploy.manifest import graph_notes, read_checked, seal
+from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed
-from mdpd_deploy.onnx_graph import export_onnx
-from mdpd_deploy.parity import torch_outputs
-from mdpd_deploy.runner import open_session
+from mdpd_deploy.runtimes import onnx as runner
+from mdpd_deploy.runtimes.onnx import open_session
 from mdpd_deploy.tasks.head import Head
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="runs exported graphs")

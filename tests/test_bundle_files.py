@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from mdpd_deploy import export_run, load_bundle
+from mdpd_deploy.artifacts.golden import load_golden
+from mdpd_deploy.checks.replay import prove
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.export import packing
-from mdpd_deploy.export.triton import write_repository
-from mdpd_deploy.golden import load_golden
-from mdpd_deploy.onnx_graph import export_onnx
-from mdpd_deploy.proof import prove
+from mdpd_deploy.export import write as packing
+from mdpd_deploy.export.triton.repository import write_repository
+from mdpd_deploy.graphs.trace import export_onnx
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
@@ -143,7 +143,7 @@ def test_a_pickled_bundle_opens_its_own_session(inside):
 FORK = """
 import os, sys
 from mdpd_deploy import export_run, load_bundle
-from mdpd_deploy.golden import load_golden
+from mdpd_deploy.artifacts.golden import load_golden
 
 bundle = load_bundle(sys.argv[1])
 raws = list(load_golden(bundle.task().golden).raws)

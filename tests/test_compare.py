@@ -13,13 +13,13 @@ import yaml
 from PIL import Image
 
 from mdpd_deploy import UserError, compare
+from mdpd_deploy.artifacts.folders import claimed, is_claimed
+from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.cli import main
 from mdpd_deploy.commands.study_facts import study_facts
 from mdpd_deploy.commands.study_plan import asked_plan, method_labels, shared_config
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data import load_task
-from mdpd_deploy.folders import claimed, is_claimed
-from mdpd_deploy.run import Run
 
 BAD = "mdpd:unipt+side.reduction=7"
 

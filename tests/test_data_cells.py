@@ -16,7 +16,7 @@ from mdpd_deploy.data import load_task
 from mdpd_deploy.data.cells import label_cells, text_cells
 from mdpd_deploy.data.examples import data_fingerprint
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.page import tag
+from mdpd_deploy.report.page import tag
 
 HALF = "good \ud83d"  # what is left of an emoji that was cut in two
 

@@ -10,13 +10,13 @@ import onnx
 import pytest
 
 from mdpd_deploy import build_engine, export_run, load_bundle
+from mdpd_deploy.artifacts.manifest import replace_caches
+from mdpd_deploy.checks.engine_parity import Case, Limits, compare_engine, limits
+from mdpd_deploy.checks.replay import prove
 from mdpd_deploy.cli import main
-from mdpd_deploy.engine_parity import Case, Limits, compare_engine, limits
 from mdpd_deploy.errors import ExportError, UserError, VerificationError
-from mdpd_deploy.export.trt_layers import check_precision, read_report
-from mdpd_deploy.export.trt_profiles import profile_shapes
-from mdpd_deploy.manifest import replace_caches
-from mdpd_deploy.proof import prove
+from mdpd_deploy.export.tensorrt.layers import check_precision, read_report
+from mdpd_deploy.export.tensorrt.profiles import profile_shapes
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 RELEASES = ("10.13.3.9", "10.16.1.11", "11.4.0.106")
@@ -260,8 +260,8 @@ def test_a_small_workspace_is_named(bundle, stand_in):
 
 def test_a_forgotten_input_is_found_before_the_build(bundle, stand_in):
     stand_in()
-    from mdpd_deploy.export.engine_options import EngineOptions
-    from mdpd_deploy.export.trt_build import build_plan
+    from mdpd_deploy.export.tensorrt.build import build_plan
+    from mdpd_deploy.export.tensorrt.options import EngineOptions
 
     manifest = load_bundle(bundle).manifest
     profiles = profile_shapes(manifest["inputs"], manifest["shapes"])
@@ -281,8 +281,8 @@ def test_a_dynamically_quantised_graph_is_refused_by_its_causes(bundle, stand_in
     stand_in()
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    from mdpd_deploy.export.engine_options import EngineOptions
-    from mdpd_deploy.export.trt_build import build_plan
+    from mdpd_deploy.export.tensorrt.build import build_plan
+    from mdpd_deploy.export.tensorrt.options import EngineOptions
 
     proto = onnx.load(bundle / "model.onnx")
     del proto.graph.value_info[:]
@@ -437,7 +437,7 @@ def test_a_kill_while_the_engine_is_exchanged_leaves_a_sound_bundle(
     bundle, stand_in, steps, monkeypatch
 ):
     """Stop after every single change to the folder, as kill -9 would."""
-    from mdpd_deploy import manifest
+    from mdpd_deploy.artifacts import manifest
 
     class Killed(BaseException):
         pass

@@ -19,16 +19,16 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from mdpd_deploy import export_run, fit, load_bundle
+from mdpd_deploy.checks.parity import torch_outputs
 from mdpd_deploy.cli import main
 from mdpd_deploy.data.preprocess import ImagePreprocess, TextPreprocess
 from mdpd_deploy.errors import ExportError, UserError, VerificationError
 from mdpd_deploy.export import gates
 from mdpd_deploy.export.fade import Faded, fade
 from mdpd_deploy.export.golden import make_golden, synthetic_inputs
-from mdpd_deploy.export.trt_profiles import profile_shapes
-from mdpd_deploy.onnx_graph import export_onnx
-from mdpd_deploy.parity import torch_outputs
-from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.export.tensorrt.profiles import profile_shapes
+from mdpd_deploy.graphs.trace import export_onnx
+from mdpd_deploy.runtimes.onnx import OnnxRunner
 from mdpd_deploy.train.methods import METHODS
 from mdpd_deploy.train.methods.direct import Direct
 

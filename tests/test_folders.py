@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from mdpd_deploy.artifacts.folders import atomic_folder, claimed, free_path, is_claimed
 from mdpd_deploy.errors import UserError, WorkFailed
-from mdpd_deploy.folders import atomic_folder, claimed, free_path, is_claimed
 
 KILLED_AT = """
 import os, signal, sys
 from pathlib import Path
-from mdpd_deploy.folders import atomic_folder
+from mdpd_deploy.artifacts.folders import atomic_folder
 
 rename, left = os.replace, int(sys.argv[2])
 def replace(*places):
@@ -99,7 +99,7 @@ def test_a_place_that_cannot_be_written_is_bad_input():
 HOLDS = """
 import sys, time
 from pathlib import Path
-from mdpd_deploy.folders import claimed
+from mdpd_deploy.artifacts.folders import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.cli import main
 from mdpd_deploy.commands.train import build_config, plan
 from mdpd_deploy.config import Config, DataConfig
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.run import Run
 
 
 def pictures(root: Path) -> Path:

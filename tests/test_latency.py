@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mdpd_deploy.serve.estimate import (
+from mdpd_deploy.serve.latency.cells import Plan, join, measure
+from mdpd_deploy.serve.latency.estimate import (
     MARGIN,
     Ratio,
     control_words,
@@ -12,7 +13,6 @@ from mdpd_deploy.serve.estimate import (
     percentiles_ms,
     verdict,
 )
-from mdpd_deploy.serve.latency import Plan, join, measure
 
 QUICK = Plan(seconds=3.0, warmup_seconds=0.1)
 

@@ -25,25 +25,26 @@ from torch import nn
 
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.serve import (
-    Grid,
-    InputSource,
-    Plan,
+from mdpd_deploy.serve.latency.benchmark import Grid, run_benchmark
+from mdpd_deploy.serve.latency.cells import Plan
+from mdpd_deploy.serve.latency.chart import draw, write_chart
+from mdpd_deploy.serve.latency.contention import Contention, Counters
+from mdpd_deploy.serve.latency.gpu_state import gpu_state
+from mdpd_deploy.serve.latency.inputs import InputSource, size_of
+from mdpd_deploy.serve.latency.runtimes import (
+    OnnxSession,
+    TorchSession,
     choose_device,
-    render,
+    torch_threads,
+)
+from mdpd_deploy.serve.latency.table import render
+from mdpd_deploy.serve.latency.variants import (
+    RIVALS,
     rival_names,
-    run_benchmark,
     variants_of_bundle,
     variants_of_run,
-    write_chart,
 )
-from mdpd_deploy.serve.contention import Contention, Counters
-from mdpd_deploy.serve.gpu_state import gpu_state
-from mdpd_deploy.serve.latency_chart import draw
-from mdpd_deploy.serve.latency_inputs import size_of
 from mdpd_deploy.serve.operations import count_flops, count_nodes, count_operators
-from mdpd_deploy.serve.runtimes import OnnxSession, TorchSession, torch_threads
-from mdpd_deploy.serve.variants import RIVALS
 
 BRIEF = Plan(openings=3, seconds=0.05, warmup_seconds=0.0, warmup_cap=0.0)
 CLASSES = 3

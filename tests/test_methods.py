@@ -17,11 +17,11 @@ from mdpd_deploy import fit
 from mdpd_deploy.adapters import LAYERS
 from mdpd_deploy.adapters.lora import Lora
 from mdpd_deploy.backbones import Backbone, load_backbone
+from mdpd_deploy.checks.parity import compare_with_torch, shape_batches
 from mdpd_deploy.config import check_config
+from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed
-from mdpd_deploy.onnx_graph import export_onnx
-from mdpd_deploy.parity import compare_with_torch, shape_batches
-from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.runtimes.onnx import OnnxRunner
 from mdpd_deploy.sides import SIDES, SideNetwork, SideOutput
 from mdpd_deploy.train import apply_entry, default_entries, parse_entry
 from mdpd_deploy.train.checkpoint import load_best

@@ -7,10 +7,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mdpd_deploy.deltas import HEAD_BIAS, HEAD_WEIGHT
 from mdpd_deploy.errors import ExportError
-from mdpd_deploy.mixed_graph import mixed_graph
-from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.graphs.deltas import HEAD_BIAS, HEAD_WEIGHT
+from mdpd_deploy.graphs.mixed import mixed_graph
+from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 

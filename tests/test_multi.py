@@ -17,20 +17,20 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from mdpd_deploy import fit, load_bundle, verify_bundle
-from mdpd_deploy.bundle_tasks import open_task
+from mdpd_deploy.artifacts.manifest import graph_notes
+from mdpd_deploy.artifacts.run import Run
+from mdpd_deploy.artifacts.tasks import open_task
+from mdpd_deploy.checks.parity import FP32_TOLERANCE, Parity, torch_outputs
 from mdpd_deploy.cli import main
 from mdpd_deploy.commands.export import export_runs
-from mdpd_deploy.deltas import HEAD_BIAS, HEAD_WEIGHT, Delta, load_delta
 from mdpd_deploy.errors import ExportError, UserError, VerificationError
-from mdpd_deploy.export import build_swap
-from mdpd_deploy.export.multi import share_tokenizer
-from mdpd_deploy.export.multi_gates import check_mixed_rows
-from mdpd_deploy.manifest import graph_notes
-from mdpd_deploy.mixed import Swap, TaskRunner, mixed_batch
-from mdpd_deploy.mixed_graph import TABLE, added_nodes, mixed_graph
-from mdpd_deploy.parity import FP32_TOLERANCE, Parity, torch_outputs
-from mdpd_deploy.run import Run
-from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.export.multitask.bundle import share_tokenizer
+from mdpd_deploy.export.multitask.gates import check_mixed_rows
+from mdpd_deploy.export.tensorrt.swap import build_swap
+from mdpd_deploy.graphs.deltas import HEAD_BIAS, HEAD_WEIGHT, Delta, load_delta
+from mdpd_deploy.graphs.mixed import TABLE, added_nodes, mixed_graph
+from mdpd_deploy.runtimes.mixed import Swap, TaskRunner, mixed_batch
+from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mdpd_deploy import names
+from mdpd_deploy.commands import names
 
 ASK = """
 import json, sys

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from mdpd_deploy.backbones import load_backbone
+from mdpd_deploy.checks.parity import compare_with_torch, shape_batches, torch_outputs
 from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.errors import ExportError, UserError
+from mdpd_deploy.graphs.trace import changed_weights, export_onnx, graph_signature, same_structure
 from mdpd_deploy.machine import cpu_count, describe
 from mdpd_deploy.model import Deployed
-from mdpd_deploy.onnx_graph import changed_weights, export_onnx, graph_signature, same_structure
-from mdpd_deploy.parity import compare_with_torch, shape_batches, torch_outputs
-from mdpd_deploy.runner import OnnxRunner, compute_nodes_on_cpu
+from mdpd_deploy.runtimes.onnx import OnnxRunner, compute_nodes_on_cpu
 from mdpd_deploy.tasks.head import Head
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="runs exported graphs")

@@ -13,30 +13,30 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mdpd_deploy import bench_latency, export_run, load_bundle
+from mdpd_deploy.artifacts.golden import load_golden
+from mdpd_deploy.artifacts.run import Run
+from mdpd_deploy.checks.policy import POLICIES, agreement, paired_drop
 from mdpd_deploy.cli import main
 from mdpd_deploy.commands.evaluate import evaluate_bundle
 from mdpd_deploy.errors import ExportError, UserError, VerificationError, WorkFailed
-from mdpd_deploy.export import Race, reduced
 from mdpd_deploy.export.fade import fade
 from mdpd_deploy.export.gates import Measured, check_parity
+from mdpd_deploy.export.precision import convert as reduced
 from mdpd_deploy.export.precision.autocast import autocast
 from mdpd_deploy.export.precision.bf16_twin import write_twin
 from mdpd_deploy.export.precision.checks import check_converted
 from mdpd_deploy.export.precision.forms import form_of, forms_for, place_of
-from mdpd_deploy.export.precision.int8_trt import check_symmetric
-from mdpd_deploy.export.precision.material import Calibration, Material
-from mdpd_deploy.export.precision.receipt import require_met, take_receipt
-from mdpd_deploy.export.reduced_gates import (
+from mdpd_deploy.export.precision.gates import (
     Reference,
     check_reduced_metric,
     check_reduced_parity,
 )
-from mdpd_deploy.export.trials import choose, try_all
-from mdpd_deploy.golden import load_golden
-from mdpd_deploy.parity_policy import POLICIES, agreement, paired_drop
-from mdpd_deploy.run import Run
-from mdpd_deploy.runner import OnnxRunner
-from mdpd_deploy.serve.graph_race import GraphTiming
+from mdpd_deploy.export.precision.int8_trt import check_symmetric
+from mdpd_deploy.export.precision.material import Calibration, Material
+from mdpd_deploy.export.precision.trials import Race, choose, try_all
+from mdpd_deploy.export.precision.weight_report import require_met, take_receipt
+from mdpd_deploy.runtimes.onnx import OnnxRunner
+from mdpd_deploy.serve.latency.graph_race import GraphTiming
 
 pytest.importorskip("onnxruntime", reason="converts and runs graphs")
 
@@ -394,7 +394,7 @@ def test_a_metric_that_drops_fails_with_its_interval(reference):
 
 
 def answers_like(reference, arrays):
-    from mdpd_deploy.parity import torch_outputs
+    from mdpd_deploy.checks.parity import torch_outputs
 
     return torch_outputs(reference.model, arrays)
 

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
+from mdpd_deploy.artifacts.folders import is_claimed
 from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.folders import is_claimed
 from mdpd_deploy.study import Ask, Plan, build_engine
 from mdpd_deploy.study.trial import run_trial
 

@@ -24,8 +24,8 @@ from pathlib import Path
 import psutil
 from ray.cluster_utils import Cluster
 
-from mdpd_deploy.bundle import load_bundle
-from mdpd_deploy.golden import load_golden
+from mdpd_deploy.artifacts.bundle import load_bundle
+from mdpd_deploy.artifacts.golden import load_golden
 
 bundle, log = load_bundle(sys.argv[1]), Path(sys.argv[2])
 golden = load_golden(bundle.path / "golden.safetensors")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdpd_deploy import charts
-from mdpd_deploy.page import duration, join, picture, size, tag
+from mdpd_deploy.report import charts
+from mdpd_deploy.report.page import duration, join, picture, size, tag
 from mdpd_deploy.train.predictions import confusion_matrix
 from mdpd_deploy.train.report import Predictions, Sample, pick_samples, write_report
 

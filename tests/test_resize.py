@@ -14,7 +14,7 @@ from mdpd_deploy.commands.train import build_config, plan
 from mdpd_deploy.config import Config, DataConfig, check_config, read_config
 from mdpd_deploy.data.preprocess import ImagePreprocess
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.export.triton_preprocess import TritonPreprocess
+from mdpd_deploy.export.triton.preprocess import TritonPreprocess
 from mdpd_deploy.train.setup import prepare
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

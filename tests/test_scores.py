@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from mdpd_deploy import fit
+from mdpd_deploy.artifacts.scores import in_order, scores_of
 from mdpd_deploy.cli import main
-from mdpd_deploy.scores import in_order, scores_of
 
 
 @pytest.fixture(scope="module")

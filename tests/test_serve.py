@@ -653,7 +653,8 @@ def test_what_escapes_a_route_is_counted_and_framed(bundles, caplog):
 HANGING = """
 import sys, time
 from pathlib import Path
-from mdpd_deploy.serve import CoreOptions, serve_bundles
+from mdpd_deploy.serve.core import CoreOptions
+from mdpd_deploy.serve.web.run import serve_bundles
 from mdpd_deploy.serve.core import open_runner
 
 class Runner:
@@ -696,7 +697,8 @@ def test_serving_loads_no_torch(bundles, run_python):
 import json, os, signal, sys, threading, urllib.request
 from pathlib import Path
 from mdpd_deploy.commands.serve import name_bundles
-from mdpd_deploy.serve import CoreOptions, serve_bundles
+from mdpd_deploy.serve.core import CoreOptions
+from mdpd_deploy.serve.web.run import serve_bundles
 def ask(url):
     body = json.dumps({{"inputs": ["a film"], "task": "mood"}}).encode()
     print(json.load(urllib.request.urlopen(url + "/v1/models/texts/predict", body))["task"])

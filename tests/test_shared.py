@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from mdpd_deploy import fit
+from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import BackboneConfig, SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.model import WithSide
-from mdpd_deploy.run import Run
-from mdpd_deploy.serve import SharedTasks, load_shared
+from mdpd_deploy.serve.shared import SharedTasks, load_shared
 from mdpd_deploy.sides import SIDES, build_side, other_side
 from mdpd_deploy.tasks.head import Head
 

@@ -12,14 +12,14 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import NFKC, Lowercase, Prepend, Replace, Sequence
 
 from mdpd_deploy import load_bundle
+from mdpd_deploy.artifacts.manifest import graph_notes, seal
 from mdpd_deploy.cli import main
 from mdpd_deploy.data.preprocess import load_preprocess
 from mdpd_deploy.data.tokenizer_limits import check_tokenizer
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.manifest import graph_notes, seal
-from mdpd_deploy.page import tag
-from mdpd_deploy.shown import shown
-from mdpd_deploy.terminal import Console
+from mdpd_deploy.report.page import tag
+from mdpd_deploy.report.terminal import Console
+from mdpd_deploy.text import shown
 
 EVIL = "cat\x1b]0;owned\x07\x9b2J\u202egnp.\u2066"
 PLAIN = "cat\\x1b]0;owned\\x07\\x9b2J\\u202egnp.\\u2066"

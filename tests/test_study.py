@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from mdpd_deploy.charts import Dot, pareto_front, trade_off_chart
 from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import sha256_file
+from mdpd_deploy.report.charts import Dot, pareto_front, trade_off_chart
 from mdpd_deploy.study import (
     Ask,
     Latency,

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from mdpd_deploy import export_run
+from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.commands.train import build_config, plan
 from mdpd_deploy.config import load_config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.run import Run
 from mdpd_deploy.train import check_options
 from mdpd_deploy.train.setup import prepare
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from mdpd_deploy import fit
+from mdpd_deploy.artifacts.folders import claimed
+from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError, WorkFailed
-from mdpd_deploy.folders import claimed
-from mdpd_deploy.run import Run
 from mdpd_deploy.train.checkpoint import load_best
 from mdpd_deploy.train.stopping import stop_requests
 

@@ -16,19 +16,19 @@ import pytest
 from PIL import Image
 
 from mdpd_deploy import load_bundle, triton_repository
-from mdpd_deploy.bundle import Bundle
+from mdpd_deploy.artifacts.bundle import Bundle
+from mdpd_deploy.artifacts.golden import load_golden
+from mdpd_deploy.artifacts.manifest import Manifest, Port, check_graph, read_checked, seal
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.export.triton_config import (
+from mdpd_deploy.export.triton.config import (
     Signature,
     TritonOptions,
     graph_config,
     to_pbtxt,
 )
-from mdpd_deploy.export.triton_preprocess import MAX_BYTES, REQUIRED, TritonPreprocess
-from mdpd_deploy.golden import load_golden
-from mdpd_deploy.manifest import Manifest, Port, check_graph, read_checked, seal
-from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.export.triton.preprocess import MAX_BYTES, REQUIRED, TritonPreprocess
+from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 pytest.importorskip("onnxruntime", reason="exports and runs graphs")
 protobuf = pytest.importorskip("google.protobuf.text_format", reason="reads config.pbtxt")
@@ -171,7 +171,8 @@ def copy_of(bundle, folder):
 
 @pytest.fixture(scope="module")
 def mixed_bundle(tiny_text_run, folder) -> Bundle:
-    from mdpd_deploy.export import ExportOptions, pack_multi
+    from mdpd_deploy.export.multitask.bundle import pack_multi
+    from mdpd_deploy.export.write import ExportOptions
 
     options = ExportOptions(metric_gate=False)
     return pack_multi([tiny_text_run] * 2, folder / "mixed", options, names=["one", "two"])

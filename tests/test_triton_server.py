@@ -28,9 +28,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from mdpd_deploy import triton_repository
-from mdpd_deploy.export.triton_config import Signature, TritonOptions, graph_config, to_pbtxt
-from mdpd_deploy.golden import load_golden
-from mdpd_deploy.manifest import Port
+from mdpd_deploy.artifacts.golden import load_golden
+from mdpd_deploy.artifacts.manifest import Port
+from mdpd_deploy.export.triton.config import Signature, TritonOptions, graph_config, to_pbtxt
 
 ENVIRONMENT = Path(os.environ.get("MDPD_TRITON", "/nonexistent")).resolve()
 SITES = list(ENVIRONMENT.glob("lib/python3*/site-packages/pytriton/tritonserver"))

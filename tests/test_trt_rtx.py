@@ -22,34 +22,34 @@ import tensorrt_rtx_bindings as trt
 sys.modules["tensorrt"] = trt
 trt.__version__ = "11.0"   # of RTX's own counting; its API is that of TensorRT 11
 from pathlib import Path
-from mdpd_deploy.bundle import load_bundle
+from mdpd_deploy.artifacts.bundle import load_bundle
 from mdpd_deploy.errors import ExportError
-from mdpd_deploy.export import engine_install, swap_engine, trt_network, trt_profiles
-from mdpd_deploy.trt_library import recording_logger
+from mdpd_deploy.export.tensorrt import install, network, profiles, swap
+from mdpd_deploy.runtimes.tensorrt.library import recording_logger
 
 bundle = load_bundle(sys.argv[2])
 manifest = bundle.manifest
 logger = recording_logger(trt)
 builder = trt.Builder(logger)
 kind, graph = sys.argv[3], bundle.path / "model.onnx"
-profiles = trt_profiles.profile_shapes(manifest["inputs"], manifest["shapes"])
+profiles = profiles.profile_shapes(manifest["inputs"], manifest["shapes"])
 if kind == "swap":
-    graph, names = swap_engine.constant_base(bundle, Path(sys.argv[4]))
-    profiles = swap_engine.swap_profiles(bundle, None)
+    graph, names = swap.constant_base(bundle, Path(sys.argv[4]))
+    profiles = swap.swap_profiles(bundle, None)
 else:
-    names = () if bundle.mixed else engine_install.refit_names(bundle.path, manifest)
-network, parser = trt_network.parse_graph(trt, builder, logger, graph)
+    names = () if bundle.mixed else install.refit_names(bundle.path, manifest)
+network, parser = network.parse_graph(trt, builder, logger, graph)
 marked = [name for name in names if network.mark_weights_refittable(name)]
 for name in marked:
     network.unmark_weights_refittable(name)
 config = builder.create_builder_config()
 config.num_compute_capabilities = 1
 config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-trt_profiles.add_profile(builder, network, config, logger, profiles)
+profiles.add_profile(builder, network, config, logger, profiles)
 plan = builder.build_serialized_network(network, config)
 wrong = {name: {**p, "min": p["max"], "max": p["min"]} for name, p in profiles.items()}
 try:
-    trt_profiles.add_profile(builder, network, config, logger, wrong)
+    profiles.add_profile(builder, network, config, logger, wrong)
     refused = ""
 except ExportError as err:
     refused = str(err)
@@ -64,11 +64,11 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import tensorrt_rtx_bindings as trt
 from pathlib import Path
-from mdpd_deploy.export import trt_network
-from mdpd_deploy.trt_library import recording_logger
+from mdpd_deploy.export.tensorrt import network
+from mdpd_deploy.runtimes.tensorrt.library import recording_logger
 logger = recording_logger(trt)
 try:
-    trt_network.parse_graph(trt, trt.Builder(logger), logger, Path(sys.argv[2]))
+    network.parse_graph(trt, trt.Builder(logger), logger, Path(sys.argv[2]))
 except Exception as err:
     print(type(err).__name__, err)
 """

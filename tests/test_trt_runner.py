@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from mdpd_deploy.engine_parity import Case
+from mdpd_deploy.checks.engine_parity import Case
 from mdpd_deploy.errors import UserError, VerificationError, WorkFailed
-from mdpd_deploy.runner import OnnxRunner
+from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
@@ -34,9 +34,9 @@ def build(graph, refittable, stand_in, tmp_path):
 
     def make(batch=(1, 8, 32), tokens=(1, 16, 24), refit=False):
         modules = stand_in()
-        from mdpd_deploy.export.engine_options import EngineOptions
-        from mdpd_deploy.export.trt_build import build_plan
-        from mdpd_deploy.trt_runner import TrtRunner
+        from mdpd_deploy.export.tensorrt.build import build_plan
+        from mdpd_deploy.export.tensorrt.options import EngineOptions
+        from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
 
         shape = {b: [batch[i], tokens[i]] for i, b in enumerate(("min", "opt", "max"))}
         names = [value.name for value in onnx.load(graph).graph.input]
@@ -182,7 +182,7 @@ def golden(path):
 
 
 def test_a_delta_turns_the_engine_into_the_other_task(build, graph, other, first):
-    from mdpd_deploy.trt_refit import apply_delta, refittable_names
+    from mdpd_deploy.runtimes.tensorrt.refit import apply_delta, refittable_names
 
     delta, path = other
     runner, *_ = build(refit=True)
@@ -204,7 +204,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_a_delta_that_does_not_fit_changes_nothing(build, graph, other, name):
-    from mdpd_deploy.trt_refit import apply_delta
+    from mdpd_deploy.runtimes.tensorrt.refit import apply_delta
 
     change, words = MISFITS[name]
     delta, path = other
@@ -224,7 +224,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_refit_that_fails_is_caught_and_put_back(build, graph, other, first, fault):
-    from mdpd_deploy.trt_refit import apply_delta
+    from mdpd_deploy.runtimes.tensorrt.refit import apply_delta
 
     how, words = FAULTS[fault]
     delta, path = other
@@ -244,7 +244,7 @@ def test_a_refit_that_fails_is_caught_and_put_back(build, graph, other, first, f
 
 
 def test_an_engine_without_refit_says_so(build, other):
-    from mdpd_deploy.trt_refit import apply_delta
+    from mdpd_deploy.runtimes.tensorrt.refit import apply_delta
 
     delta, path = other
     runner, *_ = build()
@@ -255,8 +255,8 @@ def test_an_engine_without_refit_says_so(build, other):
 NO_TORCH = """
 import sys, numpy as np
 from pathlib import Path
-from mdpd_deploy.trt_runner import TrtRunner
-import mdpd_deploy.trt_refit, mdpd_deploy.engine_cache
+from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
+import mdpd_deploy.runtimes.tensorrt.refit, mdpd_deploy.runtimes.tensorrt.cache
 runner = TrtRunner(Path(sys.argv[1]))
 arrays = {name: np.ones((2, 4), dtype=np.int64) for name in runner.input_names}
 print(runner(arrays).shape)

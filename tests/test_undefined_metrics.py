@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mdpd_deploy import export_run
+from mdpd_deploy.artifacts.run import read_metrics
 from mdpd_deploy.cli import app
-from mdpd_deploy.run import read_metrics
 
 CORRELATIONS = ("pearson_spearman", "pearson", "spearman")
 

@@ -14,12 +14,13 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file, save
 
 from mdpd_deploy import export_run, load_bundle, sign_bundle, verify_bundle
+from mdpd_deploy.artifacts.manifest import graph_notes
+from mdpd_deploy.artifacts.signing import check_signature
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError, VerificationError
-from mdpd_deploy.export import gates, packing
-from mdpd_deploy.manifest import graph_notes
-from mdpd_deploy.onnx_graph import export_onnx
-from mdpd_deploy.signing import check_signature
+from mdpd_deploy.export import gates
+from mdpd_deploy.export import write as packing
+from mdpd_deploy.graphs.trace import export_onnx
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
@@ -609,8 +610,8 @@ def test_the_manifest_cannot_switch_proofs_off(bundle):
 
 
 def test_methods_that_keep_something_are_those_of_the_registry():
+    from mdpd_deploy.checks.subject import KEEPING
     from mdpd_deploy.train.methods import METHODS
-    from mdpd_deploy.verification.subject import KEEPING
 
     assert set(KEEPING) == {name for name, method in METHODS.items() if method.deploys_added}
 

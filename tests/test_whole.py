@@ -10,12 +10,12 @@ from transformers import DebertaV2Config, ElectraConfig, ModernBertConfig, MPNet
 
 from mdpd_deploy import bench_latency, export_run, load_bundle
 from mdpd_deploy.backbones import load_backbone
+from mdpd_deploy.checks.parity import shape_batches
 from mdpd_deploy.config import BackboneConfig, load_config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.graph_signature import same_structure
+from mdpd_deploy.graphs.signature import same_structure
+from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed
-from mdpd_deploy.onnx_graph import export_onnx
-from mdpd_deploy.parity import shape_batches
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.train.forecast import forecast
 from mdpd_deploy.train.methods import Batch, TaskSpec, build_method

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mdpd_deploy.artifacts.folders import atomic_folder
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import atomic_path, read_json, sha256_file, write_json
-from mdpd_deploy.folders import atomic_folder
 from mdpd_deploy.train.methods import Method
 from mdpd_deploy.train.optim import load_optimizer_tensors, optimizer_tensors
 

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mdpd_deploy.artifacts.folders import atomic_folder
+from mdpd_deploy.artifacts.run import BACKBONE, LABELS, SCHEMA, Run, read_metrics
+from mdpd_deploy.artifacts.scores import key_of
 from mdpd_deploy.files import sha256_file, write_json
-from mdpd_deploy.folders import atomic_folder
 from mdpd_deploy.machine import versions
 from mdpd_deploy.model import TaskModel
-from mdpd_deploy.run import BACKBONE, LABELS, SCHEMA, Run, read_metrics
-from mdpd_deploy.scores import key_of
 from mdpd_deploy.tasks.metrics import Values, compute, majority
 from mdpd_deploy.train.cautions import result_cautions
 from mdpd_deploy.train.checkpoint import Progress, load_best

@@ -12,13 +12,19 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from mdpd_deploy.artifacts.folders import (
+    LOCK,
+    claimed,
+    free_path,
+    refuse_nonempty,
+    remove_leftovers,
+)
+from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.config import Config, read_config
 from mdpd_deploy.data.inventory import Inventory
 from mdpd_deploy.data.lengths import TextLengths
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import write_text
-from mdpd_deploy.folders import LOCK, claimed, free_path, refuse_nonempty, remove_leftovers
-from mdpd_deploy.run import Run
 from mdpd_deploy.train.entries import default_entries, entry_configs
 from mdpd_deploy.train.finish import finish
 from mdpd_deploy.train.forecast import forecast

@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mdpd_deploy.charts import scatter_chart
+from mdpd_deploy.artifacts.scores import split_name
 from mdpd_deploy.data.examples import Kind, Raw
-from mdpd_deploy.page import Html, count, join, percent, picture, section, table, tag
-from mdpd_deploy.scores import split_name
+from mdpd_deploy.report.charts import scatter_chart
+from mdpd_deploy.report.page import Html, count, join, percent, picture, section, table, tag
 
 MATRIX_CLASSES = 30  # more classes than this get a table of the worst confusions
 SIDE_BY_SIDE_CLASSES = 10  # a matrix of so many leaves room beside it

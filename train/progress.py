@@ -13,10 +13,10 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from mdpd_deploy.page import duration
-from mdpd_deploy.scores import split_name
+from mdpd_deploy.artifacts.scores import split_name
+from mdpd_deploy.report.page import duration
+from mdpd_deploy.report.terminal import Console
 from mdpd_deploy.tasks.metrics import Values, metric_text
-from mdpd_deploy.terminal import Console
 
 TENTHS = 10  # a log file gets a line for each of so many parts of the steps,
 SILENCE = 30.0  # and one after so many seconds without any

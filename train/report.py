@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mdpd_deploy.charts import SERIES_COLOURS, Series, line_chart
+from mdpd_deploy.artifacts.scores import scores_of
 from mdpd_deploy.files import write_text
-from mdpd_deploy.page import (
+from mdpd_deploy.report.charts import SERIES_COLOURS, Series, line_chart
+from mdpd_deploy.report.page import (
     Html,
     count,
     document,
@@ -24,7 +25,6 @@ from mdpd_deploy.page import (
     table,
     tag,
 )
-from mdpd_deploy.scores import scores_of
 from mdpd_deploy.train.predictions import (
     Predictions,
     Sample,

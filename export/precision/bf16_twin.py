@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from mdpd_deploy.export.precision.receipt import value_types
+from mdpd_deploy.export.precision.weight_report import value_types
 
 
 def write_twin(source: Path, target: Path) -> Path:

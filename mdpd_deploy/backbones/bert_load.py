@@ -17,12 +17,12 @@ from mdpd_deploy.backbones.family import (
     folder_config,
     local_folder,
 )
-from mdpd_deploy.backbones.hub import cached_commit, check_hub
 from mdpd_deploy.backbones.weights import load_exactly, read_state
 from mdpd_deploy.backbones.whole import WholeText
 from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.hub import cached_commit, check_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

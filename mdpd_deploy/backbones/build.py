@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.quiet import quiet
+from mdpd_deploy.hub import quiet
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

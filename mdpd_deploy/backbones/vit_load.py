@@ -25,12 +25,12 @@ from mdpd_deploy.backbones.family import (
     folder_config,
     local_folder,
 )
-from mdpd_deploy.backbones.hub import cached_commit, check_hub
 from mdpd_deploy.backbones.vit import VitBackbone, image_size, is_plain
 from mdpd_deploy.backbones.weights import load_exactly, read_state
 from mdpd_deploy.backbones.whole import WholeVision
 from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.errors import UserError, unknown
+from mdpd_deploy.hub import cached_commit, check_hub
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer

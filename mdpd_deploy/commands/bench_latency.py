@@ -15,10 +15,14 @@ from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from mdpd_deploy.bundle import Bundle
-    from mdpd_deploy.run import Run
-    from mdpd_deploy.serve import Grid, InputSource, LatencyReport, Plan, Variant
-    from mdpd_deploy.trt_runner import TrtRunner
+    from mdpd_deploy.artifacts.bundle import Bundle
+    from mdpd_deploy.artifacts.run import Run
+    from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
+    from mdpd_deploy.serve.latency.benchmark import Grid
+    from mdpd_deploy.serve.latency.cells import Plan
+    from mdpd_deploy.serve.latency.inputs import InputSource
+    from mdpd_deploy.serve.latency.report import LatencyReport
+    from mdpd_deploy.serve.latency.variants import Variant
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +86,8 @@ def command(
         plain = {**report.to_dict(raw=False), "folder": str(folder)}
         typer.echo(encoder.dumps(plain, indent=2, allow_nan=False))
         return
-    from mdpd_deploy.serve import render
-    from mdpd_deploy.terminal import Console
+    from mdpd_deploy.report.terminal import Console
+    from mdpd_deploy.serve.latency.table import render
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(render(report))
@@ -116,7 +120,7 @@ def bench_latency(
 
     Args:
         run_or_bundle: A run or a bundle; None = the newest completed run under `runs/`.
-        rivals: Names of `mdpd_deploy.serve.variants.RIVALS`; None = bare, unipt, sherl (a bundle
+        rivals: Names of `mdpd_deploy.serve.latency.variants.RIVALS`; None = bare, unipt, sherl (a bundle
             without its run: bare).
         runtime: `onnx`, `torch`, and `trt` for a bundle with a TensorRT engine, whose rivals are
             built in the same way; None = onnx and torch (a bundle without its run: onnx).
@@ -176,9 +180,10 @@ def _bench(
     seed: int,
     overwrite: bool,
 ) -> "tuple[LatencyReport, Path]":
-    from mdpd_deploy.bundle import is_bundle
-    from mdpd_deploy.folders import atomic_folder, refuse_nonempty
-    from mdpd_deploy.serve import run_benchmark, write_chart
+    from mdpd_deploy.artifacts.bundle import is_bundle
+    from mdpd_deploy.artifacts.folders import atomic_folder, refuse_nonempty
+    from mdpd_deploy.serve.latency.benchmark import run_benchmark
+    from mdpd_deploy.serve.latency.chart import write_chart
 
     subject = _open(run_or_bundle)
     plan = _plan(seconds, openings)
@@ -205,9 +210,9 @@ def _bench(
 
 def _engines(subject: _Subject, folder: Path) -> "Callable[[str, Path], TrtRunner]":
     """Return what opens the engine of a variant: the bundle's own, or one built like it."""
-    from mdpd_deploy.engine_cache import open_bundle_engine
-    from mdpd_deploy.export import build_alike
-    from mdpd_deploy.serve import CONTROL, DEPLOYED
+    from mdpd_deploy.export.tensorrt.install import build_alike
+    from mdpd_deploy.runtimes.tensorrt.cache import open_bundle_engine
+    from mdpd_deploy.serve.latency.report import CONTROL, DEPLOYED
 
     bundle = subject.bundle
     assert bundle is not None
@@ -228,8 +233,8 @@ def _is_report(folder: Path) -> bool:
 
 
 def _open(path: Path | None) -> _Subject:
-    from mdpd_deploy.bundle import is_bundle, load_bundle
-    from mdpd_deploy.run import Run
+    from mdpd_deploy.artifacts.bundle import is_bundle, load_bundle
+    from mdpd_deploy.artifacts.run import Run
 
     if path is None or not is_bundle(path):
         run = Run.open(path)
@@ -260,7 +265,7 @@ def _open(path: Path | None) -> _Subject:
 
 
 def _plan(seconds: float | None, openings: int) -> "Plan":
-    from mdpd_deploy.serve import FEWEST_OPENINGS, Plan
+    from mdpd_deploy.serve.latency.cells import FEWEST_OPENINGS, Plan
 
     if seconds is not None and not 0 < seconds < float("inf"):
         raise UserError(f"--seconds {seconds}: give a time above 0.")
@@ -282,7 +287,8 @@ def _grid(
     seed: int,
 ) -> "Grid":
     from mdpd_deploy.machine import cpu_count
-    from mdpd_deploy.serve import DEFAULT_RUNTIMES, RUNTIMES, Grid, choose_device
+    from mdpd_deploy.serve.latency.benchmark import Grid
+    from mdpd_deploy.serve.latency.runtimes import DEFAULT_RUNTIMES, RUNTIMES, choose_device
 
     default = DEFAULT_RUNTIMES if subject.run is not None else ("onnx",)
     runtimes = default if runtime is None else tuple(dict.fromkeys(runtime))
@@ -313,7 +319,7 @@ def _grid(
 
 
 def _require_engine(subject: _Subject) -> None:
-    from mdpd_deploy.engine_cache import read_key
+    from mdpd_deploy.runtimes.tensorrt.cache import read_key
 
     if subject.bundle is None:
         raise UserError(
@@ -328,8 +334,8 @@ def _require_engine(subject: _Subject) -> None:
 
 
 def _variants(subject: _Subject, rivals: Sequence[str] | None) -> "list[Variant]":
-    from mdpd_deploy.manifest import MODEL_FILE
-    from mdpd_deploy.serve import (
+    from mdpd_deploy.artifacts.manifest import MODEL_FILE
+    from mdpd_deploy.serve.latency.variants import (
         DEFAULT_RIVALS,
         rival_names,
         variants_of_bundle,
@@ -351,7 +357,7 @@ def _variants(subject: _Subject, rivals: Sequence[str] | None) -> "list[Variant]
 
 
 def _inputs(subject: _Subject) -> "InputSource":
-    from mdpd_deploy.serve import InputSource
+    from mdpd_deploy.serve.latency.inputs import InputSource
 
     if subject.run is not None:
         return input_source(subject.run)
@@ -362,7 +368,7 @@ def _inputs(subject: _Subject) -> "InputSource":
 
 def input_source(run: "Run") -> "InputSource":
     """Return the validation examples of a run, or random ones where they cannot be read."""
-    from mdpd_deploy.serve import InputSource
+    from mdpd_deploy.serve.latency.inputs import InputSource
 
     outputs = len(run.label_names) or 1
     try:

@@ -92,8 +92,9 @@ def build_engine(
         ExportError: If TensorRT refuses the graph or the build.
         VerificationError: If the engine does not compute what the bundle says.
     """
-    from mdpd_deploy.bundle import load_bundle
-    from mdpd_deploy.export import install_engine, read_recipe
+    from mdpd_deploy.artifacts.bundle import load_bundle
+    from mdpd_deploy.export.tensorrt.install import install_engine
+    from mdpd_deploy.export.tensorrt.recipe import read_recipe
 
     opened = load_bundle(bundle)
     chosen = {

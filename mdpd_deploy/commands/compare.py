@@ -222,7 +222,7 @@ def _compare(
     resume: Path | None,
     flags: dict[str, Any],
 ) -> tuple[Results, Path]:
-    from mdpd_deploy.folders import claimed
+    from mdpd_deploy.artifacts.folders import claimed
     from mdpd_deploy.machine import cpu_count
     from mdpd_deploy.study import ENGINES, build_engine, collect, run_trials, write_plan
 
@@ -316,7 +316,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    from mdpd_deploy.folders import refuse_nonempty
+    from mdpd_deploy.artifacts.folders import refuse_nonempty
     from mdpd_deploy.study import PLAN
 
     if not (folder / PLAN).is_file():
@@ -326,7 +326,7 @@ def _refuse_foreign(folder: Path) -> None:
 def _folder(out: Path | None) -> Path:
     from datetime import datetime
 
-    from mdpd_deploy.folders import free_path
+    from mdpd_deploy.artifacts.folders import free_path
 
     if out is not None:
         return out.expanduser().resolve()
@@ -348,8 +348,8 @@ def _print_forecast(
 
     from mdpd_deploy.commands.train import print_memory
     from mdpd_deploy.data import load_task
+    from mdpd_deploy.report.terminal import Console
     from mdpd_deploy.study import expand_tasks
-    from mdpd_deploy.terminal import Console
     from mdpd_deploy.train import forecast_methods
 
     base, task = shared_config(config, sets, flags, guess=not tasks)
@@ -378,8 +378,8 @@ def _print_forecast(
 
 
 def _print(results: Results, folder: Path) -> None:
+    from mdpd_deploy.report.terminal import Console
     from mdpd_deploy.study import render
-    from mdpd_deploy.terminal import Console
 
     width = max(Console().width, WIDTH)
     console = Console(highlight=False, soft_wrap=True, width=width)

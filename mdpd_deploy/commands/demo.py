@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mdpd_deploy.bundle import Bundle
-    from mdpd_deploy.run import Run
+    from mdpd_deploy.artifacts.bundle import Bundle
+    from mdpd_deploy.artifacts.run import Run
 
 EPOCHS = 5.0
 SECONDS = 8.0  # per latency cell
@@ -49,10 +49,10 @@ def demo(
         seconds: Measured seconds per latency cell.
         quiet: Nothing on stderr.
     """
+    from mdpd_deploy.artifacts.folders import free_path
     from mdpd_deploy.commands.bench_latency import bench_latency
     from mdpd_deploy.commands.export import export_run
     from mdpd_deploy.commands.train import fit
-    from mdpd_deploy.folders import free_path
 
     def say(text: str) -> None:
         if not quiet:
@@ -134,7 +134,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 def _write_page(path: Path, result: dict[str, Any]) -> None:
     """Write what was found as a page beside the run's own report."""
     from mdpd_deploy.files import write_text
-    from mdpd_deploy.page import document, section, table, tag
+    from mdpd_deploy.report.page import document, section, table, tag
 
     picture = f"{Path(result['latency_folder']).name}/latency.svg"
     links = (("report.html", "the run's report"), (picture, "latency as a picture"))
@@ -152,7 +152,7 @@ def _write_page(path: Path, result: dict[str, Any]) -> None:
 def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from mdpd_deploy.terminal import Console
+    from mdpd_deploy.report.terminal import Console
 
     table = Table(title=TITLE, show_header=False)
     for name, value in _rows(result):

@@ -212,8 +212,8 @@ def _writable(name: str, folder: Path, mend: str) -> Check:
 
 
 def _runs() -> Iterator[Check]:
+    from mdpd_deploy.artifacts.run import Run
     from mdpd_deploy.errors import UserError
-    from mdpd_deploy.run import Run
 
     try:
         run = Run.open(None)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mdpd_deploy.bundle import Bundle, Task
+    from mdpd_deploy.artifacts.bundle import Bundle, Task
     from mdpd_deploy.data.examples import Split
     from mdpd_deploy.data.preprocess import Preprocess
     from mdpd_deploy.tasks.metrics import Values
@@ -68,7 +68,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON only.")] = False,
 ) -> None:
     """Measure a run or a bundle on data."""
-    from mdpd_deploy.bundle import is_bundle
+    from mdpd_deploy.artifacts.bundle import is_bundle
 
     if run_or_bundle is not None and is_bundle(run_or_bundle):
         found = evaluate_bundle(run_or_bundle, data, task=task, batch=batch, device=device)
@@ -99,7 +99,7 @@ def evaluate_bundle(
     Raises:
         UserError: If the bundle or the data cannot be used.
     """
-    from mdpd_deploy.bundle import load_bundle
+    from mdpd_deploy.artifacts.bundle import load_bundle
 
     bundle = load_bundle(path)
     asked = bundle.task(task)
@@ -153,7 +153,7 @@ def evaluate_run(path: Path | None, data: str | None, *, batch: int, device: str
     Raises:
         UserError: If the run, the data or the device cannot be used.
     """
-    from mdpd_deploy.run import Run
+    from mdpd_deploy.artifacts.run import Run
 
     run = Run.open(path)
     if path is None:
@@ -167,7 +167,7 @@ def evaluate_run(path: Path | None, data: str | None, *, batch: int, device: str
 def _torch_models(run: Any, device: str) -> dict[str, Forward]:
     import torch
 
-    from mdpd_deploy.parity import torch_outputs
+    from mdpd_deploy.checks.parity import torch_outputs
 
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: choose one of cpu, cuda.")
@@ -194,8 +194,8 @@ def _measure(
     """Return split → model → metric → value; every batch is preprocessed once for all models."""
     import numpy as np
 
-    from mdpd_deploy.bundle import batches
-    from mdpd_deploy.scores import in_order
+    from mdpd_deploy.artifacts.bundle import batches
+    from mdpd_deploy.artifacts.scores import in_order
     from mdpd_deploy.tasks.metrics import compute
 
     metrics = {}
@@ -220,8 +220,8 @@ def _sizes(splits: dict[str, Split]) -> dict[str, int]:
 def _print(found: Evaluation) -> None:
     from rich.table import Table
 
+    from mdpd_deploy.report.terminal import Console
     from mdpd_deploy.tasks.metrics import metric_text
-    from mdpd_deploy.terminal import Console
 
     table = Table(title=f"{found.task} · {found.runtime} on {found.provider}")
     for heading in ("split", "examples", "model", "metric", "value"):

@@ -14,9 +14,11 @@ from mdpd_deploy.errors import UserError, unknown
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mdpd_deploy.bundle import Bundle
-    from mdpd_deploy.export import ExportOptions, Form, Race
-    from mdpd_deploy.run import Run
+    from mdpd_deploy.artifacts.bundle import Bundle
+    from mdpd_deploy.artifacts.run import Run
+    from mdpd_deploy.export.precision.forms import Form
+    from mdpd_deploy.export.precision.trials import Race
+    from mdpd_deploy.export.write import ExportOptions
 
 log = logging.getLogger(__name__)
 
@@ -260,13 +262,15 @@ def export_run(
         >>> bundle.manifest["verification"]["identity"]["verdict"]
         'passed'
     """
-    from mdpd_deploy.run import Run
+    from mdpd_deploy.artifacts.run import Run
 
     if fmt is not None:
         _one_of("--fmt", fmt, FORMATS)
     _one_of("--golden", golden, GOLDEN)
     _one_of("--parity", parity, PARITY)
-    from mdpd_deploy.export import AUTO, EngineOptions, ExportOptions, pack, place_of
+    from mdpd_deploy.export.precision.forms import AUTO, place_of
+    from mdpd_deploy.export.tensorrt.options import EngineOptions
+    from mdpd_deploy.export.write import ExportOptions, pack
 
     fmt, place = place_of(fmt, target)
     form = _checked_form(precision, place, converted=converted, seconds=seconds)
@@ -312,7 +316,8 @@ def _checked_form(
     precision: str, target: str, *, converted: object, seconds: float | None
 ) -> "Form | None":
     """Return what to make, None for auto; refuse what cannot be made or measured."""
-    from mdpd_deploy.export import AUTO, form_of, unavailable_reason
+    from mdpd_deploy.export.precision.forms import AUTO, form_of
+    from mdpd_deploy.export.tensorrt.install import unavailable_reason
 
     if precision == AUTO:
         unavailable = unavailable_reason() if target == "gpu" else None
@@ -342,8 +347,9 @@ def _timer(
 ) -> "Callable[[Mapping[str, Path]], Race]":
     """Return what times graphs or engines against fp32: batch 1 if it can, validation examples."""
     from mdpd_deploy.commands.bench_latency import input_source
-    from mdpd_deploy.export import Race
-    from mdpd_deploy.serve import Plan, race_graphs
+    from mdpd_deploy.export.precision.trials import Race
+    from mdpd_deploy.serve.latency.cells import Plan
+    from mdpd_deploy.serve.latency.graph_race import race_graphs
 
     def time_graphs(graphs: "Mapping[str, Path]") -> "Race":
         log.info("timing %s in turn", ", ".join(graphs))
@@ -394,14 +400,15 @@ def export_runs(
         ExportError: If the model cannot be traced, or `require_engine` cannot be met.
         VerificationError: If a gate fails for a task; nothing is left behind.
     """
-    from mdpd_deploy.run import Run
+    from mdpd_deploy.artifacts.run import Run
 
     _check(fmt, precision, golden, require_engine)
     if not runs:
         raise UserError("--multi: name the runs whose tasks go into the bundle.")
     opened = [Run.open(run) for run in runs]
     inside = opened[0].path / "bundles" / f"multi-{fmt}-{precision}"
-    from mdpd_deploy.export import ExportOptions, pack_multi
+    from mdpd_deploy.export.multitask.bundle import pack_multi
+    from mdpd_deploy.export.write import ExportOptions
 
     _require_engine(require_engine)
     options = ExportOptions(fmt=fmt, metric_gate=metric_gate, golden=golden, overwrite=overwrite)
@@ -410,7 +417,8 @@ def export_runs(
 
 def _require_engine(required: bool) -> None:
     """Raise `ExportError` before any work when an engine is required and cannot be built here."""
-    from mdpd_deploy.export import engine_required, unavailable_reason
+    from mdpd_deploy.export.tensorrt.install import unavailable_reason
+    from mdpd_deploy.export.tensorrt.recipe import engine_required
 
     unavailable = unavailable_reason() if required else None
     if unavailable is not None:

@@ -6,15 +6,15 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mdpd_deploy.bundle import Bundle
-    from mdpd_deploy.terminal import Console
+    from mdpd_deploy.artifacts.bundle import Bundle
+    from mdpd_deploy.report.terminal import Console
 
 
 def print_bundle(bundle: Bundle) -> None:
     """Print the verdicts of a fresh bundle's gates, its receipt and its size."""
     from rich.table import Table
 
-    from mdpd_deploy.terminal import Console
+    from mdpd_deploy.report.terminal import Console
 
     manifest = bundle.manifest
     table = Table(title=f"verified bundle: {manifest['task']}, {manifest['method']}")

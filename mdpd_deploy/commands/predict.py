@@ -11,7 +11,7 @@ import typer
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
-    from mdpd_deploy.bundle import Prediction, Task
+    from mdpd_deploy.artifacts.bundle import Prediction, Task
     from mdpd_deploy.data.examples import Raw
 
 SHOWN = 60  # characters of an input in the table
@@ -41,7 +41,7 @@ def command(
     ] = False,
 ) -> None:
     """Predict: a label with its probability, or a score."""
-    from mdpd_deploy.bundle import load_bundle
+    from mdpd_deploy.artifacts.bundle import load_bundle
 
     opened = load_bundle(bundle)
     asked = opened.task(task)
@@ -114,7 +114,7 @@ def _shown(raw: Raw) -> str:
 def _print(names: Sequence[str], predictions: Sequence[Prediction], top: int) -> None:
     from rich.table import Table
 
-    from mdpd_deploy.terminal import Console
+    from mdpd_deploy.report.terminal import Console
 
     table = Table()
     table.add_column("input", overflow="fold")
@@ -145,6 +145,6 @@ def _plain(text: str) -> Any:
     """Keep brackets from being read as rich's markup, and widths those of what is shown."""
     from rich.text import Text
 
-    from mdpd_deploy.shown import shown
+    from mdpd_deploy.text import shown
 
     return Text(shown(text))

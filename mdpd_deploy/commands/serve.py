@@ -12,7 +12,7 @@ from mdpd_deploy.errors import UserError, unknown
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mdpd_deploy.serve import Scaling
+    from mdpd_deploy.serve.ray_app import Scaling
 
 ENGINES = ("local", "ray")
 
@@ -86,7 +86,9 @@ def command(
         raise UserError(
             "--threads belongs to --runtime onnx: an engine runs on the GPU; leave it out."
         )
-    from mdpd_deploy.serve import CoreOptions, Limits, serve_bundles, usual_device
+    from mdpd_deploy.serve.core import CoreOptions, Limits
+    from mdpd_deploy.serve.core.options import usual_device
+    from mdpd_deploy.serve.web.run import serve_bundles
 
     named = name_bundles(bundles)
     asked: dict[str, Any] = {
@@ -110,7 +112,7 @@ def command(
     if engine == "local":
         serve_bundles(named, options, host=host, port=port, on_ready=say)
         return
-    from mdpd_deploy.serve import serve_on_ray
+    from mdpd_deploy.serve.ray_app import serve_on_ray
 
     scaling = read_scaling(replicas or "1")
     serve_on_ray(named, options, scaling, host=host, port=port, on_ready=say)
@@ -120,7 +122,7 @@ def read_scaling(words: str) -> Scaling:
     """Return `N` or `MIN-MAX` replicas; `UserError` for anything else."""
     import re
 
-    from mdpd_deploy.serve import Scaling
+    from mdpd_deploy.serve.ray_app import Scaling
 
     found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", words)
     if not found:

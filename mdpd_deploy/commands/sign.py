@@ -26,7 +26,7 @@ def command(
     A key with a password asks for it; where nobody can be asked, it is read from
     MDPD_KEY_PASSWORD.
     """
-    from mdpd_deploy.signing import needs_password
+    from mdpd_deploy.artifacts.signing import needs_password
 
     password = None
     if needs_password(key):
@@ -65,8 +65,8 @@ def sign_bundle(
         UserError: If the bundle is not sound, is signed already, or the key, the name or the version
             cannot be used.
     """
-    from mdpd_deploy.bundle import load_bundle
-    from mdpd_deploy.signing import sign_folder, signature_path, subject_name
+    from mdpd_deploy.artifacts.bundle import load_bundle
+    from mdpd_deploy.artifacts.signing import sign_folder, signature_path, subject_name
 
     if name is None and version is not None:
         raise UserError("--version is a version of something: add --name.")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mdpd_deploy.artifacts.run import Run
     from mdpd_deploy.config import Config
-    from mdpd_deploy.run import Run
     from mdpd_deploy.study import CellOutcome, Latency, Plan
 
 PLACES: Any = {"data": {"path", "eval_path"}, "backbone": {"name", "weights"}}  # nobody's business
@@ -57,7 +57,7 @@ def study_latency(
     What is deployed as backbone + head is one graph whatever trained it, so that one of these is
     timed for all; the others are what they are at inference.
     """
-    from mdpd_deploy.run import Run
+    from mdpd_deploy.artifacts.run import Run
 
     found: dict[str, dict[str, Run]] = {}
     for outcome in cells:
@@ -75,17 +75,14 @@ def _time(
 ) -> tuple[dict[str, Latency], str]:
     import tempfile
 
+    from mdpd_deploy.artifacts.folders import atomic_folder
     from mdpd_deploy.commands.bench_latency import backbone_name, input_source
-    from mdpd_deploy.folders import atomic_folder
     from mdpd_deploy.machine import cpu_count
-    from mdpd_deploy.serve import (
-        Grid,
-        Plan,
-        choose_device,
-        run_benchmark,
-        variants_of_methods,
-        write_chart,
-    )
+    from mdpd_deploy.serve.latency.benchmark import Grid, run_benchmark
+    from mdpd_deploy.serve.latency.cells import Plan
+    from mdpd_deploy.serve.latency.chart import write_chart
+    from mdpd_deploy.serve.latency.runtimes import choose_device
+    from mdpd_deploy.serve.latency.variants import variants_of_methods
     from mdpd_deploy.study import Latency
 
     faded = {label: run for label, run in runs.items() if run.keeps is None}

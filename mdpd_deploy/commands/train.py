@@ -14,9 +14,9 @@ from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
+    from mdpd_deploy.artifacts.run import Run
     from mdpd_deploy.config import Config
-    from mdpd_deploy.run import Run
-    from mdpd_deploy.terminal import Console
+    from mdpd_deploy.report.terminal import Console
     from mdpd_deploy.train import MemoryRow, Plan
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def _named(
     config: Path | str | Config | None, sets: Sequence[str], flags: dict[str, Any]
 ) -> Config:
     """Return `build_config` of one training, whose every name is known."""
-    from mdpd_deploy.names import check_names
+    from mdpd_deploy.commands.names import check_names
 
     checked = build_config(config, sets, flags)
     check_names(checked)
@@ -308,9 +308,9 @@ def _print_run(run: Run, *, as_json: bool) -> None:
 
     from rich.table import Table
 
-    from mdpd_deploy.scores import scores_of
+    from mdpd_deploy.artifacts.scores import scores_of
+    from mdpd_deploy.report.terminal import Console
     from mdpd_deploy.tasks.metrics import metric_text
-    from mdpd_deploy.terminal import Console
 
     if as_json:
         print(dumps({"run": str(run.path), **run.summary}))
@@ -345,7 +345,7 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
 
     from rich.table import Table
 
-    from mdpd_deploy.terminal import Console
+    from mdpd_deploy.report.terminal import Console
 
     if as_json:
         print(dumps(plan.to_dict()))

@@ -65,7 +65,7 @@ def command(
 
         typer.echo(encoder.dumps({**facts, "path": str(out)}, indent=2))
         return
-    from mdpd_deploy.shown import shown
+    from mdpd_deploy.text import shown
 
     for model in facts["models"]:
         inputs = ", ".join(f"{port['name']} {port['dims']}" for port in model["inputs"])
@@ -107,8 +107,9 @@ def triton_repository(
     Raises:
         UserError: If a bundle, a name or an option cannot be used.
     """
-    from mdpd_deploy.bundle import load_bundle
-    from mdpd_deploy.export import TritonOptions, write_repository
+    from mdpd_deploy.artifacts.bundle import load_bundle
+    from mdpd_deploy.export.triton.config import TritonOptions
+    from mdpd_deploy.export.triton.repository import write_repository
 
     options = TritonOptions(
         backend=backend,

@@ -12,7 +12,7 @@ import typer
 from mdpd_deploy.errors import VerificationError
 
 if TYPE_CHECKING:
-    from mdpd_deploy.verification import Check
+    from mdpd_deploy.checks.verification import Check
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Report:
     @property
     def unsound(self) -> list[str]:
         """Names of the checks that did not pass."""
-        from mdpd_deploy.verification import SOUND
+        from mdpd_deploy.checks.verification import SOUND
 
         return [check.name for check in self.checks if check.verdict not in SOUND]
 
@@ -114,10 +114,10 @@ def verify_bundle(
         >>> verify_bundle(folder / "bundle").unsound
         []
     """
+    from mdpd_deploy.artifacts.signing import load_signed
+    from mdpd_deploy.checks.verification import Subject, verify
     from mdpd_deploy.commands.evaluate import SELF_CONTAINED, bundle_splits
-    from mdpd_deploy.runner import provider_of
-    from mdpd_deploy.signing import load_signed
-    from mdpd_deploy.verification import Subject, verify
+    from mdpd_deploy.runtimes.onnx import provider_of
 
     provider_of(device)
     if signature is not None and key is None:
@@ -149,7 +149,7 @@ def verify_bundle(
 def _print(report: Report) -> None:
     from rich.table import Table
 
-    from mdpd_deploy.terminal import Console
+    from mdpd_deploy.report.terminal import Console
 
     table = Table(title=f"{report.bundle} on {report.device}")
     for heading in ("check", "verdict", "what was seen"):

@@ -10,7 +10,7 @@ from unicodedata import normalize
 import numpy as np
 
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.unicode import is_unicode, require_unicode
+from mdpd_deploy.text import is_unicode, require_unicode
 
 LONGEST_LABEL = 1000  # characters; what is longer is a text, or a mistake
 

@@ -17,8 +17,7 @@ from mdpd_deploy.data.inventory import Inventory, many_left_out
 from mdpd_deploy.data.rows import Rows
 from mdpd_deploy.data.splits import SPLIT_NAMES
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.network import hub_reachable
-from mdpd_deploy.quiet import quiet
+from mdpd_deploy.hub import hub_reachable, quiet
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mdpd_deploy.data.cells import class_of
 from mdpd_deploy.data.rows import Rows
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.unicode import require_unicode
+from mdpd_deploy.text import require_unicode
 
 
 def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:

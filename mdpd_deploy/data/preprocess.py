@@ -27,7 +27,7 @@ from mdpd_deploy.data.tokenizer_limits import check_tokenizer
 from mdpd_deploy.data.truncation import Side, cut_text, keep_tokens
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import Read, read_json, write_json, write_text
-from mdpd_deploy.unicode import require_unicode
+from mdpd_deploy.text import require_unicode
 
 FILE = "preprocess.json"
 TOKENIZER_FILE = "tokenizer.json"

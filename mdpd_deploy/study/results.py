@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mdpd_deploy.intervals import student_interval
-from mdpd_deploy.scores import key_of, split_name
+from mdpd_deploy.artifacts.scores import key_of, split_name
+from mdpd_deploy.report.intervals import student_interval
 from mdpd_deploy.study.schedule import CellOutcome
 from mdpd_deploy.study.suites import OTHER, group_means, group_of
 

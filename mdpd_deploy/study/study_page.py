@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from mdpd_deploy.adapters import TOKENS
-from mdpd_deploy.charts import Dot, trade_off_chart
 from mdpd_deploy.files import write_text
-from mdpd_deploy.page import document, figure, section, table, tag
+from mdpd_deploy.report.charts import Dot, trade_off_chart
+from mdpd_deploy.report.page import document, figure, section, table, tag
 from mdpd_deploy.study.results import Results, Row
 from mdpd_deploy.study.table import DASH, failures, notes, tables
 

@@ -6,9 +6,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mdpd_deploy.page import duration
-from mdpd_deploy.page import size as byte_size
-from mdpd_deploy.scores import split_name
+from mdpd_deploy.artifacts.scores import split_name
+from mdpd_deploy.report.page import duration
+from mdpd_deploy.report.page import size as byte_size
 from mdpd_deploy.study.results import Gap, Latency, Results, Row, Spread
 from mdpd_deploy.study.suites import GROUP_SIZES, group_of
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mdpd_deploy.artifacts.folders import is_claimed, remove_leftovers
+from mdpd_deploy.artifacts.run import Run
+from mdpd_deploy.artifacts.scores import key_of
 from mdpd_deploy.config import Config, read_config
 from mdpd_deploy.errors import MdpdError, UserError
 from mdpd_deploy.files import write_text
-from mdpd_deploy.folders import is_claimed, remove_leftovers
-from mdpd_deploy.run import Run
-from mdpd_deploy.scores import key_of
 from mdpd_deploy.study.plan import Trial
 
 TRIALS = "trials"

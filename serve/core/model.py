@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.bundle import Bundle, Task
+from mdpd_deploy.artifacts.bundle import Bundle, Task
+from mdpd_deploy.artifacts.manifest import MODEL_FILE
+from mdpd_deploy.artifacts.signing import load_signed
+from mdpd_deploy.checks.replay import prove
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError, WorkFailed
-from mdpd_deploy.manifest import MODEL_FILE
-from mdpd_deploy.proof import prove
-from mdpd_deploy.runner import TASK_ID, Runner
+from mdpd_deploy.runtimes.onnx import TASK_ID, Runner
 from mdpd_deploy.serve.core.graph_values import read_value_ranges
 from mdpd_deploy.serve.core.json_limit import texts_limit
 from mdpd_deploy.serve.core.options import CoreOptions
@@ -26,7 +27,6 @@ from mdpd_deploy.serve.core.refusal import (
     shown,
 )
 from mdpd_deploy.serve.core.tensors import Arrays, Axis, TensorSpec, read_specs
-from mdpd_deploy.signing import load_signed
 
 MASK = "attention_mask"
 VERSION = "1"  # a bundle is one version; another one is another bundle

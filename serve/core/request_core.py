@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mdpd_deploy.bundle import Prediction, Task, to_prediction
+from mdpd_deploy.artifacts.bundle import Prediction, Task, to_prediction
 from mdpd_deploy.data.examples import Raw, refuse_empty
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.machine import cpu_count

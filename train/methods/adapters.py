@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from mdpd_deploy.adapters import LAYERS, Adapter, adapted_weights, inject, merged_weights
-from mdpd_deploy.run import ADAPTER, DELTA
+from mdpd_deploy.artifacts.run import ADAPTER, DELTA
 from mdpd_deploy.train.methods.base import METHODS, Batch, Files, Parameters, Parts, Weights
 from mdpd_deploy.train.methods.direct import Direct
 

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mdpd_deploy.artifacts.run import DELTA
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.backbones.wrap import Trace
 from mdpd_deploy.config import Config, DistillConfig, PeftConfig, SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
-from mdpd_deploy.run import DELTA
 from mdpd_deploy.sides.base import RunBlock
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.tasks.losses import TaskLoss

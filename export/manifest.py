@@ -1,0 +1,111 @@
+"""What a bundle's manifest says of a run: no absolute path of the training machine gets in."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mdpd_deploy.artifacts.run import Run
+from mdpd_deploy.data.glue import GLUE
+from mdpd_deploy.data.preprocess import ImagePreprocess
+from mdpd_deploy.export.fade import Faded
+from mdpd_deploy.graphs.trace import OPSET, OnnxGraph, axes_of
+from mdpd_deploy.machine import versions
+
+BATCHES = {"min": 1, "opt": 8, "max": 32}  # for engines and servers; the ONNX graph takes any batch
+OPT_TOKENS = 128
+HUB = "hub:"
+
+
+def describe_run(
+    run: Run, faded: Faded, graph: OnnxGraph, preprocess: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the manifest without schema, engine, verdicts and files.
+
+    Args:
+        run: Where the model comes from.
+        faded: The model.
+        graph: Its graph.
+        preprocess: `preprocess.json` as written into the bundle.
+    """
+    inputs, outputs, shapes = _ports(run, faded, graph)
+    columns = input_columns(run)
+    return {
+        "task": run.config.task,
+        "kind": "classify" if run.label_names else "regress",
+        "modality": preprocess["kind"],
+        "pair": len(columns) == 2,
+        "method": run.config.method,
+        "faded": faded.faded,
+        "labels": list(run.label_names),
+        "metrics": list(run.summary["metrics"]["deployed"]),
+        "data": _data_options(run, columns),
+        "preprocess": preprocess,
+        "inputs": inputs,
+        "outputs": outputs,
+        "shapes": shapes,
+        "precision": "fp32",
+        "opset": OPSET,
+        "nodes": graph.nodes,
+        "source": {
+            "run": run.path.resolve().name,
+            "config_sha256": run.config.sha256(),
+            "backbone": _without_paths(run.summary["backbone"]),
+            "side": _without_paths(run.summary.get("side")),
+            "seed": run.config.train.seed,
+        },
+        "versions": versions(),
+    }
+
+
+def _ports(
+    run: Run, faded: Faded, graph: OnnxGraph
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, dict[str, int]]]:
+    """Return inputs, outputs and the range of every named axis."""
+    classes = len(run.label_names) or 1
+    outputs = [{"name": graph.output_name, "dtype": "float32", "shape": ["batch", classes]}]
+    preprocess = run.preprocess
+    if isinstance(preprocess, ImagePreprocess):
+        shape = ["batch", 3, *preprocess.size]
+        pixels = {"name": graph.input_names[0], "dtype": "float32", "shape": shape}
+        return [pixels], outputs, {"batch": dict(BATCHES)}
+    axes = axes_of(faded.model)
+    inputs = [
+        {"name": name, "dtype": "int64", "shape": [axes[name][0], axes[name][1]]}
+        for name in graph.input_names
+    ]
+    longest = preprocess.max_length
+    tokens = {"min": 1, "opt": min(OPT_TOKENS, longest), "max": longest}
+    return inputs, outputs, {"batch": dict(BATCHES), "sequence": tokens}
+
+
+def input_columns(run: Run) -> list[str]:
+    """Return the columns that inputs come from: one, or two for pairs of texts."""
+    config = run.config.data
+    family, _, member = run.config.task.partition("/")
+    if family == "glue" and member in GLUE:
+        return list(GLUE[member].text)
+    if config.text:
+        return list(config.text)
+    image = isinstance(run.preprocess, ImagePreprocess)
+    return [config.image or "image"] if image else ["text"]
+
+
+def _data_options(run: Run, columns: list[str]) -> dict[str, Any]:
+    """Return what `eval BUNDLE` needs to read data as training did, but for where it lies."""
+    options = run.config.data.model_dump(mode="json", exclude={"path", "eval_path", "labels"})
+    path = run.config.data.path
+    if path is not None and path.startswith(HUB):
+        options["path"] = path
+    return {"columns": columns, "seed": run.config.train.seed, "options": options}
+
+
+def _without_paths(value: Any) -> Any:
+    """Cut absolute paths down to their last part, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, str):
+        prefix, colon, rest = value.partition(":")
+        if colon and Path(rest).is_absolute():
+            return f"{prefix}:{Path(rest).name}"
+        return Path(value).name if Path(value).is_absolute() else value
+    return json.loads(json.dumps(value))

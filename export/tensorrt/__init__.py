@@ -1,0 +1,1 @@
+"""From a bundle to a TensorRT engine, and the checks of what was built."""

@@ -1,0 +1,96 @@
+"""Is a built engine the bundle's model? Asked on its GPU, before it gets into the bundle."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from mdpd_deploy.artifacts.bundle import Bundle
+from mdpd_deploy.artifacts.golden import Golden, load_golden
+from mdpd_deploy.artifacts.manifest import GOLDEN_FILE, MODEL_FILE, TASKS
+from mdpd_deploy.checks.engine_parity import (
+    Case,
+    EngineParity,
+    compare_engine,
+    limits,
+    shape_batches,
+)
+from mdpd_deploy.checks.replay import prove, recorded
+from mdpd_deploy.errors import VerificationError
+from mdpd_deploy.export.tensorrt.profiles import Profiles
+from mdpd_deploy.runtimes.onnx import TASK_ID, OnnxRunner, Runner
+
+CPU_LESS = frozenset({"bf16"})  # ONNX Runtime has no CPU kernels: golden vectors alone must do
+
+
+def check_engine(bundle: Bundle, runner: Runner, profiles: Profiles, *, tf32: bool) -> EngineParity:
+    """Compare an engine with the golden vectors and, at its profile's corners, with the graph.
+
+    What passes also passes the proof that a server asks before it serves the engine.
+
+    Raises:
+        UserError: If the bundle does not say how its golden vectors came out at the export.
+        VerificationError: If it computes something else.
+    """
+    precision, graph = str(bundle.manifest["precision"]), bundle.path / MODEL_FILE
+    if not bundle.mixed:
+        golden = load_golden(bundle.path / GOLDEN_FILE, bundle.read)
+    else:  # each task's own golden outputs were held against the graph at export
+        golden = _all_tasks(bundle)
+        golden = replace(golden, outputs=bundle.runner()(golden.arrays))
+    known = max(recorded(bundle, task).output_diff for task in bundle.tasks)
+    parity = require_parity(runner, graph, golden, profiles, precision, tf32=tf32, known=known)
+    prove(bundle, runner)
+    return parity
+
+
+def require_parity(
+    runner: Runner,
+    graph: Path,
+    golden: Golden,
+    profiles: Profiles,
+    precision: str,
+    *,
+    tf32: bool,
+    known: float,
+) -> EngineParity:
+    """Compare an engine with golden outputs, and with its graph where ONNX Runtime can run that.
+
+    Args:
+        runner: The engine.
+        graph: What it was built of.
+        golden: Inputs with the outputs they must give.
+        profiles: Ranges of shapes.
+        precision: The graph's.
+        tf32: Whether FP32 products may use TF32.
+        known: How far the graph's own golden outputs are from PyTorch's, in standard deviations.
+
+    Raises:
+        VerificationError: If it computes something else.
+    """
+    reference = None if precision in CPU_LESS else OnnxRunner(graph)
+    cases = [Case("golden inputs", golden.arrays, golden.outputs)]
+    for name, arrays in shape_batches(golden, profiles):
+        cases.append(Case(name, arrays, None if reference is None else reference(arrays)))
+    parity = compare_engine(runner, cases, limits(precision, tf32=tf32, known=known))
+    if parity.passed:
+        return parity
+    worst = max(parity.cases, key=lambda name: parity.cases[name])
+    if parity.agreement < parity.wanted_agreement:
+        wanted = parity.wanted_agreement
+        what = f"{parity.agreement:.1%} of the clear predictions agree, wanted are {wanted:.1%}"
+    else:
+        what = (
+            f"outputs are off by {parity.scaled_diff:.1e} of their spread at {worst}, "
+            f"allowed {parity.tolerance:.0e}"
+        )
+    raise VerificationError(f"engine parity: {what}; the bundle is as it was.")
+
+
+def _all_tasks(bundle: Bundle) -> Golden:
+    """Return the first task's golden inputs, asked of every task in turn."""
+    golden = load_golden(bundle.path / TASKS / bundle.tasks[0].name / GOLDEN_FILE, bundle.read)
+    count = len(bundle.tasks)
+    arrays = {name: np.concatenate([array] * count) for name, array in golden.arrays.items()}
+    arrays[TASK_ID] = np.repeat(np.arange(count, dtype=np.int64), len(golden.outputs))
+    return Golden(golden.raws * count, arrays, np.concatenate([golden.outputs] * count))

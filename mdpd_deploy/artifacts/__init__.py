@@ -1,0 +1,1 @@
+"""What a training and an export leave on disk: runs, bundles, their manifests and signatures."""

@@ -1,0 +1,1 @@
+"""Whether a bundle is what it claims: gates, tolerances, and verification without the run."""

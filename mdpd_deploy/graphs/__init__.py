@@ -1,0 +1,1 @@
+"""ONNX graphs: traced from a module, compared by structure, and changed."""

@@ -1,0 +1,1 @@
+"""What runs a graph: one file or folder per runtime. No torch."""

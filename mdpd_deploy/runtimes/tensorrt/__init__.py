@@ -1,0 +1,1 @@
+"""Built TensorRT engines: found, loaded, run, refitted. TensorRT is imported when it is used."""

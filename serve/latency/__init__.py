@@ -1,0 +1,1 @@
+"""Latency: deployed model against its rivals, measured side by side."""

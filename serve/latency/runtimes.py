@@ -1,0 +1,253 @@
+"""One callable per variant and runtime: a whole forward that returns when its result is there."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from mdpd_deploy.errors import UserError, unknown
+from mdpd_deploy.runtimes.onnx import open_session, provider_of
+from mdpd_deploy.runtimes.tensorrt.cuda import StreamTimer, current_gpu
+from mdpd_deploy.runtimes.tensorrt.library import import_trt
+from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
+from mdpd_deploy.serve.latency.inputs import Arrays
+
+RUNTIMES = ("onnx", "torch", "trt")
+DEFAULT_RUNTIMES = ("onnx", "torch")
+
+# Sessions of ONNX Runtime keep their threads spinning after a run and starve the next variant's:
+# on 2 cores 5 sessions took 24 ms a call instead of 9 ms, with a 15 times wider interval.
+ONNX_ENTRIES = {"session.force_spinning_stop": "1"}
+
+
+class Session(Protocol):
+    """A loaded model of one runtime."""
+
+    def prepare(self, batches: Sequence[Arrays]) -> "PreparedCall":
+        """Put the batches where the model reads them and return the call to time."""
+        ...
+
+
+class PreparedCall(Protocol):
+    """Runs batch `index`.
+
+    Attributes:
+        device_ms: Device time of every call so far, where the runtime can tell; else empty.
+    """
+
+    device_ms: list[float]
+
+    def __call__(self, index: int, /) -> object: ...
+
+
+class OnnxSession:
+    """A graph in ONNX Runtime."""
+
+    def __init__(self, path: Path, *, device: str, threads: int) -> None:
+        self.device = device
+        self._session = open_session(path, device, threads, entries=ONNX_ENTRIES)
+
+    def prepare(self, batches: Sequence[Arrays]) -> PreparedCall:
+        if self.device == "cpu":
+            return _OnnxCpuCall(self._session, batches)
+        return _OnnxCudaCall(self._session, batches)
+
+
+class _OnnxCpuCall:
+    def __init__(self, session: Any, batches: Sequence[Arrays]) -> None:
+        self.device_ms: list[float] = []
+        self._session = session
+        self._batches = batches
+        self._outputs = [item.name for item in session.get_outputs()]
+
+    def __call__(self, index: int, /) -> object:
+        return self._session.run(self._outputs, self._batches[index])
+
+
+class _OnnxCudaCall:
+    """Inputs and outputs stay on the GPU; copies are timed apart (`copy_times_ms`)."""
+
+    def __init__(self, session: Any, batches: Sequence[Arrays]) -> None:
+        self.device_ms: list[float] = []
+        self._session = session
+        self._bindings = [self._bind(arrays) for arrays in batches]
+
+    def _bind(self, arrays: Arrays) -> Any:
+        import onnxruntime
+
+        binding = self._session.io_binding()
+        for name, array in arrays.items():
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", 0)
+            binding.bind_ortvalue_input(name, value)
+        for item in self._session.get_outputs():
+            binding.bind_output(item.name, "cuda")
+        return binding
+
+    def __call__(self, index: int, /) -> object:
+        binding = self._bindings[index]
+        binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return binding
+
+
+class TorchSession:
+    """A module in PyTorch eager mode."""
+
+    def __init__(self, model: nn.Module, input_names: Sequence[str], *, device: str) -> None:
+        self.device = device
+        self.input_names = tuple(input_names)
+        self._model = model.eval().to(device)
+
+    def prepare(self, batches: Sequence[Arrays]) -> PreparedCall:
+        inputs = [
+            tuple(torch.from_numpy(arrays[name]).to(self.device) for name in self.input_names)
+            for arrays in batches
+        ]
+        return (
+            _TorchCpuCall(self._model, inputs)
+            if self.device == "cpu"
+            else _TorchCudaCall(self._model, inputs)
+        )
+
+
+class _TorchCpuCall:
+    def __init__(self, model: nn.Module, inputs: list[tuple[torch.Tensor, ...]]) -> None:
+        self.device_ms: list[float] = []
+        self._model = model
+        self._inputs = inputs
+
+    def __call__(self, index: int, /) -> object:
+        with torch.inference_mode():
+            return self._model(*self._inputs[index])
+
+
+class _TorchCudaCall(_TorchCpuCall):
+    """The device is idle before the call (the last one waited for it) and after it."""
+
+    def __call__(self, index: int, /) -> object:
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        result = super().__call__(index)
+        end.record()
+        torch.cuda.synchronize()
+        self.device_ms.append(start.elapsed_time(end))
+        return result
+
+
+class TrtSession:
+    """A TensorRT engine."""
+
+    def __init__(self, runner: TrtRunner) -> None:
+        self.device = runner.device
+        self._runner = runner
+
+    def prepare(self, batches: Sequence[Arrays]) -> PreparedCall:
+        port = next(iter(self._runner.inputs.values()))
+        rows, low, high = len(next(iter(batches[0].values()))), port.low[0], port.high[0]
+        if not low <= rows <= high:  # it would fill up a small batch, and time another one
+            raise UserError(f"--batch {rows}: the engine takes {low} to {high} examples per run.")
+        return _TrtCall(self._runner, batches)
+
+
+class _TrtCall:
+    """Inputs and outputs stay on the GPU, each batch in a context of its own."""
+
+    def __init__(self, runner: TrtRunner, batches: Sequence[Arrays]) -> None:
+        self.device_ms: list[float] = []
+        self._executions = [runner.execution() for _ in batches]
+        for execution, arrays in zip(self._executions, batches, strict=True):
+            execution.load(runner.check(arrays)[0])
+        self._timers = [StreamTimer(execution.stream) for execution in self._executions]
+
+    def __call__(self, index: int, /) -> object:
+        execution, timer = self._executions[index], self._timers[index]
+        timer.start()
+        execution.enqueue()
+        timer.stop()
+        execution.stream.synchronize()
+        self.device_ms.append(timer.elapsed_ms())
+        return execution
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Give PyTorch this many threads inside an operator, and restore its own choice afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def choose_device(asked: str, runtimes: Sequence[str]) -> str:
+    """Return "cpu" or "cuda" for all runtimes of a benchmark.
+
+    Args:
+        asked: "auto" takes the GPU if every runtime has it; "cuda" without it is an error, never
+            a silent run on the CPU.
+        runtimes: Names of `RUNTIMES`.
+
+    Raises:
+        UserError: If the device is unknown or a runtime cannot use it.
+    """
+    if asked not in ("auto", "cpu", "cuda"):
+        raise unknown("--device", asked, ("auto", "cpu", "cuda"))
+    if asked == "cpu" and "trt" in runtimes:
+        raise UserError("--runtime trt: a TensorRT engine runs with --device cuda only.")
+    if asked == "cpu":
+        return asked
+    try:
+        for runtime in runtimes:
+            _require_cuda(runtime)
+    except UserError:
+        if asked == "cuda" or "trt" in runtimes:
+            raise
+        return "cpu"
+    return "cuda"
+
+
+def _require_cuda(runtime: str) -> None:
+    if runtime == "onnx":
+        provider_of("cuda")
+    elif runtime == "trt":
+        import_trt("--runtime trt")
+        current_gpu()
+    elif not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: PyTorch sees no CUDA device; use --device cpu, or install a driver "
+            "and a PyTorch build with CUDA."
+        )
+
+
+def copy_times_ms(arrays: Arrays, outputs: int, *, repeats: int = 50) -> dict[str, float]:
+    """Return the median time to copy one batch to the GPU and its outputs back, in ms.
+
+    Args:
+        arrays: The batch on the host.
+        outputs: Width C of the outputs; they are [B, C] float32.
+        repeats: Copies in each direction.
+    """
+    hosts = [torch.from_numpy(array) for array in arrays.values()]
+    result = torch.zeros(len(hosts[0]), outputs, device="cuda")
+
+    def median_ms(copy: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(repeats):
+            torch.cuda.synchronize()
+            start = time.perf_counter_ns()
+            copy()
+            torch.cuda.synchronize()
+            taken.append(time.perf_counter_ns() - start)
+        return sorted(taken)[len(taken) // 2] / 1e6
+
+    return {
+        "host_to_device_ms": median_ms(lambda: [host.to("cuda") for host in hosts]),
+        "device_to_host_ms": median_ms(result.cpu),
+    }
