@@ -3,11 +3,16 @@
 The registries stay the truth; `tests/test_names.py` holds these lists to them.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from mdpd_deploy.config import Config
 
 METHODS = (
     "mdpd", "side", "norms", "probe", "bitfit", "full",
