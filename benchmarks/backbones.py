@@ -33,9 +33,10 @@ from mdpd_deploy.errors import MdpdError
 from mdpd_deploy.graphs.signature import same_structure
 from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed
+from mdpd_deploy.tasks import Classify
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.train.forecast import example_batches, forecast, measured_step
-from mdpd_deploy.train.methods import TaskSpec, build_method
+from mdpd_deploy.train.methods import build_method
 from mdpd_deploy.train.optim import build_optimizer
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -139,7 +140,7 @@ def gradients(backbone: Backbone) -> tuple[float, list[str]]:
     for mode in ("full", "recompute"):
         config = load_config(None, {"method": "norms"}, [f"train.norm_grad={mode}"])
         torch.manual_seed(0)  # of the head
-        method = build_method(copy.deepcopy(backbone), TaskSpec("classify", 3), config)
+        method = build_method(copy.deepcopy(backbone), Classify.numbered(3), config)
         method.train_mode()
         torch.manual_seed(0)  # of dropout
         method.step(example_batches(backbone, method, sized(config), TOKENS)[0])
@@ -160,9 +161,9 @@ def forecast_ratio(backbone_config: BackboneConfig) -> float:
     """Return the forecast peak of a step divided by that of a real one."""
     config = sized(load_config(None, {"method": "norms"}, [f"data.max_length={TOKENS}"]))
     config = config.model_copy(update={"backbone": backbone_config})
-    foreseen = forecast(config, outputs=3, kind="classify").peak_bytes
+    foreseen = forecast(config, Classify.numbered(3)).peak_bytes
     backbone = load_backbone(backbone_config, max_length=TOKENS)
-    method = build_method(backbone, TaskSpec("classify", 3), config)
+    method = build_method(backbone, Classify.numbered(3), config)
     method.train_mode()
     optimizer = build_optimizer(method)
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):

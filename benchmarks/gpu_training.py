@@ -10,7 +10,8 @@ import torch
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import Config
 from mdpd_deploy.serve.latency.estimate import milliseconds, paired_ratio
-from mdpd_deploy.train.forecast import example_batches, example_task, measured_step
+from mdpd_deploy.tasks import Classify
+from mdpd_deploy.train.forecast import example_batches, measured_step
 from mdpd_deploy.train.methods import build_method
 from mdpd_deploy.train.optim import build_optimizer, clip_gradients
 
@@ -38,7 +39,7 @@ def measure_training(config: Config, outputs: int, device: str, steps: int) -> R
     data = config.data
     backbone = load_backbone(config.backbone, max_length=data.max_length, pad=data.pad)
     torch.manual_seed(config.train.seed)
-    method = build_method(backbone, example_task(config, outputs, "classify"), config)
+    method = build_method(backbone, Classify.numbered(outputs).example(config), config)
     backbone.to(device)
     method.modules.to(device)
     method.train_mode()

@@ -16,8 +16,9 @@ import numpy as np
 import psutil
 from open_loop import Request
 
-from mdpd_deploy.artifacts.bundle import Bundle, Task, to_prediction
+from mdpd_deploy.artifacts.bundle import Bundle
 from mdpd_deploy.artifacts.golden import load_golden
+from mdpd_deploy.artifacts.tasks import BundleTask
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.runtimes.onnx import TASK_ID
 
@@ -94,7 +95,7 @@ def protocol_requests(name: str, bundle: Bundle, rows: int = 1) -> list[Request]
     return found
 
 
-def graph_arrays(bundle: Bundle, task: Task, raws: Sequence[Raw]) -> dict[str, np.ndarray]:
+def graph_arrays(bundle: Bundle, task: BundleTask, raws: Sequence[Raw]) -> dict[str, np.ndarray]:
     """Return raw inputs of one task as the graph takes them."""
     arrays = dict(task.preprocess(raws))
     if bundle.mixed:
@@ -140,8 +141,8 @@ def plain_requests(name: str, bundle: Bundle) -> list[Request]:
     found = []
     for task in bundle.tasks:
         for raw, output in zip(*_golden(task), strict=True):
-            wanted = to_prediction(output, task.label_names).to_json()
-            key = "score" if task.kind == "regress" else "label"
+            wanted = task.decode(output[None])[0].to_json()
+            key = "score" if "score" in wanted else "label"
 
             def problem(
                 body: bytes, headers: Mapping[str, str], wanted: dict = wanted, key: str = key
@@ -166,7 +167,7 @@ def plain_requests(name: str, bundle: Bundle) -> list[Request]:
     return found
 
 
-def _golden(task: Task) -> tuple[Sequence[Raw], np.ndarray]:
+def _golden(task: BundleTask) -> tuple[Sequence[Raw], np.ndarray]:
     assert task.golden is not None
     golden = load_golden(task.golden)
     return golden.raws, golden.outputs

@@ -14,6 +14,7 @@ from pathlib import Path
 from textwrap import fill
 
 from mdpd_deploy.config import Config, load_config
+from mdpd_deploy.tasks import Classify
 from mdpd_deploy.train import MemoryRow, default_entries, entry_configs, forecast_methods
 
 COMMAND = "python benchmarks/memory.py"
@@ -46,7 +47,7 @@ class Setting:
     ) -> tuple[MemoryRow, ...]:
         """Forecast methods in one precision."""
         configs = entry_configs(self.config(precision, options), words)
-        return forecast_methods(configs, outputs=self.outputs, kind="classify")
+        return forecast_methods(configs, Classify.numbered(self.outputs))
 
     def config(self, precision: str, options: Sequence[str] = ()) -> Config:
         """Return what every row of the table shares; batch and text length are the defaults."""

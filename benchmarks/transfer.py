@@ -79,7 +79,7 @@ def run_one(job: dict) -> dict:
 def majority(job: dict) -> dict:
     """Measure what the most frequent training class scores, the floor of any method."""
     from mdpd_deploy.config import load_config
-    from mdpd_deploy.data import load_task
+    from mdpd_deploy.data.load import load_task
     from mdpd_deploy.tasks import metrics
 
     config = load_config(None, {"data.path": job["data"]}, job["set"])

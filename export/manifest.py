@@ -31,12 +31,12 @@ def describe_run(
     columns = input_columns(run)
     return {
         "task": run.config.task,
-        "kind": "classify" if run.label_names else "regress",
+        "kind": run.task.kind,
         "modality": preprocess["kind"],
         "pair": len(columns) == 2,
         "method": run.config.method,
         "faded": faded.faded,
-        "labels": list(run.label_names),
+        "labels": list(run.task.labels),
         "metrics": list(run.summary["metrics"]["deployed"]),
         "data": _data_options(run, columns),
         "preprocess": preprocess,
@@ -61,7 +61,7 @@ def _ports(
     run: Run, faded: Faded, graph: OnnxGraph
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, dict[str, int]]]:
     """Return inputs, outputs and the range of every named axis."""
-    classes = len(run.label_names) or 1
+    classes = run.task.width
     outputs = [{"name": graph.output_name, "dtype": "float32", "shape": ["batch", classes]}]
     preprocess = run.preprocess
     if isinstance(preprocess, ImagePreprocess):

@@ -7,6 +7,7 @@ show another word than the one that is there.
 """
 
 import re
+from collections.abc import Sequence
 from unicodedata import category
 
 from mdpd_deploy.errors import UserError
@@ -56,3 +57,9 @@ def is_encoding(name: str) -> bool:
     except (LookupError, ValueError):
         return False
     return True
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Write a list of names for a message, shortened after `most` of them."""
+    first = ", ".join(names[:most])
+    return f"{first}, … ({len(names)} in all)" if len(names) > most else first

@@ -292,18 +292,18 @@ def keys(tmp_path_factory):
 def real_peak():
     """Measure the memory of the second step of real training on CPU."""
     from mdpd_deploy.backbones import load_backbone
+    from mdpd_deploy.tasks import Classify
     from mdpd_deploy.train.forecast import (
         _step,
         example_batches,
-        example_task,
         measured_step,
     )
     from mdpd_deploy.train.methods import build_method
     from mdpd_deploy.train.optim import build_optimizer
 
-    def measure(config, outputs=3, kind="classify"):
+    def measure(config, task=Classify.numbered(3)):  # noqa: B008
         backbone = load_backbone(config.backbone, max_length=config.data.max_length)
-        method = build_method(backbone, example_task(config, outputs, kind), config)
+        method = build_method(backbone, task.example(config), config)
         method.train_mode()
         optimizer = build_optimizer(method)
         parts = example_batches(backbone, method, config, config.data.max_length)

@@ -14,9 +14,10 @@ from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import BackboneConfig, PeftConfig, check_config, load_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.graphs.trace import export_onnx, same_structure
+from mdpd_deploy.tasks import Classify
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.train.batches import StepDataset
-from mdpd_deploy.train.methods import TaskSpec, build_method
+from mdpd_deploy.train.methods import build_method
 from mdpd_deploy.train.optim import build_optimizer
 from mdpd_deploy.train.setup import prepare
 
@@ -308,7 +309,7 @@ def test_a_prefix_needs_an_attention_that_takes_it(backbones):
 def test_scales_are_not_decayed(method, scales, backbones):
     """And the maps are, those of rank one included."""
     config = check_config({"method": method, "peft": {} if method == "ia3" else {"rank": 1}})
-    built = build_method(backbones("text"), TaskSpec("classify", 3), config)
+    built = build_method(backbones("text"), Classify.numbered(3), config)
     groups = [g for g in build_optimizer(built).param_groups if g["group"] == "adapter"]
     decayed = {name: group["weight_decay"] for group in groups for name in group["names"]}
     assert len(decayed) == len(built.backbone_weights)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from mdpd_deploy import load_bundle
-from mdpd_deploy.artifacts.bundle import is_bundle, to_prediction
+from mdpd_deploy.artifacts.bundle import is_bundle
 from mdpd_deploy.artifacts.golden import Golden, keep_raw, load_golden, replay, spread_evenly
 from mdpd_deploy.artifacts.manifest import graph_notes, read_checked, seal
 from mdpd_deploy.backbones import load_backbone
@@ -25,6 +25,7 @@ from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed
 from mdpd_deploy.runtimes import onnx as runner
 from mdpd_deploy.runtimes.onnx import open_session
+from mdpd_deploy.tasks import Classify, Regress
 from mdpd_deploy.tasks.head import Head
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="runs exported graphs")
@@ -294,13 +295,15 @@ def test_the_wrong_kind_of_input_is_named(bundle):
 
 
 def test_a_score_is_read_as_it_is():
-    prediction = to_prediction(np.array([3.25], dtype=np.float32), ())
+    prediction = Regress().decode({"scores": np.array([[3.25]], dtype=np.float32)})[0]
     assert prediction.to_json() == {"score": 3.25}
     assert prediction.label is None and prediction.probability is None
 
 
 def test_large_logits_do_not_overflow():
-    prediction = to_prediction(np.array([1e4, -1e4, 0], dtype=np.float32), LABELS)
+    prediction = Classify(tuple(LABELS)).decode(
+        {"logits": np.array([[1e4, -1e4, 0]], dtype=np.float32)}
+    )[0]
     assert prediction.probability == 1 and prediction.label == "ant"
     assert prediction.to_json(top=2)["top"][1] == {"label": "cat", "probability": 0}
 

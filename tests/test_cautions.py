@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from mdpd_deploy.cli import app
 from mdpd_deploy.data.cautions import count_shared, data_cautions
 from mdpd_deploy.data.examples import Split, TaskData
+from mdpd_deploy.tasks import Classify, Regress
 from mdpd_deploy.train.cautions import result_cautions
 
 NAMES = ("a", "b", "c")
@@ -22,9 +23,9 @@ def split(labels: list[int] | list[float], inputs: list | None = None, stem: str
 
 
 def task(train: Split, validation: Split, *, names: tuple[str, ...] = NAMES, **more) -> TaskData:
-    kind, metrics = ("classify", ("accuracy",)) if names else ("regress", ("pearson",))
+    kind, metrics = (Classify(names), ("accuracy",)) if names else (Regress(), ("pearson",))
     evaluation = {"validation": validation, **more}
-    return TaskData("t", kind, "text", False, names, metrics, train, evaluation)
+    return TaskData("t", kind, ("text",), metrics, train, evaluation)
 
 
 def test_sound_data_have_no_cautions() -> None:

@@ -19,7 +19,7 @@ from mdpd_deploy.cli import main
 from mdpd_deploy.commands.study_facts import study_facts
 from mdpd_deploy.commands.study_plan import asked_plan, method_labels, shared_config
 from mdpd_deploy.config import DataConfig
-from mdpd_deploy.data import load_task
+from mdpd_deploy.data.load import load_task
 
 BAD = "mdpd:unipt+side.reduction=7"
 

@@ -12,9 +12,9 @@ from pyarrow import parquet
 
 from mdpd_deploy import load_bundle
 from mdpd_deploy.config import DataConfig, check_config, load_config, read_config
-from mdpd_deploy.data import load_task
 from mdpd_deploy.data.cells import label_cells, text_cells
 from mdpd_deploy.data.examples import data_fingerprint
+from mdpd_deploy.data.load import load_task
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.report.page import tag
 
@@ -78,7 +78,7 @@ def test_one_and_one_point_nought_are_one_class_in_every_format(tmp_path) -> Non
     ]
     for path in paths:
         data = read(path, eval_path=paths[0])
-        assert (path, data.label_names) == (path, ("0", "1"))
+        assert (path, data.task.labels) == (path, ("0", "1"))
         assert data.train.labels.tolist() == [1, 0, 1, 0]
 
 
@@ -95,7 +95,7 @@ def test_named_classes_may_be_written_as_floats(tmp_path) -> None:
 def test_what_is_no_whole_number_stays_as_it_is_written(tmp_path) -> None:
     cells = ["01", "1.50", "v1.0", "1.0.0", "1e0", "١.٠"]
     path = write_csv(tmp_path / "t.csv", cells * 2)
-    assert set(read(path).label_names) == set(cells)
+    assert set(read(path).task.labels) == set(cells)
 
 
 def test_class_folders_are_read_by_the_same_rule(tmp_path) -> None:
@@ -106,7 +106,7 @@ def test_class_folders_are_read_by_the_same_rule(tmp_path) -> None:
             (tmp_path / split / name).mkdir(parents=True)
             Image.new("RGB", (4, 4)).save(tmp_path / split / name / "a.png")
     data = read(tmp_path)
-    assert data.label_names == ("1", "2")
+    assert data.task.labels == ("1", "2")
     assert data.evaluation["validation"].labels.tolist() == [0, 1]
 
 
@@ -210,7 +210,7 @@ def test_half_an_emoji_in_a_table_names_its_line(tmp_path, field: str) -> None:
 
 def test_a_whole_emoji_is_valid(tmp_path) -> None:
     path = write_jsonl(tmp_path / "t.jsonl", ["👍", "👎", "👍", "👎"])  # escaped as pairs of halves
-    assert set(read(path).label_names) == {"👍", "👎"}
+    assert set(read(path).task.labels) == {"👍", "👎"}
 
 
 def test_half_an_emoji_is_refused_by_predict_in_python(tiny_text_bundle) -> None:

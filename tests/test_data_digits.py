@@ -7,8 +7,9 @@ import pytest
 from sklearn import datasets
 
 from mdpd_deploy.config import DataConfig
-from mdpd_deploy.data import load_evaluation, load_task
+from mdpd_deploy.data.load import load_evaluation, load_task
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks import Classify
 
 DIGITS: Any = datasets.load_digits()
 
@@ -17,7 +18,7 @@ def test_the_split_is_fair_and_seeded() -> None:
     data = load_task("digits", DataConfig(), seed=0)
     validation = data.evaluation["validation"]
     assert (len(data.train), len(validation), list(data.evaluation)) == (1000, 797, ["validation"])
-    assert data.label_names == tuple("0123456789")
+    assert data.task.labels == tuple("0123456789")
     whole = np.bincount(DIGITS.target)
     part = np.bincount(validation.labels)
     assert np.abs(part - whole * 797 / 1797).max() < 1
@@ -42,6 +43,6 @@ def test_options_that_do_not_apply_are_refused() -> None:
 
 def test_evaluation_of_a_known_model_keeps_its_class_order() -> None:
     names = tuple("9876543210")
-    found = load_evaluation("digits", DataConfig(), seed=0, label_names=names)["validation"]
+    found = load_evaluation("digits", Classify(tuple(names)), DataConfig(), seed=0)["validation"]
     plain = load_task("digits", DataConfig(), seed=0).evaluation["validation"]
     assert np.array_equal(found.labels, 9 - plain.labels)

@@ -15,7 +15,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from mdpd_deploy.config import DataConfig, load_config
-from mdpd_deploy.data import load_task
+from mdpd_deploy.data.load import load_task
 from mdpd_deploy.data.table import read_inputs, read_table
 from mdpd_deploy.errors import UserError
 

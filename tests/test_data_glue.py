@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mdpd_deploy.config import DataConfig
-from mdpd_deploy.data import load_task
 from mdpd_deploy.data.glue import GLUE
+from mdpd_deploy.data.load import load_task
 from mdpd_deploy.errors import UserError
 
 MNLI_START = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse"
@@ -64,7 +64,7 @@ def test_tasks_with_a_header(tmp_path: Path, task: str) -> None:
     assert data.train.inputs[0] == (first if len(text) == 2 else first[0])
     assert data.train.labels.tolist() == [0, 1, 0, 1]
     assert data.train.labels.dtype == np.int64
-    assert (data.kind, data.modality, data.pair) == ("classify", "text", len(text) == 2)
+    assert (data.task.kind, data.fields) == ("classify", ("text",) * len(text))
     assert data.columns == text
     assert list(data.evaluation) == ["validation"]
     assert str(data.evaluation["validation"].inputs[0]).count("dev.tsv") == len(text)
@@ -92,7 +92,7 @@ def test_cola_has_no_header(tmp_path: Path) -> None:
     data = glue("cola", tmp_path)
     assert data.train.inputs == ["They came.", 'He said "go.']
     assert data.train.labels.tolist() == [1, 0]
-    assert data.label_names == ("unacceptable", "acceptable")
+    assert data.task.labels == ("unacceptable", "acceptable")
     assert list(data.evaluation) == ["validation"]  # the official test file has no labels
 
 
@@ -105,7 +105,7 @@ def test_stsb_is_a_regression(tmp_path: Path) -> None:
         write(tmp_path / "STS-B" / file, header, rows)
     data = glue("stsb", tmp_path)
     assert data.train.labels.tolist() == [4.2, 0.5]
-    assert (data.kind, data.label_names, data.outputs) == ("regress", (), 1)
+    assert (data.task.kind, data.task.labels, data.task.width) == ("regress", (), 1)
     assert data.train.inputs[0] == ("a plane", "an aircraft")
     rows[1][-1] = "nan"
     write(tmp_path / "STS-B" / "train.tsv", header, rows)
@@ -174,7 +174,7 @@ def test_eval_data_replaces_dev(tmp_path: Path) -> None:
 def test_the_task_folder_itself_will_do_and_labels_fix_the_order(tmp_path: Path) -> None:
     write_task(tmp_path, "sst2")
     data = glue("sst2", tmp_path / "SST-2", labels=["positive", "negative"])
-    assert data.label_names == ("positive", "negative")
+    assert data.task.labels == ("positive", "negative")
     assert data.train.labels.tolist() == [1, 0, 1, 0]
     with pytest.raises(UserError, match="own classes in any order: negative, positive"):
         glue("sst2", tmp_path, labels=["good", "bad"])

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from mdpd_deploy.config import DataConfig
-from mdpd_deploy.data import check_images, load_task
+from mdpd_deploy.data.check import check_images
 from mdpd_deploy.data.hub import _parse
+from mdpd_deploy.data.load import load_task
 from mdpd_deploy.data.splits import Chosen
 from mdpd_deploy.errors import UserError
 
@@ -51,7 +52,7 @@ def labelled(labels: list[int], **columns: object) -> datasets.Dataset:
 def test_load_dataset_on_a_folder(text_folder: Path) -> None:
     data = read(f"hub:{text_folder}")
     assert data.train.inputs[1] == "sentence train 1"
-    assert data.label_names == ("bad", "good")
+    assert data.task.labels == ("bad", "good")
     assert data.train.labels.tolist() == [0, 1, 0, 1]
     assert (len(data.evaluation["validation"]), data.columns) == (2, ("text",))
     scores = read(f"hub:{text_folder}", "regress", label="score", text=["text", "label"])
@@ -70,7 +71,7 @@ def test_class_labels_give_names_and_hidden_ones_drop_the_test(tmp_path: Path) -
         },
     )
     data = read(spec, text=["s"], label="target")
-    assert data.label_names == ("maybe", "no", "yes")
+    assert data.task.labels == ("maybe", "no", "yes")
     assert data.train.labels.tolist() == [2, 1, 0]
     assert list(data.evaluation) == ["validation"]
     assert "2 test examples without labels" in data.inventory.line
@@ -86,7 +87,7 @@ def test_pictures_stay_encoded_until_asked_for(tmp_path: Path) -> None:
     data = read(saved(tmp_path / "saved", {"train": train}), label="target", limit=2)
     assert isinstance(data.train.inputs, Chosen)
     image: Any = data.train.inputs[0]
-    assert (data.modality, image.mode, image.size) == ("image", "RGB", (6, 4))
+    assert (data.fields, image.mode, image.size) == (("image",), "RGB", (6, 4))
     assert check_images(data, DataConfig()) == data
     everything = [*range(6)]
     shown = [int(np.asarray(x)[0, 0, 0]) // 40 for x in data.evaluation["validation"].inputs]

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from mdpd_deploy.config import DataConfig
-from mdpd_deploy.data import load_evaluation, load_task
+from mdpd_deploy.data.load import load_evaluation, load_task
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks import Classify
 
 
 def picture(path: Path) -> None:
@@ -33,11 +34,16 @@ def test_splits_by_folder(tmp_path: Path) -> None:
     classes(tmp_path / "test", 1)
     classes(tmp_path / "valid", 2)
     data = read(tmp_path)
-    assert data.label_names == ("cat", "dog")
+    assert data.task.labels == ("cat", "dog")
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert data.train.inputs[3] == tmp_path / "train" / "dog" / "00.png"
     assert {name: len(s) for name, s in data.evaluation.items()} == {"validation": 4, "test": 2}
-    assert (data.modality, data.kind, data.columns, data.notes) == ("image", "classify", (), ())
+    assert (data.fields, data.task.kind, data.columns, data.notes) == (
+        ("image",),
+        "classify",
+        (),
+        (),
+    )
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "dev", "validation", "Val"])
@@ -74,7 +80,7 @@ def test_endings_in_any_case_deep_and_hidden_files(tmp_path: Path) -> None:
 def test_labels_fix_the_order(tmp_path: Path) -> None:
     classes(tmp_path, 4)
     data = read(tmp_path, labels=["dog", "cat"])
-    assert data.label_names == ("dog", "cat")
+    assert data.task.labels == ("dog", "cat")
     by_name = {
         path.parent.name: label
         for path, label in zip(data.train.inputs, data.train.labels, strict=True)
@@ -95,10 +101,10 @@ def test_eval_data_folder_replaces_the_splits(tmp_path: Path) -> None:
 def test_load_evaluation_needs_no_training_data(tmp_path: Path) -> None:
     classes(tmp_path / "test", 2, ("dog",))
     config = DataConfig(path=str(tmp_path))
-    splits = load_evaluation("classify", config, seed=0, label_names=("cat", "dog"))
+    splits = load_evaluation("classify", Classify(("cat", "dog")), config, seed=0)
     assert {name: s.labels.tolist() for name, s in splits.items()} == {"test": [1, 1]}
     whole = DataConfig(path="unused", eval_path=str(tmp_path / "test"))
-    splits = load_evaluation("classify", whole, seed=0, label_names=("cat", "dog"))
+    splits = load_evaluation("classify", Classify(("cat", "dog")), whole, seed=0)
     assert {name: s.labels.tolist() for name, s in splits.items()} == {"validation": [1, 1]}
 
 

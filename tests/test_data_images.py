@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 
 from mdpd_deploy.config import DataConfig
-from mdpd_deploy.data import check_images, images, load_task
+from mdpd_deploy.data import images
+from mdpd_deploy.data.check import check_images
 from mdpd_deploy.data.images import FILE_FORMATS, PictureTooLarge, decode_image, open_image
 from mdpd_deploy.data.jpeg_scans import count_scans
+from mdpd_deploy.data.load import load_task
 from mdpd_deploy.errors import UserError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -264,7 +266,8 @@ STARVED = """
 import io, resource, sys
 from pathlib import Path
 from mdpd_deploy.config import DataConfig
-from mdpd_deploy.data import check_images, load_task
+from mdpd_deploy.data.check import check_images
+from mdpd_deploy.data.load import load_task
 from mdpd_deploy.data.images import decode_image
 from mdpd_deploy.errors import MdpdError
 raws = [path.read_bytes() for path in map(Path, sys.argv[2:])]
@@ -345,7 +348,7 @@ def test_sound_pictures_pass_and_progress_is_told(pictures: Path) -> None:
 
 
 def test_text_tasks_have_nothing_to_check() -> None:
-    data = replace(load_task("digits", DataConfig(limit=2), seed=0), modality="text")
+    data = replace(load_task("digits", DataConfig(limit=2), seed=0), fields=("text",))
     assert check_images(data, DataConfig()) is data
 
 

@@ -11,9 +11,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from mdpd_deploy.config import DataConfig, load_config
-from mdpd_deploy.data import load_evaluation, load_task
+from mdpd_deploy.data.load import load_evaluation, load_task
 from mdpd_deploy.data.table import read_inputs, read_table
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks import Classify, Regress
 
 ROWS = [
     {"review": "good, really", "second": "a", "stars": 5, "mood": "happy"},
@@ -56,16 +57,16 @@ def test_every_format_reads_the_same(tmp_path: Path, suffix: str) -> None:
     data = read(tmp_path)
     assert data.train.inputs == [row["review"] for row in ROWS]
     assert data.train.labels.tolist() == [0, 1, 0, 1]
-    assert data.label_names == ("happy", "sad")
+    assert data.task.labels == ("happy", "sad")
     assert list(data.evaluation) == ["validation", "test"]
-    assert (data.columns, data.pair, data.modality) == (("review",), False, "text")
+    assert (data.columns, data.fields) == (("review",), ("text",))
     pairs = read(tmp_path, text=["review", "second"])
     assert pairs.train.inputs[1] == ('she said "no"', "b")
-    assert (pairs.columns, pairs.pair) == (("review", "second"), True)
+    assert (pairs.columns, pairs.fields) == (("review", "second"), ("text", "text"))
     scores = read(tmp_path, "regress", label="stars")
     assert scores.train.labels.tolist() == [5.0, 1.0, 4.0, 2.0]
     assert scores.train.labels.dtype == np.float64
-    assert (scores.label_names, scores.metrics[0]) == ((), "pearson_spearman")
+    assert (scores.task.labels, scores.metrics[0]) == ((), "pearson_spearman")
 
 
 def test_one_file_is_split_by_class_with_the_seed(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_eval_data_of_another_kind_is_refused(tmp_path: Path) -> None:
         (tmp_path / "pictures" / name).mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / "pictures" / name / "a.png")
     config = DataConfig(path=str(tmp_path / "pictures"), eval_path=str(write_text_label(tmp_path)))
-    with pytest.raises(UserError, match="holds texts, the training data holds pictures"):
+    with pytest.raises(UserError, match="holds single texts, the training data holds pictures"):
         load_task("classify", config, seed=0)
     with pytest.raises(UserError, match=r"data\.text names no column"):
         read(train, eval_path=str(tmp_path / "pictures"))
@@ -110,23 +111,23 @@ def write_text_label(folder: Path) -> Path:
 
 def test_columns_called_text_and_label_need_no_option(tmp_path: Path) -> None:
     data = load_task("classify", DataConfig(path=str(write_text_label(tmp_path))), seed=0)
-    assert (data.columns, data.label_names) == (("text",), ("x", "y"))
+    assert (data.columns, data.task.labels) == (("text",), ("x", "y"))
 
 
 def test_load_evaluation_reads_one_file_whole(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "new.csv", ROWS[:1])
     config = DataConfig(path=str(path), text=["review"], label="mood")
-    splits = load_evaluation("classify", config, seed=0, label_names=("sad", "happy"))
+    splits = load_evaluation("classify", Classify(("sad", "happy")), config, seed=0)
     assert {name: s.labels.tolist() for name, s in splits.items()} == {"validation": [1]}
     with pytest.raises(UserError, match="'happy' is not one of the classes sad, glad"):
-        load_evaluation("classify", config, seed=0, label_names=("sad", "glad"))
+        load_evaluation("classify", Classify(("sad", "glad")), config, seed=0)
     regress = DataConfig(path=str(path), text=["review"], label="stars")
-    splits = load_evaluation("regress", regress, seed=0, label_names=())
+    splits = load_evaluation("regress", Regress(), regress, seed=0)
     assert splits["validation"].labels.tolist() == [5.0]
     write_rows(tmp_path / "train.csv")
     folder = DataConfig(path=str(tmp_path), text=["review"], label="mood")
     with pytest.raises(UserError, match="neither a validation nor a test split"):
-        load_evaluation("classify", folder, seed=0, label_names=("sad", "happy"))
+        load_evaluation("classify", Classify(("sad", "happy")), folder, seed=0)
 
 
 def test_competition_test_files_without_labels_are_left_out(tmp_path: Path) -> None:
@@ -143,14 +144,14 @@ def test_numbers_as_class_names_sort_by_value(tmp_path: Path) -> None:
     rows = [{"review": f"r{i}", "mood": i % 11} for i in range(33)]
     for suffix in ("csv", "parquet"):
         data = read(write_rows(tmp_path / f"a.{suffix}", rows))
-        assert data.label_names == tuple(str(i) for i in range(11))
+        assert data.task.labels == tuple(str(i) for i in range(11))
 
 
 def test_cells_stay_as_written(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("review,mood\nNA,no\nnull,yes\n1e3,no\n007,yes\n" * 1)
     data = read(tmp_path / "a.csv", eval_path=str(tmp_path / "a.csv"))
     assert data.train.inputs == ["NA", "null", "1e3", "007"]
-    assert data.label_names == ("no", "yes")
+    assert data.task.labels == ("no", "yes")
 
 
 def test_semicolon_tables_and_byte_order_marks(tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ def test_image_paths_start_at_the_table(tmp_path: Path) -> None:
     path = picture_table(tmp_path)
     data = read(path, text=None, image="file", eval_path=str(path))
     assert data.train.inputs == [tmp_path / "pics" / "a.png", tmp_path / "pics" / "b.png"]
-    assert (data.modality, data.columns, data.pair) == ("image", ("file",), False)
+    assert (data.fields, data.columns) == (("image",), ("file",))
     assert read_inputs(path, ("file",), "image") == data.train.inputs
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mdpd_deploy.data.examples import Split
-from mdpd_deploy.data.labels import sorted_names
 from mdpd_deploy.data.splits import Chosen, hold_out, random_split, stratified_split, subset
+from mdpd_deploy.tasks.classify.task import sorted_names
 
 
 def test_stratified_split_is_exact_and_fair() -> None:

@@ -16,7 +16,8 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import mdpd_deploy.data
 from mdpd_deploy.config import DataConfig
-from mdpd_deploy.data import check_images, load_task
+from mdpd_deploy.data.check import check_images
+from mdpd_deploy.data.load import load_task
 from mdpd_deploy.data.preprocess import ImagePreprocess, TextPreprocess, load_preprocess
 from mdpd_deploy.tasks.metrics import METRICS, compute
 

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from mdpd_deploy.config import DataConfig
-from mdpd_deploy.data import TaskData, check_images, load_task
+from mdpd_deploy.data.check import check_images
+from mdpd_deploy.data.examples import TaskData
+from mdpd_deploy.data.load import load_task
 from mdpd_deploy.data.vtab import OFFICIAL_CLASSES
 from mdpd_deploy.errors import UserError
 
@@ -41,10 +43,10 @@ def sizes(data: TaskData) -> dict[str, int]:
 def test_vtab_chooses_on_val200_and_measures_test(root: Path) -> None:
     data = vtab(root)
     assert sizes(data) == {"train": 6, "validation": 3, "test": 4}
-    assert data.label_names == ("0", "1", "2")
+    assert data.task.labels == ("0", "1", "2")
     assert data.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert data.train.inputs[1] == root / "toys" / "images" / "train800 1.jpg"
-    assert (data.kind, data.modality, data.metrics[0]) == ("classify", "image", "accuracy")
+    assert (data.task.kind, data.fields, data.metrics[0]) == ("classify", ("image",), "accuracy")
     assert not data.notes
     assert check_images(data, DataConfig()) == data
 
@@ -60,7 +62,7 @@ def test_vtab_full_trains_on_all_and_says_what_that_means(root: Path) -> None:
 def test_classes_txt_names_the_classes(root: Path) -> None:
     (root / "toys" / "classes.txt").write_text("ball\ncube\ndoll\nempty class\n")
     data = vtab(root)
-    assert data.label_names == ("ball", "cube", "doll", "empty class")
+    assert data.task.labels == ("ball", "cube", "doll", "empty class")
     assert data.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
     reordered = vtab(root, labels=["empty class", "doll", "cube", "ball"])
     assert reordered.train.labels.tolist() == [3, 2, 1, 3, 2, 1]
@@ -68,7 +70,7 @@ def test_classes_txt_names_the_classes(root: Path) -> None:
 
 def test_official_names_know_their_class_count(root: Path) -> None:
     (root / "toys").rename(root / "kitti")
-    assert len(vtab(root, "vtab/kitti").label_names) == OFFICIAL_CLASSES["kitti"] == 4
+    assert len(vtab(root, "vtab/kitti").task.labels) == OFFICIAL_CLASSES["kitti"] == 4
     assert len(OFFICIAL_CLASSES) == 19
 
 

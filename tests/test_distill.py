@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mdpd_deploy.config import DistillConfig, LossConfig, load_config
 from mdpd_deploy.distill import Bottleneck, FeatureDistiller, Generator, weighted_distance
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.tasks.losses import TaskLoss, logits_loss
+from mdpd_deploy.tasks import Classify, Regress
+from mdpd_deploy.tasks.losses import logits_loss
 
 
 def fill(t, *shape):
@@ -170,13 +171,15 @@ def test_weighted_distance_by_hand():
 
 def test_task_losses_are_sums():
     raw, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
-    parts = TaskLoss("classify")(raw[:2], labels[:2]) + TaskLoss("classify")(raw[2:], labels[2:])
-    torch.testing.assert_close(TaskLoss("classify")(raw, labels), parts)
-    weighted = TaskLoss("classify", [2.0, 0.0, 1.0])(raw, labels)
+    parts = Classify.numbered(3).loss(raw[:2], labels[:2]) + Classify.numbered(3).loss(
+        raw[2:], labels[2:]
+    )
+    torch.testing.assert_close(Classify.numbered(3).loss(raw, labels), parts)
+    weighted = Classify(tuple("abc"), class_weights=(2.0, 0.0, 1.0)).loss(raw, labels)
     terms = -raw.log_softmax(-1)[range(5), labels] * torch.tensor([2.0, 0.0, 1.0, 0.0, 2.0])
     torch.testing.assert_close(weighted, terms.sum())
     scores = torch.tensor([[1.0], [3.0]])
-    assert float(TaskLoss("regress")(scores, torch.tensor([0.0, 1.0]))) == 5.0
+    assert float(Regress().loss(scores, torch.tensor([0.0, 1.0]))) == 5.0
 
 
 def test_kl_is_zero_for_equal_and_equals_the_formula():
@@ -226,8 +229,8 @@ def test_only_what_the_teacher_answers_better_is_distilled():
     labels = torch.tensor([0, 1, 0])
     student = torch.tensor([[0.0, 1.0], [0.0, 1.0], [2.0, 0.0]])  # wrong, right, right and sure
     teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])  # right, wrong, right, less sure
-    found = logits_loss(student, teacher, config, labels)
+    found = Classify.numbered(2).distance(student, teacher, labels, config)
     assert found == logits_loss(student[:1], teacher[:1], LossConfig()) == 2.0
     scores, answers = torch.tensor([[1.0], [1.0]]), torch.tensor([0.0, 2.0])
     nearer = torch.tensor([[0.5], [0.0]])  # nearer to 0, farther from 2
-    assert logits_loss(scores, nearer, config, answers) == 0.25
+    assert Regress().distance(scores, nearer, answers, config) == 0.25

@@ -18,8 +18,9 @@ from mdpd_deploy.sides.dtl import (
     default_reads,
     shared_state,
 )
+from mdpd_deploy.tasks import Classify
 from mdpd_deploy.tasks.head import Head
-from mdpd_deploy.train.methods import Batch, TaskSpec, build_method
+from mdpd_deploy.train.methods import Batch, build_method
 
 NAMES = ["dtlv1", "dtlv2", "dtlv2-ls"]
 VIT_B = SideShape("vit", 768, 12, text=False, grid=(14, 14), prefix=1)
@@ -113,7 +114,7 @@ def test_at_the_start_the_logits_are_the_frozen_backbones(name, backbone):
 def test_a_step_keeps_no_graph_of_blocks_up_to_m(method, name, backbone):
     """A real step: the side network's own graph holds the blocks behind M and no other."""
     config = check_config({"method": method, "side": {"name": name}})
-    built = build_method(backbone, TaskSpec("classify", 3), config)
+    built = build_method(backbone, Classify.numbered(3), config)
     for parameter in built.side.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     built.train_mode()
@@ -168,7 +169,7 @@ def test_every_part_gets_a_gradient_at_the_start(backbone):
 def test_mdpd_over_v1_has_no_feature_losses_unless_asked(backbone):
     def build(**more):
         config = {"side": {"name": "dtl"}, **more}
-        return build_method(copy.deepcopy(backbone), TaskSpec("classify", 3), check_config(config))
+        return build_method(copy.deepcopy(backbone), Classify.numbered(3), check_config(config))
 
     plain = build()
     assert plain.config.side.name == "dtlv1"
@@ -182,7 +183,7 @@ def test_mdpd_over_v1_has_no_feature_losses_unless_asked(backbone):
 def test_mdpd_over_v2_is_refused_with_the_reason(name, backbone):
     config = check_config({"side": {"name": name}})
     with pytest.raises(UserError, match="no side feature per layer"):
-        build_method(backbone, TaskSpec("classify", 3), config)
+        build_method(backbone, Classify.numbered(3), config)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import Config, SideConfig, check_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides import SIDES, build_side, other_side
+from mdpd_deploy.tasks import Classify
 from mdpd_deploy.train import Entry, apply_entry, default_entries, parse_entry
-from mdpd_deploy.train.methods import METHODS, TaskSpec, build_method
+from mdpd_deploy.train.methods import METHODS, build_method
 
 # An option of every kind that some method or side network ignores.
 OPTIONS = {
@@ -76,7 +77,7 @@ def test_one_config_serves_every_method(label, tiny_vit, tiny_bert):
     entry = parse_entry(label)
     config = apply_entry(base, entry)
     backbone = load_backbone(config.backbone, max_length=24)
-    assert build_method(backbone, TaskSpec("classify", 3), config)
+    assert build_method(backbone, Classify.numbered(3), config)
     assert config.method == entry.method
     assert config.side.name == (entry.side or SideConfig().name)
     assert (config.backbone, config.task) == (base.backbone, base.task)

@@ -17,6 +17,7 @@ from transformers import (
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import check_config
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks import Classify, Regress
 from mdpd_deploy.train.forecast import forecast, reason_against
 from mdpd_deploy.train.memory import storage_bytes
 
@@ -93,7 +94,7 @@ ROWS = [
 def test_forecast_equals_a_real_step(folders, family, method, train, side, real_peak):
     config = config_of(folders / family, method, side, **train)
     real = real_peak(config)
-    predicted = forecast(config, outputs=3, kind="classify")
+    predicted = forecast(config, Classify.numbered(3))
     assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
     for name in ("weights", "trained", "optimizer_state", "batch"):
         assert predicted.parts.get(name) == real.parts.get(name)
@@ -101,15 +102,15 @@ def test_forecast_equals_a_real_step(folders, family, method, train, side, real_
 
 def test_forecast_of_regression(folders, real_peak):
     config = config_of(folders / "bert")
-    real = real_peak(config, outputs=1, kind="regress")
-    predicted = forecast(config, outputs=1, kind="regress")
+    real = real_peak(config, Regress())
+    predicted = forecast(config, Regress())
     assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
 
 
 def test_parts_by_hand(folders):
     """Linear probe: weights, a head of (64 + 1) * 3 numbers, two moments and counts, a batch."""
     config = config_of(folders / "vit", "probe", accumulate=3)
-    parts = forecast(config, outputs=3, kind="classify").parts
+    parts = forecast(config, Classify.numbered(3)).parts
     head = (64 * 3 + 3) * 4
     assert parts["trained"] == head
     assert parts["optimizer_state"] == 2 * head + 2 * 4
@@ -120,7 +121,7 @@ def test_parts_by_hand(folders):
 def test_longer_texts_and_bigger_batches_need_more(folders):
     def peak(length, batch):
         config = config_of(folders / "bert", "norms", batch=batch)
-        return forecast(config, outputs=2, kind="classify", text_length=length).peak_bytes
+        return forecast(config, Classify.numbered(2), text_length=length).peak_bytes
 
     assert peak(8, 8) < peak(16, 8) < peak(16, 16)
 
@@ -128,7 +129,7 @@ def test_longer_texts_and_bigger_batches_need_more(folders):
 def test_forecast_leaves_the_random_state_alone(folders):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    forecast(config_of(folders / "vit", "probe"), outputs=2, kind="classify")
+    forecast(config_of(folders / "vit", "probe"), Classify.numbered(2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -139,7 +140,7 @@ def test_what_does_not_fit_a_backbone_has_a_reason(folders):
 
 def test_errors_stay_sentences(folders):
     with pytest.raises(UserError, match=r"side\.name"):
-        forecast(config_of(folders / "vit", side={"name": "unipd"}), outputs=2, kind="classify")
+        forecast(config_of(folders / "vit", side={"name": "unipd"}), Classify.numbered(2))
 
 
 @pytest.mark.parametrize("side", ["unipt", "sherl"])
@@ -156,7 +157,7 @@ def test_the_whole_step_for_vit_b_is_small(side, reduction, precision, most):
             "train": {"batch": 32, "precision": precision},
         }
     )
-    predicted = forecast(config, outputs=100, kind="classify")
+    predicted = forecast(config, Classify.numbered(100))
     assert predicted.parts["weights"] >= 85.7e6 * (4 if precision == "fp32" else 2)
     assert predicted.parts["weights"] < predicted.peak_bytes <= most
 
@@ -169,12 +170,10 @@ def test_methods_in_order_of_need():
     known = {"probe": 0.60e9, "norms": 0.96e9}
     for method, measured in known.items():
         config = check_config({"method": method, "backbone": VIT_B, "train": {"batch": 32}})
-        assert forecast(config, outputs=100, kind="classify").peak_bytes == pytest.approx(
+        assert forecast(config, Classify.numbered(100)).peak_bytes == pytest.approx(
             measured, rel=0.03
         )
     config = check_config(
         {"method": "norms", "backbone": VIT_B, "train": {"batch": 32, "norm_grad": "full"}}
     )
-    assert forecast(config, outputs=100, kind="classify").peak_bytes == pytest.approx(
-        2.87e9, rel=0.03
-    )
+    assert forecast(config, Classify.numbered(100)).peak_bytes == pytest.approx(2.87e9, rel=0.03)

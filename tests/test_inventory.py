@@ -13,9 +13,11 @@ from PIL import Image
 from mdpd_deploy import fit
 from mdpd_deploy.commands.train import plan
 from mdpd_deploy.config import DataConfig
-from mdpd_deploy.data import check_images, load_evaluation, load_task
+from mdpd_deploy.data.check import check_images
 from mdpd_deploy.data.inventory import Inventory, left_out
+from mdpd_deploy.data.load import load_evaluation, load_task
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks import Classify
 
 
 def picture(path: Path, kind: str = "png") -> Path:
@@ -57,7 +59,7 @@ def test_every_file_of_an_image_folder_is_used_or_counted(tmp_path: Path) -> Non
     (tmp_path / "labels.csv").write_text("x")
     (tmp_path / "__MACOSX").mkdir()
     data = read(tmp_path)
-    assert data.label_names == ("cat", "dog")
+    assert data.task.labels == ("cat", "dog")
     assert data.inventory.used == {"train": 10, "validation": 4}
     assert counts(data.inventory) == {
         "files .heic, which are not read": 2,
@@ -80,7 +82,7 @@ def test_a_class_may_be_a_link_but_not_to_what_holds_it(tmp_path: Path) -> None:
     (root / "dog").symlink_to(tmp_path / "elsewhere" / "dog")
     (root / "loop").symlink_to(root)
     data = read(root)
-    assert data.label_names == ("cat", "dog")
+    assert data.task.labels == ("cat", "dog")
     assert counts(data.inventory) == {"links to folders": 1}
 
 
@@ -89,18 +91,18 @@ def test_two_unicode_forms_are_one_class(tmp_path: Path) -> None:
     classes(tmp_path / "train", names=(composed, "tea"))
     classes(tmp_path / "val", names=(split, "tea"))
     data = read(tmp_path)
-    assert data.label_names == (composed, "tea")
+    assert data.task.labels == (composed, "tea")
     assert data.evaluation["validation"].labels.tolist() == [0] * 3 + [1] * 3
     config = DataConfig(path=str(tmp_path))
-    measured = load_evaluation("classify", config, seed=0, label_names=(split, "tea"))
+    measured = load_evaluation("classify", Classify((split, "tea")), config, seed=0)
     assert measured["validation"].labels.tolist() == [0] * 3 + [1] * 3
     picture(tmp_path / "train" / split / "3.png")
     data = read(tmp_path)
-    assert (data.label_names, len(data.train)) == ((composed, "tea"), 7)
+    assert (data.task.labels, len(data.train)) == ((composed, "tea"), 7)
     assert "one class" in data.notes[0]
     table = tmp_path / "t.csv"
     table.write_text("text,label\n" + f"a,{composed}\nb,{split}\nc,x\n" * 2)
-    assert read(table, labels=[split, "x"]).label_names == (composed, "x")
+    assert read(table, labels=[split, "x"]).task.labels == (composed, "x")
 
 
 @pytest.mark.parametrize(

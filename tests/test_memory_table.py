@@ -10,6 +10,7 @@ from mdpd_deploy.cli import main
 from mdpd_deploy.commands.train import _print_plan, plan
 from mdpd_deploy.config import check_config
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks import Classify
 from mdpd_deploy.train import default_entries, entry_configs, forecast_methods
 from mdpd_deploy.train.forecast import forecast
 from mdpd_deploy.train.papers import paper_figure
@@ -32,11 +33,9 @@ def config(tiny_vit):
 
 
 def test_rows_are_forecasts(config):
-    probe, mdpd = forecast_methods(
-        entry_configs(config, ["probe", "mdpd"]), outputs=3, kind="classify"
-    )
+    probe, mdpd = forecast_methods(entry_configs(config, ["probe", "mdpd"]), Classify.numbered(3))
     assert (probe.method, mdpd.method) == ("probe", "mdpd:unipt")
-    assert mdpd.forecast == forecast(config, outputs=3, kind="classify")
+    assert mdpd.forecast == forecast(config, Classify.numbered(3))
     assert probe.forecast.trained == probe.forecast.deployed_delta == 32 * 3 + 3
     assert sum(probe.forecast.parts.values()) == probe.forecast.peak_bytes
 
@@ -44,9 +43,9 @@ def test_rows_are_forecasts(config):
 def test_counts_are_those_of_a_run(tiny_run, tiny_side_run):
     for run in (tiny_run, tiny_side_run):
         word = f"{run.config.method}:{run.config.side.name}"
-        outputs = len(run.label_names)
+        outputs = run.task.width
         configs = entry_configs(run.config, [word])
-        (row,) = forecast_methods(configs, outputs=outputs, kind="classify")
+        (row,) = forecast_methods(configs, Classify.numbered(outputs))
         params = run.summary["params"]
         assert row.forecast.trained == params["trained"]
         assert row.forecast.deployed_delta == params["deployed_delta"]
@@ -92,7 +91,7 @@ def test_a_forecast_of_the_papers_setting_shows_their_figures(capsys):
 def test_what_does_not_fit_says_why(config):
     config = config.model_copy(update={"side": config.side.model_copy(update={"reduction": 5})})
     configs = entry_configs(config, ["probe", "unipt"])
-    probe, unipt = forecast_methods(configs, outputs=3, kind="classify")
+    probe, unipt = forecast_methods(configs, Classify.numbered(3))
     assert probe.forecast and probe.reason is None
     assert unipt.forecast is None
     assert "side.reduction=5 does not fit a backbone of width 32" in unipt.reason
@@ -121,7 +120,7 @@ def test_a_method_that_fails_is_a_row_and_the_others_are_forecast(config, monkey
 
     monkeypatch.setattr("peft.LoraConfig", fail)
     configs = entry_configs(config, ["lora", "probe"])
-    lora, probe = forecast_methods(configs, outputs=3, kind="classify")
+    lora, probe = forecast_methods(configs, Classify.numbered(3))
     assert lora.forecast is None
     assert lora.reason == "internal error: AttributeError: no attribute fc1"
     assert probe.forecast is not None
@@ -147,7 +146,7 @@ def test_what_looks_into_blocks_answers_beside_every_kind_of_block(name, more, t
     backbone = {"name": str(tmp_path), "pretrained": False}
     config = check_config({"backbone": backbone, "train": {"batch": 2}})
     words = ["lora", "ia3", "prefix", "norms", "side:lst"]  # what the others do, one of these does
-    rows = forecast_methods(entry_configs(config, words), outputs=3, kind="classify")
+    rows = forecast_methods(entry_configs(config, words), Classify.numbered(3))
     (prefix,) = [row for row in rows if row.forecast is None]
     assert prefix.method == "prefix" and "use --method prompt" in prefix.reason
 

@@ -23,10 +23,11 @@ from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed
 from mdpd_deploy.runtimes.onnx import OnnxRunner
 from mdpd_deploy.sides import SIDES, SideNetwork, SideOutput
+from mdpd_deploy.tasks import Classify
 from mdpd_deploy.train import apply_entry, default_entries, parse_entry
 from mdpd_deploy.train.checkpoint import load_best
 from mdpd_deploy.train.forecast import forecast
-from mdpd_deploy.train.methods import METHODS, Batch, TaskSpec, build_method
+from mdpd_deploy.train.methods import METHODS, Batch, build_method
 from mdpd_deploy.train.methods.adapters import method_of
 from mdpd_deploy.train.optim import build_optimizer
 from mdpd_deploy.train.setup import prepare
@@ -98,7 +99,7 @@ def build(label, folder):
     config = config_of(label, folder)
     torch.manual_seed(0)
     backbone = load_backbone(config.backbone, max_length=24)
-    return build_method(backbone, TaskSpec("classify", 3), config)
+    return build_method(backbone, Classify.numbered(3), config)
 
 
 # --- trains only what it says --------------------------------------------------------------------
@@ -160,7 +161,7 @@ def test_padding_changes_no_answer(label, folders):
 def check_forecast(label, folder, real_peak):
     config = config_of(label, folder)
     real = real_peak(config)
-    predicted = forecast(config, outputs=3, kind="classify")
+    predicted = forecast(config, Classify.numbered(3))
     assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
     for name in ("weights", "trained", "optimizer_state", "batch"):
         assert predicted.parts.get(name) == real.parts.get(name)

@@ -132,12 +132,14 @@ def test_every_gate_passed_for_every_task(text_bundle, image_bundle):
 
 def test_the_manifest_lists_tasks_in_the_order_of_task_id(text_bundle):
     mood, stars, score = text_bundle.tasks
-    assert [(t.name, t.index, t.kind, t.width, t.pair) for t in text_bundle.tasks] == [
+    assert [
+        (t.name, t.index, t.task.kind, t.width, len(t.fields) > 1) for t in text_bundle.tasks
+    ] == [
         ("mood", 0, "classify", 2, False),
         ("stars", 1, "classify", 3, False),
         ("score", 2, "regress", 1, True),
     ]
-    assert set(stars.label_names) == {"one", "two", "three"} and score.label_names == ()
+    assert set(stars.task.labels) == {"one", "two", "three"} and score.task.labels == ()
     assert [t.preprocess.max_length for t in text_bundle.tasks] == [24, 12, 40]
     assert stars.facts["data"]["columns"] == ["review"] and mood.facts["method"] == "mdpd"
     manifest = text_bundle.manifest

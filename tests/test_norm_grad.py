@@ -11,7 +11,8 @@ from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import BackboneConfig, load_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides import SIDES, other_side
-from mdpd_deploy.train.methods import METHODS, Batch, TaskSpec, build_method
+from mdpd_deploy.tasks import Classify
+from mdpd_deploy.train.methods import METHODS, Batch, build_method
 from mdpd_deploy.train.norm_grad import build_norm_gradient
 
 TEACHERS = [name for name, side in sorted(SIDES.items()) if side.has_features]
@@ -34,7 +35,7 @@ def make(backbone, method="mdpd", side="unipt", *sets, task=None):
         beside = other_side(config.side.model_copy(update={"reduction": 2}), side)
         config = config.model_copy(update={"side": beside})
     torch.manual_seed(0)
-    built = build_method(copy.deepcopy(backbone), task or TaskSpec("classify", 3), config)
+    built = build_method(copy.deepcopy(backbone), task or Classify.numbered(3), config)
     built.train_mode()
     return built
 

@@ -12,8 +12,10 @@ from PIL import Image
 
 from mdpd_deploy.report import charts
 from mdpd_deploy.report.page import duration, join, picture, size, tag
-from mdpd_deploy.train.predictions import confusion_matrix
-from mdpd_deploy.train.report import Predictions, Sample, pick_samples, write_report
+from mdpd_deploy.report.predictions import Predictions, Sample, pick_samples
+from mdpd_deploy.tasks import Classify, Regress
+from mdpd_deploy.tasks.classify.page import confusion_matrix
+from mdpd_deploy.train.report import write_report
 
 EVIL = '<script>alert("1")</script>'
 
@@ -60,7 +62,7 @@ def classified(names=("cat", "dog"), side=True, samples=()):
     labels = np.array([0, 0, 1, 1])
     deployed = np.array([[2.0, 0], [2, 0], [0, 2], [4, 0]])
     guesses = np.array([[2.0, 0], [0, 2], [2, 0], [0, 2]])
-    return Predictions(names, "classify", labels, deployed, guesses if side else None, samples)
+    return Predictions(Classify(names), labels, deployed, guesses if side else None, samples)
 
 
 def write(folder, **changes):
@@ -122,7 +124,7 @@ def test_agreement_counts_by_hand(tmp_path):
 
 
 def test_confusion_matrix_by_hand(tmp_path):
-    assert confusion_matrix(classified()).tolist() == [[2, 0], [1, 1]]
+    assert confusion_matrix(classified(), 2).tolist() == [[2, 0], [1, 1]]
     text = Reader(write(tmp_path)).text
     assert "cat 2 · 100.0 % dog 1 1 50.0 %" in text
 
@@ -154,7 +156,7 @@ def test_runs_without_a_side_network(tmp_path, method):
 def test_regression_has_scatters(tmp_path):
     labels = np.array([0.0, 1.0, 2.0])
     predictions = Predictions(
-        (), "regress", labels, labels[:, None] + 0.5, labels[:, None] * 2.0, (Sample(1, "a text"),)
+        Regress(), labels, labels[:, None] + 0.5, labels[:, None] * 2.0, (Sample(1, "a text"),)
     )
     metrics = {"pearson_spearman": 1.0, "rmse": 0.5}
     summary = summary_of(primary_metric="pearson_spearman", metrics={"deployed": metrics})
@@ -172,7 +174,7 @@ def test_many_classes_show_the_worst_confusions(tmp_path):
     outputs = np.eye(40)[labels]
     outputs[0] = outputs[1] = np.eye(40)[7]  # two of class 0 go to class 7
     outputs[30] = np.eye(40)[3]  # one of class 10 goes to class 3
-    predictions = Predictions(names, "classify", labels, outputs, outputs)
+    predictions = Predictions(Classify(names), labels, outputs, outputs)
     text = Reader(write(tmp_path, predictions=predictions)).text
     assert "Confusion matrix" not in text
     assert "class 0 class 7 2 66.7 % class 10 class 3 1 33.3 %" in text
@@ -258,12 +260,12 @@ def test_samples_are_the_surest_mistakes_then_a_spread():
     labels = np.zeros(100, dtype=np.int64)
     outputs = np.tile([3.0, 0.0], (100, 1))
     outputs[40], outputs[60], outputs[80] = [0, 1], [0, 9], [0, 5]
-    chosen = pick_samples([str(n) for n in range(100)], labels, outputs, kind="classify")
+    chosen = pick_samples(Classify.numbered(2), [str(n) for n in range(100)], labels, outputs)
     assert [s.index for s in chosen[:3]] == [60, 80, 40]
     assert len(chosen) == len({s.index for s in chosen}) == 12
     assert chosen[3].index == 0 and chosen[-1].index == 99
     assert all(s.raw == str(s.index) for s in chosen)
-    few = pick_samples(["a"], labels[:1], outputs[:1], kind="classify")
+    few = pick_samples(Classify.numbered(2), ["a"], labels[:1], outputs[:1])
     assert [s.index for s in few] == [0]
 
 
@@ -272,7 +274,7 @@ def test_samples_of_regression_are_the_largest_errors():
     outputs = labels[:, None].copy()
     outputs[5] += 3
     outputs[9] -= 4
-    chosen = pick_samples(["x"] * 30, labels, outputs, kind="regress", most=4)
+    chosen = pick_samples(Regress(), ["x"] * 30, labels, outputs, most=4)
     assert [s.index for s in chosen] == [9, 5, 0, 29]
 
 

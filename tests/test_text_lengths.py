@@ -10,6 +10,7 @@ from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.data import lengths
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.data.lengths import TextLengths, text_lengths
+from mdpd_deploy.tasks import Classify
 from mdpd_deploy.train.forecast import forecast
 from mdpd_deploy.train.setup import prepare
 
@@ -83,9 +84,9 @@ def test_a_run_measures_what_was_forecast(tiny_text_run) -> None:
     found = summary["tokens"]["train"]
     assert (found["counted"], found["cut"], found["max_length"]) == (60, 0, 24)
     memory, config = summary["memory"], tiny_text_run.config
-    longest = forecast(config, outputs=2, kind="classify", text_length=found["longest"])
+    longest = forecast(config, Classify.numbered(2), text_length=found["longest"])
     assert memory["forecast_bytes"] == longest.peak_bytes
-    assert longest.peak_bytes < forecast(config, outputs=2, kind="classify").peak_bytes
+    assert longest.peak_bytes < forecast(config, Classify.numbered(2)).peak_bytes
     assert 0.9 < memory["peak_live_bytes"] / memory["forecast_bytes"] <= 1.02
     assert any(
         note.startswith("train: of 60 texts, 95 % have at most") for note in summary["notes"]

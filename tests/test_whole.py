@@ -16,9 +16,10 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.graphs.signature import same_structure
 from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed
+from mdpd_deploy.tasks import Classify
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.train.forecast import forecast
-from mdpd_deploy.train.methods import Batch, TaskSpec, build_method
+from mdpd_deploy.train.methods import Batch, build_method
 
 # timm name, picture size, blocks, tuned norms: per block and between or behind the blocks
 VISION = {
@@ -67,7 +68,7 @@ def backbone(request, encoder_folder):
 def gradients(backbone, mode):
     config = load_config(None, {"method": "norms"}, [f"train.norm_grad={mode}"])
     torch.manual_seed(0)
-    method = build_method(copy.deepcopy(backbone), TaskSpec("classify", 3), config)
+    method = build_method(copy.deepcopy(backbone), Classify.numbered(3), config)
     method.train_mode()
     batch = Batch(backbone.example_inputs(3, 9), torch.arange(3), np.arange(3), 1, 3.0, 3.0)
     torch.manual_seed(5)
@@ -123,7 +124,7 @@ def test_a_forecast_is_what_a_step_takes(name, encoder_folder, real_peak):
         kind, more, _ = TEXT[name]
         options |= {"backbone.name": str(encoder_folder(kind, **more)), "data.max_length": 16}
     config = load_config(None, {**options, "backbone.pretrained": name not in VISION}, [])
-    foreseen = forecast(config, outputs=3, kind="classify")
+    foreseen = forecast(config, Classify.numbered(3))
     assert foreseen.peak_bytes == pytest.approx(real_peak(config).peak_bytes, rel=0.02)
 
 
@@ -132,13 +133,13 @@ def test_what_needs_declared_taps_is_refused_in_a_sentence(method):
     backbone = vision("resnet18")
     config = load_config(None, {"method": method}, [])
     with pytest.raises(UserError, match=r"resnet18.*use --method norms, bitfit"):
-        build_method(backbone, TaskSpec("classify", 3), config)
+        build_method(backbone, Classify.numbered(3), config)
 
 
 def test_bfloat16_holds_the_frozen_weights_and_leaves_norms_exact():
     backbone = vision("resnet18")
     config = load_config(None, {"method": "norms"}, ["train.precision=bf16"])
-    method = build_method(backbone, TaskSpec("classify", 3), config)
+    method = build_method(backbone, Classify.numbered(3), config)
     norms = method.backbone.norms()
     for path, parameter in method.backbone.named_parameters():
         assert parameter.dtype == (torch.float32 if path in norms else torch.bfloat16), path
@@ -153,7 +154,7 @@ def test_bfloat16_holds_the_frozen_weights_and_leaves_norms_exact():
 
 def test_a_model_without_norms_is_refused_where_norms_are_tuned():
     backbone = load_backbone(BackboneConfig(name="timm:vgg11", pretrained=False, img_size=32))
-    task = TaskSpec("classify", 3)
+    task = Classify.numbered(3)
     with pytest.raises(UserError, match=r"timm:vgg11 has no norms .* use --method full"):
         build_method(backbone, task, load_config(None, {"method": "norms"}, []))
     assert build_method(backbone, task, load_config(None, {"method": "probe"}, []))
@@ -200,7 +201,7 @@ def test_a_convolutional_network_goes_from_training_to_latency(digit_folder, fit
     )
     picture = next((digit_folder / "validation").rglob("*.png"))
     (answer,) = load_bundle(bundle.path).predict([picture])
-    assert answer.label in run.label_names
+    assert answer.label in run.task.labels
     report = bench_latency(run.path, runtime=["onnx"], batch=[1], seconds=0.2, openings=3)
     names = [note["name"] for note in report["variants"]]
     assert "bare" in names and not {"unipt", "sherl"} & set(names)

@@ -21,7 +21,8 @@ from mdpd_deploy.data.examples import Raw, Split
 from mdpd_deploy.data.images import open_image
 from mdpd_deploy.data.preprocess import ImagePreprocess, Preprocess
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.train.methods import Batch, TaskSpec
+from mdpd_deploy.tasks import Task
+from mdpd_deploy.train.methods import Batch
 
 Indices = NDArray[np.int64]
 
@@ -75,7 +76,7 @@ class StepDataset(Dataset[list[Batch]]):
         self,
         split: Split,
         preprocess: Preprocess,
-        task: TaskSpec,
+        task: Task,
         config: Config,
         schedule: Schedule,
         rank: int = 0,
@@ -87,9 +88,7 @@ class StepDataset(Dataset[list[Batch]]):
         self.rank = rank
         self.augment = build_augment(config, preprocess)
         self.seed = config.train.seed
-        self.weights = np.ones(len(split))
-        if task.class_weights is not None:
-            self.weights = np.asarray(task.class_weights)[split.labels.astype(np.int64)]
+        self.weights = task.weights(split.labels)
 
     def __len__(self) -> int:
         return 1 << 62
@@ -104,11 +103,8 @@ class StepDataset(Dataset[list[Batch]]):
         ]
 
     def _labels(self, keys: Indices) -> Tensor:
-        labels = torch.from_numpy(self.split.labels[keys])
-        if self.task.scale is None:
-            return labels
-        mean, std = self.task.scale
-        return ((labels - mean) / std).float()
+        wanted = torch.from_numpy(self.task.wanted(self.split.labels[keys]))
+        return wanted.float() if wanted.is_floating_point() else wanted
 
     def _inputs(self, keys: Indices, step: int) -> dict[str, Tensor]:
         raws = [self.split.inputs[int(key)] for key in keys]

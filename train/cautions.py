@@ -2,10 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
-
-from mdpd_deploy.data import TaskData
-from mdpd_deploy.data.labels import listed
+from mdpd_deploy.data.examples import TaskData
 from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, Values, metric_text
 from mdpd_deploy.train.evaluate import Outputs
 
@@ -28,7 +25,7 @@ def result_cautions(
     Args:
         data: What was trained and measured on.
         metrics: On validation, of `deployed` and, where it is thrown away, `side`.
-        majority: What the most frequent class scores; None for regression.
+        majority: What the most frequent class scores; None where it is unknown.
         outputs: `output` of the deployed model on validation [n, C].
     """
     return [*_worse(data, metrics, majority), *_never_predicted(data, outputs)]
@@ -53,9 +50,6 @@ def _worse(data: TaskData, metrics: Mapping[str, Values], majority: Values | Non
 
 
 def _never_predicted(data: TaskData, outputs: Outputs) -> Iterator[str]:
-    if data.kind == "regress":
-        return
-    said = set(outputs["output"].argmax(axis=1).tolist())
-    there = np.unique(data.evaluation["validation"].labels.astype(np.int64)).tolist()
-    if never := [data.label_names[index] for index in there if index not in said]:
-        yield f"the deployed model never answers, on validation: {listed(never)}."
+    labels = data.evaluation["validation"].labels
+    if never := data.task.unsaid(labels, outputs["output"]):
+        yield f"the deployed model never answers, on validation: {never}."

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,12 +21,12 @@ from mdpd_deploy.artifacts.scores import key_of
 from mdpd_deploy.files import sha256_file, write_json
 from mdpd_deploy.machine import versions
 from mdpd_deploy.model import TaskModel
-from mdpd_deploy.tasks.metrics import Values, compute, majority
+from mdpd_deploy.report.predictions import Predictions, pick_samples
+from mdpd_deploy.tasks.metrics import Values, compute
 from mdpd_deploy.train.cautions import result_cautions
 from mdpd_deploy.train.checkpoint import Progress, load_best
 from mdpd_deploy.train.evaluate import Outputs, run_over
 from mdpd_deploy.train.loop import require_folder
-from mdpd_deploy.train.predictions import Predictions, pick_samples
 from mdpd_deploy.train.report import write_report
 from mdpd_deploy.train.setup import Setup
 
@@ -52,7 +51,7 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
     setup.state.wait_for_everyone()
     summary = describe(setup, progress, forecast)
     summary["files"] = {p.name: sha256_file(p) for p in sorted((out / "model").iterdir())}
-    run = Run(out, setup.config, summary, setup.data.label_names)
+    run = Run(out, setup.config, summary, setup.data.task)
     deployed = run.load_deployed().to(setup.state.device)
     outputs = {name: measure(setup, deployed, name) for name in setup.data.evaluation}
     side = {}
@@ -64,13 +63,9 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
         if side:
             measured["side"] = metrics_of(setup, side, name)
         summary[key_of("metrics", name)] = measured
-        if setup.data.kind == "classify":
-            summary[key_of("majority", name)] = majority(
-                setup.data.metrics,
-                setup.data.train.labels.astype(np.int64),
-                split.labels.astype(np.int64),
-                setup.data.outputs,
-            )
+        floor = setup.data.task.floor(setup.data.metrics, setup.data.train.labels, split.labels)
+        if floor is not None:
+            summary[key_of("majority", name)] = floor
     summary["notes"] += result_cautions(
         setup.data, summary["metrics"], summary.get("majority"), outputs["validation"]
     )
@@ -86,7 +81,7 @@ def write_model(setup: Setup, folder: Path) -> None:
     """Write trained tensors, labels, preprocessing and, where needed, the backbone."""
     for file, tensors in setup.method.model_files(setup.frozen_weights).items():
         _save(tensors, folder / file)
-    write_json(folder / LABELS, {"names": list(setup.data.label_names)})
+    write_json(folder / LABELS, {"names": list(setup.data.task.labels)})
     setup.backbone.preprocess.save(folder)
     if not setup.config.backbone.pretrained:
         _save(setup.frozen_weights(), folder / BACKBONE)
@@ -131,7 +126,7 @@ def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict
     return {
         "schema": SCHEMA,
         "task": config.task,
-        "kind": setup.data.kind,
+        "kind": setup.data.task.kind,
         "method": config.method,
         "side": config.side.name if method.uses_side else None,
         "backbone": {
@@ -183,14 +178,11 @@ def report(
     """Write report.html; single predictions are of validation, so that test stays unseen."""
     split = setup.data.evaluation["validation"]
     predictions = Predictions(
-        setup.data.label_names,
-        setup.data.kind,
+        setup.data.task,
         split.labels,
         deployed["output"],
         None if side is None else side["output"],
-        pick_samples(
-            split.inputs, split.labels, np.asarray(deployed["output"]), kind=setup.data.kind
-        ),
+        pick_samples(setup.data.task, split.inputs, split.labels, deployed["output"]),
         "validation",
     )
     write_report(

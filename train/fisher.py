@@ -49,7 +49,7 @@ def fisher(setup: Setup, examples: int) -> dict[Tensor, Tensor]:
     for step in range(examples):
         (batch,) = dataset[step]
         inputs = method.cast({k: t.to(setup.device) for k, t in batch.inputs.items()})
-        loss = method.task_loss(head.raw(backbone(inputs).float()), batch.labels.to(setup.device))
+        loss = method.task.loss(head.raw(backbone(inputs).float()), batch.labels.to(setup.device))
         for weight, gradient in zip(
             total, torch.autograd.grad(loss, list(total), allow_unused=True), strict=True
         ):

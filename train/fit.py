@@ -104,7 +104,7 @@ def _plan(setup: Setup, memory_table: tuple[MemoryRow, ...]) -> Plan:
             "train": len(setup.data.train),
             **{name: len(split) for name, split in setup.data.evaluation.items()},
         },
-        classes=setup.data.label_names,
+        classes=setup.data.task.labels,
         steps=setup.steps,
         steps_per_epoch=setup.schedule.steps_per_epoch,
         batch=setup.schedule.step_size,
@@ -128,19 +128,13 @@ def _every_method(setup: Setup) -> tuple[MemoryRow, ...]:
     labels = [entry.label for entry in default_entries()]
     return forecast_methods(
         entry_configs(setup.config, labels),
-        outputs=setup.data.outputs,
-        kind=setup.data.kind,
+        setup.data.task,
         text_length=setup.text_length,
     )
 
 
 def _forecast(setup: Setup) -> dict[str, Any]:
-    found = forecast(
-        setup.config,
-        outputs=setup.data.outputs,
-        kind=setup.data.kind,
-        text_length=setup.text_length,
-    )
+    found = forecast(setup.config, setup.data.task, text_length=setup.text_length)
     return {"forecast_bytes": found.peak_bytes, "forecast_parts": found.parts}
 
 

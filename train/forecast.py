@@ -15,8 +15,9 @@ import torch
 from mdpd_deploy.backbones import Backbone, load_backbone
 from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks import Classify, Task
 from mdpd_deploy.train.memory import PeakBytes, fake_tensors, measure_peak
-from mdpd_deploy.train.methods import Batch, Method, TaskSpec, build_method
+from mdpd_deploy.train.methods import Batch, Method, build_method
 from mdpd_deploy.train.optim import build_optimizer, clip_gradients
 
 
@@ -37,9 +38,7 @@ class MemoryForecast:
     deployed_delta: int
 
 
-def forecast(
-    config: Config, *, outputs: int, kind: str, text_length: int | None = None
-) -> MemoryForecast:
+def forecast(config: Config, task: Task, *, text_length: int | None = None) -> MemoryForecast:
     """Forecast the peak of live tensor memory of a training step, on any machine.
 
     It is the live-tensor peak of one process on CPU; a CUDA run adds its context and the
@@ -49,8 +48,7 @@ def forecast(
     Args:
         config: The run. Data are not read: the batch has `train.batch` examples,
             `train.accumulate` times.
-        outputs: C, classes or 1.
-        kind: classify or regress.
+        task: What is to be learnt.
         text_length: Tokens of the longest text in a batch; None takes `data.max_length`. Images
             ignore it.
 
@@ -61,7 +59,7 @@ def forecast(
         backbone = load_backbone(
             config.backbone, max_length=config.data.max_length, pad=config.data.pad, fake=True
         )
-        method = build_method(backbone, example_task(config, outputs, kind), config)
+        method = build_method(backbone, task.example(config), config)
         method.train_mode()
         optimizer = build_optimizer(method)
         parts = example_batches(backbone, method, config, text_length or config.data.max_length)
@@ -83,7 +81,7 @@ def reason_against(config: Config) -> str | None:
             config.backbone, max_length=config.data.max_length, pad=config.data.pad, fake=True
         )
         try:
-            build_method(backbone, example_task(config, 2, "classify"), config)
+            build_method(backbone, Classify.numbered(2).example(config), config)
         except UserError as err:
             return str(err)
     return None
@@ -126,16 +124,6 @@ def _step(method: Method, optimizer: torch.optim.Optimizer, parts: Sequence[Batc
     optimizer.zero_grad(set_to_none=True)
 
 
-def example_task(config: Config, outputs: int, kind: str) -> TaskSpec:
-    """Return a task that no data have shaped: of unit scale, with equal class weights."""
-    return TaskSpec(
-        kind,
-        outputs,
-        scale=(0.0, 1.0) if kind == "regress" else None,
-        class_weights=None if config.train.class_weights == "none" else (1.0,) * outputs,
-    )
-
-
 def example_batches(
     backbone: Backbone, method: Method, config: Config, text_length: int
 ) -> list[Batch]:
@@ -148,13 +136,12 @@ def example_batches(
         text_length: Tokens; images ignore it.
     """
     size, count = config.train.batch, config.train.batch * config.train.accumulate
-    dtype = torch.float32 if method.task.kind == "regress" else torch.int64
     tokens = text_length if backbone.takes == "text" else None
     device = next(backbone.parameters()).device
     return [
         Batch(
             inputs=backbone.example_inputs(size, tokens),
-            labels=torch.zeros(size, dtype=dtype, device=device),
+            labels=method.task.example_labels(size, device),
             keys=np.arange(size, dtype=np.int64) + size * index,
             step=0,
             count=float(count),

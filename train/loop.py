@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mdpd_deploy.artifacts.run import read_metrics
 from mdpd_deploy.config import Config
-from mdpd_deploy.data import data_fingerprint
+from mdpd_deploy.data.examples import data_fingerprint
 from mdpd_deploy.errors import WorkFailed
 from mdpd_deploy.files import saying_disk_full, write_text
 from mdpd_deploy.tasks.metrics import compute, is_better

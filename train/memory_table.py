@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks import Task
 from mdpd_deploy.train.forecast import MemoryForecast, forecast
 from mdpd_deploy.train.papers import paper_figure
 
@@ -28,22 +29,21 @@ class MemoryRow:
 
 
 def forecast_methods(
-    configs: Mapping[str, Config], *, outputs: int, kind: str, text_length: int | None = None
+    configs: Mapping[str, Config], task: Task, *, text_length: int | None = None
 ) -> tuple[MemoryRow, ...]:
     """Forecast methods in the order given; one that does not fit has its reason in its row.
 
     Args:
         configs: Name of the row → the config of its run; `entries.entry_configs` makes them.
-        outputs: C, classes or 1.
-        kind: classify or regress.
+        task: What is to be learnt.
         text_length: As `forecast` takes it.
     """
-    return tuple(_row(name, config, outputs, kind, text_length) for name, config in configs.items())
+    return tuple(_row(name, config, task, text_length) for name, config in configs.items())
 
 
-def _row(name: str, config: Config, outputs: int, kind: str, text_length: int | None) -> MemoryRow:
+def _row(name: str, config: Config, task: Task, text_length: int | None) -> MemoryRow:
     try:
-        need = forecast(config, outputs=outputs, kind=kind, text_length=text_length)
+        need = forecast(config, task, text_length=text_length)
         return MemoryRow(name, need, papers=paper_figure(name, config))
     except UserError as err:
         return MemoryRow(name, None, str(err))

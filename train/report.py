@@ -25,7 +25,7 @@ from mdpd_deploy.report.page import (
     table,
     tag,
 )
-from mdpd_deploy.train.predictions import (
+from mdpd_deploy.report.predictions import (
     Predictions,
     Sample,
     comparison,

@@ -3,20 +3,23 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
 from mdpd_deploy.backbones import Backbone, Card, card_of, check_backbone, load_backbone
 from mdpd_deploy.config import Config, DataConfig
-from mdpd_deploy.data import TaskData, check_images, default_resize, load_task
 from mdpd_deploy.data.cautions import data_cautions
+from mdpd_deploy.data.check import check_images
+from mdpd_deploy.data.examples import TaskData
 from mdpd_deploy.data.lengths import TextLengths, lengths_note, text_lengths
+from mdpd_deploy.data.load import load_task
 from mdpd_deploy.data.preprocess import ImagePreprocess, TextPreprocess
+from mdpd_deploy.data.registry import default_resize
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks import Task
 from mdpd_deploy.train.batches import Schedule
-from mdpd_deploy.train.methods import Method, TaskSpec, build_method
+from mdpd_deploy.train.methods import Method, build_method
 from mdpd_deploy.train.trackers import check_trackers
 
 
@@ -26,7 +29,7 @@ class Setup:
 
     config: Config
     data: TaskData
-    task: TaskSpec
+    task: Task
     backbone: Backbone
     method: Method
     schedule: Schedule
@@ -86,9 +89,9 @@ def prepare(config: Config) -> Setup:
     check_backbone(config.backbone)
     state = process_state(config.train.device)
     data = load_task(config.task, config.data, seed=config.train.seed)
-    if data.modality == "image":
+    if "image" in data.fields:
         data = check_images(data, config.data)
-    task = task_spec(config, data)
+    task = data.task.fitted(data.train.labels, config.task, config)
     backbone = load_backbone(
         config.backbone, max_length=config.data.max_length, pad=config.data.pad
     )
@@ -151,11 +154,12 @@ def check_modality(backbone: Backbone, data: TaskData, config: Config) -> None:
         plain.pad,
     ):
         raise UserError("data.max_length and data.pad are for texts: leave them out for images.")
-    if takes != data.modality:
-        example = "hf:bert-base-uncased" if data.modality == "text" else "timm:vit_base_patch16_224"
+    wanted = data.fields[0]
+    if takes != wanted:
+        example = "hf:bert-base-uncased" if wanted == "text" else "timm:vit_base_patch16_224"
         raise UserError(
-            f"--task {config.task} works on {data.modality}s, but --backbone {config.backbone.name} "
-            f"takes {takes}s: name one for {data.modality}s, e.g. --backbone {example} or a local "
+            f"--task {config.task} works on {wanted}s, but --backbone {config.backbone.name} "
+            f"takes {takes}s: name one for {wanted}s, e.g. --backbone {example} or a local "
             "folder."
         )
 
@@ -178,47 +182,6 @@ def set_resize(backbone: Backbone, config: Config) -> None:
     if not isinstance(backbone.preprocess, ImagePreprocess):
         raise UserError("data.resize is for images: leave it out for texts.")
     backbone.preprocess = backbone.preprocess.resized(config.data.resize)
-
-
-def task_spec(config: Config, data: TaskData) -> TaskSpec:
-    """Return what the method must know of the task, scale and class weights included."""
-    labels = data.train.labels
-    if data.kind == "regress":
-        _refuse_classes_only(config)
-        std = float(labels.std())
-        if std == 0:
-            raise UserError("all training labels are equal: there is nothing to regress.")
-        return TaskSpec("regress", 1, (float(labels.mean()), std))
-    return TaskSpec("classify", data.outputs, None, class_weights(config, data))
-
-
-def _refuse_classes_only(config: Config) -> None:
-    """Refuse options that a regression would ignore."""
-    plain = Config()
-    for option in ("loss.logits_form", "loss.label_smoothing", "train.class_weights"):
-        value = config.flat()[option]
-        if value != plain.flat()[option]:
-            raise UserError(
-                f"{option}={value} is for classes, and task {config.task} is a regression: leave it "
-                "out."
-            )
-
-
-def class_weights(config: Config, data: TaskData) -> tuple[float, ...] | None:
-    """Return one weight per class: as given, or inverse to its frequency (mean 1 per example)."""
-    asked = config.train.class_weights
-    if asked == "none":
-        return None
-    if asked == "balanced":
-        counts = np.bincount(data.train.labels.astype(np.int64), minlength=data.outputs)
-        weights = len(data.train) / (data.outputs * np.maximum(counts, 1))
-        return tuple(float(weight) for weight in weights)
-    if len(asked) != data.outputs:
-        raise UserError(
-            f"train.class_weights has {len(asked)} values, but there are {data.outputs} classes "
-            f"({', '.join(data.label_names)})."
-        )
-    return tuple(float(weight) for weight in asked)
 
 
 def default_out(config: Config, now: str) -> Path:

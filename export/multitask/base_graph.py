@@ -91,7 +91,7 @@ def delta_of(model: TaskModel, base_sha256: str) -> Delta:
     """Return a model's norms and head; the un-scaling of scores is folded into the head."""
     head = model.head
     weight, bias = head.linear.weight.detach().double(), head.linear.bias.detach().double()
-    if head.regression:
+    if head.scaled:
         weight, bias = weight * head.label_std, bias * head.label_std + head.label_mean
     tensors = norm_tensors(model.backbone)
     tensors[HEAD_WEIGHT] = weight.float().numpy()

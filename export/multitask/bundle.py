@@ -22,7 +22,7 @@ from mdpd_deploy.artifacts.manifest import (
     seal,
 )
 from mdpd_deploy.artifacts.run import Run
-from mdpd_deploy.artifacts.tasks import Task, meaning_of, open_task
+from mdpd_deploy.artifacts.tasks import BundleTask, meaning_of, open_task
 from mdpd_deploy.checks import verification
 from mdpd_deploy.checks.parity import Parity
 from mdpd_deploy.data.preprocess import TOKENIZER_FILE
@@ -213,7 +213,7 @@ def _describe(
 
 def _pass_gates(
     members: Sequence[Member],
-    tasks: Sequence[Task],
+    tasks: Sequence[BundleTask],
     runner: OnnxRunner,
     swap: Swap,
     base: BaseGraph,
@@ -240,7 +240,7 @@ def _pass_gates(
 
 
 def _check_metric(
-    member: Member, task: Task, runner: Forward, parity: Parity, options: ExportOptions
+    member: Member, task: BundleTask, runner: Forward, parity: Parity, options: ExportOptions
 ) -> Gate:
     if not options.metric_gate:
         return Gate("metric", "skipped", "--no-metric-gate was given")

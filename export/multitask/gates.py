@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 
 from mdpd_deploy.artifacts.golden import load_golden
-from mdpd_deploy.artifacts.tasks import Task
+from mdpd_deploy.artifacts.tasks import BundleTask
 from mdpd_deploy.checks.parity import Parity
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.export.fade import Faded
@@ -63,7 +63,7 @@ def check_mixed_structure(base: Path, mixed: Path) -> dict[str, int]:
 
 
 def check_both_ways(
-    faded: Faded, mixed: Forward, swapped: Forward, task: Task
+    faded: Faded, mixed: Forward, swapped: Forward, task: BundleTask
 ) -> tuple[list[Gate], Parity]:
     """PyTorch's numbers from the mixed graph (`parity`) and from the base graph (`swap`)."""
     assert task.golden is not None
@@ -73,7 +73,7 @@ def check_both_ways(
     return [gate, Gate("swap", other.verdict, other.note, other.details)], parity
 
 
-def check_golden_of(task: Task, runner: Forward, parity: Parity) -> Gate:
+def check_golden_of(task: BundleTask, runner: Forward, parity: Parity) -> Gate:
     """Replay a task's golden file through its written preprocessing."""
     assert task.golden is not None
     golden = load_golden(task.golden)
@@ -81,7 +81,7 @@ def check_golden_of(task: Task, runner: Forward, parity: Parity) -> Gate:
 
 
 def check_mixed_rows(
-    tasks: Sequence[Task], parities: Sequence[Parity], runner: Forward
+    tasks: Sequence[BundleTask], parities: Sequence[Parity], runner: Forward
 ) -> list[Gate]:
     """Put every task's golden inputs into one shuffled batch; each row must get its own answer.
 

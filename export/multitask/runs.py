@@ -32,7 +32,7 @@ class Member:
     @property
     def width(self) -> int:
         """C, the task's own number of outputs."""
-        return len(self.run.label_names) or 1
+        return self.run.task.width
 
 
 def refuse_strangers(runs: Sequence[Run]) -> None:

@@ -40,53 +40,24 @@ from mdpd_deploy.artifacts.manifest import (
     reader,
 )
 from mdpd_deploy.artifacts.once import OncePerProcess
-from mdpd_deploy.artifacts.tasks import Task, choose_task, load_tasks
-from mdpd_deploy.data.examples import Raw, refuse_empty
+from mdpd_deploy.artifacts.tasks import BundleTask, choose_task, load_tasks
+from mdpd_deploy.data.examples import Raw, fits, refuse_empty, words_of
 from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.graphs.deltas import load_delta
 from mdpd_deploy.runtimes.mixed import Swap, TaskRunner, mixed_batch
 from mdpd_deploy.runtimes.onnx import TASK_ID, Forward, OnnxRunner, Runner
+from mdpd_deploy.tasks import Prediction
 
 __all__ = [
     "Bundle",
-    "Prediction",
-    "Task",
+    "BundleTask",
     "batches",
     "is_bundle",
     "load_bundle",
     "run_batches",
-    "to_prediction",
 ]
 RUNTIMES = ("onnx", "trt")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one input.
-
-    Attributes:
-        label: The most probable class; None for regression.
-        probability: Its probability; None for regression.
-        score: The predicted value in the label's unit; None for classification.
-        probabilities: Every class with its probability, most probable first.
-    """
-
-    label: str | None
-    probability: float | None
-    score: float | None
-    probabilities: Mapping[str, float]
-
-    def to_json(self, top: int = 1) -> dict[str, Any]:
-        """Return plain values: the score, or the label with the `top` most probable classes."""
-        if self.score is not None:
-            return {"score": self.score}
-        best = list(self.probabilities.items())[:top]
-        return {
-            "label": self.label,
-            "probability": self.probability,
-            "top": [{"label": label, "probability": share} for label, share in best],
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +72,7 @@ class Bundle:
 
     path: Path
     manifest: dict[str, Any]
-    tasks: tuple[Task, ...]
+    tasks: tuple[BundleTask, ...]
     _open: OncePerProcess[Runner] = field(default_factory=OncePerProcess, repr=False)
 
     @property
@@ -117,7 +88,7 @@ class Bundle:
         """Copy a file of the bundle; raises as `read`."""
         copy_listed(self.path, self.manifest, name, target)
 
-    def task(self, name: str | None = None) -> Task:
+    def task(self, name: str | None = None) -> BundleTask:
         """Return a task by name, or the only one; `UserError` names the valid ones."""
         return choose_task(self.tasks, name, self.path)
 
@@ -128,13 +99,13 @@ class Bundle:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Class names of the only task in index order; empty for regression."""
-        return self.task().label_names
+        """Class names of the only task in index order; empty where it has none."""
+        return self.task().task.labels
 
     @property
     def kind(self) -> str:
-        """`classify` or `regress`, of the only task."""
-        return self.task().kind
+        """What kind of task the only one is, e.g. `classify`."""
+        return self.task().task.kind
 
     def runner(
         self,
@@ -176,7 +147,7 @@ class Bundle:
 
         return open_bundle_engine(self.path, self.manifest)
 
-    def runner_of(self, task: Task, runner: Runner) -> Forward:
+    def runner_of(self, task: BundleTask, runner: Runner) -> Forward:
         """Return what maps a task's arrays to its own outputs [B, C], on an open graph."""
         return TaskRunner(runner, task) if self.mixed else runner
 
@@ -223,7 +194,7 @@ class Bundle:
         opened = runner or self._open.get(self.runner)
         size = min(batch, opened.max_batch or batch)
         outputs = run_batches(asked.preprocess, self.runner_of(asked, opened), raws, size)
-        return [to_prediction(row, asked.label_names) for row in outputs]
+        return asked.decode(outputs)
 
     def run_mixed(
         self,
@@ -255,8 +226,8 @@ class Bundle:
             arrays = mixed_batch(part)
             if not self.mixed:
                 del arrays[TASK_ID]
-            rows = zip(part, opened(arrays), strict=True)
-            found += [to_prediction(row[: task.width], task.label_names) for (task, _), row in rows]
+            for (task, _), row in zip(part, opened(arrays), strict=True):
+                found += task.decode(row[None])
         return found
 
     def write_bare_graph(self, path: Path) -> Path:
@@ -299,13 +270,12 @@ class Bundle:
             self.copy(EXTERNAL_FILE, path.parent / EXTERNAL_FILE)
         return path
 
-    def _check_kind(self, task: Task, raws: Sequence[Raw]) -> None:
-        if self.manifest["modality"] == "text":
+    def _check_kind(self, task: BundleTask, raws: Sequence[Raw]) -> None:
+        if "text" in task.fields:
             for raw in raws:
-                if isinstance(raw, str | tuple) and isinstance(raw, tuple) != task.pair:
-                    wanted = "pairs of texts" if task.pair else "single texts"
+                if isinstance(raw, str | tuple) and not fits(raw, task.fields):
                     what = f"task {task.name!r}" if self.mixed else "this model"
-                    raise UserError(f"{what} takes {wanted}: given {raw!r:.60}.")
+                    raise UserError(f"{what} takes {words_of(task.fields)}: given {raw!r:.60}.")
             refuse_empty(raws)
 
 
@@ -348,16 +318,3 @@ def run_batches(
 ) -> NDArray[np.float32]:
     """Preprocess and run raw inputs batch by batch; outputs [len(raws), C]."""
     return np.concatenate([forward(preprocess(part)) for part in batches(raws, batch)])
-
-
-def to_prediction(outputs: NDArray[np.float32], label_names: Sequence[str]) -> Prediction:
-    """Turn one row of outputs [C] into a prediction."""
-    if not label_names:
-        return Prediction(None, None, float(outputs[0]), {})
-    logits = outputs.astype(np.float64)
-    shares = np.exp(logits - logits.max())
-    shares /= shares.sum()
-    order = np.argsort(-logits, kind="stable")  # shares of far logits are all 0
-    ranked = {label_names[int(index)]: float(shares[index]) for index in order}
-    best = int(order[0])
-    return Prediction(label_names[best], float(shares[best]), None, ranked)

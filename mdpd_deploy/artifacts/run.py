@@ -21,11 +21,13 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 from mdpd_deploy.config import Config, read_config
-from mdpd_deploy.data import check_images, load_evaluation, load_task, readable
+from mdpd_deploy.data.check import check_images, readable
 from mdpd_deploy.data.examples import Split, TaskData
+from mdpd_deploy.data.load import load_evaluation, load_task
 from mdpd_deploy.data.preprocess import ImagePreprocess, Preprocess, load_preprocess
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import read_json, sha256_file
+from mdpd_deploy.tasks import Task, task_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +41,7 @@ RUNS = Path("runs")
 DELTA, SIDE, ADAPTER = "delta.safetensors", "side.safetensors", "adapter.safetensors"
 BACKBONE = "backbone.safetensors"
 LABELS = "labels.json"
-_NEEDED = ("task", "method", "backbone", "metrics", "files")  # of summary.json
+_NEEDED = ("task", "kind", "method", "backbone", "metrics", "files")  # of summary.json
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,13 @@ class Run:
         path: The run's folder.
         config: Every resolved option.
         summary: The content of summary.json.
-        label_names: Class names in index order; empty for regression.
+        task: What it learnt.
     """
 
     path: Path
     config: Config
     summary: dict[str, Any]
-    label_names: tuple[str, ...]
+    task: Task
 
     @classmethod
     def open(cls, path: Path | str | None = None) -> Run:
@@ -79,9 +81,10 @@ class Run:
         sound = isinstance(summary, dict) and all(name in summary for name in _NEEDED)
         if not sound or summary.get("schema") != SCHEMA:
             raise UserError(f"{folder}/summary.json was not written by this version of mdpd.")
-        run = cls(folder, read_config(folder / "config.yaml"), summary, ())
+        kind = summary["kind"]
+        run = cls(folder, read_config(folder / "config.yaml"), summary, task_of(kind))
         labels = read_json(run.model_file(LABELS), "run")
-        return replace(run, label_names=tuple(labels["names"]))
+        return replace(run, task=task_of(kind, labels["names"]))
 
     def model_file(self, name: str) -> Path:
         """Return a file of RUN/model; raises `UserError` unless it is as training wrote it."""
@@ -121,16 +124,16 @@ class Run:
             return self.load_task_data().evaluation
         splits = load_evaluation(
             self.config.task,
+            self.task,
             self._data_config(eval_path),
             seed=self.config.train.seed,
-            label_names=self.label_names,
         )
         if self.config.data.bad_images == "skip" and isinstance(self.preprocess, ImagePreprocess):
             splits, _ = readable(splits, self.config.data)
         return splits
 
     def _data_config(self, eval_path: str | None) -> Any:
-        update: dict[str, Any] = {"labels": list(self.label_names) or None}
+        update: dict[str, Any] = {"labels": list(self.task.labels) or None}
         if eval_path is not None:
             update["eval_path"] = eval_path
         return self.config.data.model_copy(update=update)
@@ -254,7 +257,7 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             side = build_side(backbone, config, last_feature=last_feature)
-            head = self._head(side.width if last_feature else backbone.width)
+            head = self.task.new_head(side.width if last_feature else backbone.width)
         if trained:
             tensors = self._tensors(SIDE)
             _load(side, _below(tensors, "side."), self.path)
@@ -273,17 +276,11 @@ class Run:
 
     def _own_head(self, backbone: Backbone) -> Head:
         """Return the trained head of the deployed model."""
-        head = self._head(backbone.width)
+        head = self.task.new_head(backbone.width)
         kept = self.keeps == "side network"
         source, prefix = (SIDE, "side_head.") if kept else (DELTA, "head.")
         _load(head, _below(self._tensors(source), prefix), self.path)
         return head
-
-    def _head(self, width: int) -> Head:
-        from mdpd_deploy.tasks.head import Head
-
-        scale = None if self.label_names else (0.0, 1.0)  # loaded with the head's tensors
-        return Head(width, len(self.label_names) or 1, scale)
 
     def _tune(self, backbone: Backbone) -> None:
         """Put the trained values into a backbone."""

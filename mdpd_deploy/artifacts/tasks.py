@@ -17,23 +17,24 @@ from mdpd_deploy.artifacts.manifest import (
     Manifest,
     reader,
 )
+from mdpd_deploy.data.examples import Field
 from mdpd_deploy.data.preprocess import TOKENIZER_FILE, Preprocess, load_preprocess
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.files import Read, read_json
 from mdpd_deploy.graphs.deltas import load_delta
 from mdpd_deploy.runtimes.onnx import TASK_ID
+from mdpd_deploy.tasks import Outputs, Prediction, Task, task_of
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class BundleTask:
     """One task that a bundle's graph answers.
 
     Attributes:
         name: As requests name it.
         index: The row's `task_id`, where the graph takes one.
-        kind: "classify" or "regress".
-        label_names: Class names in index order; empty for regression.
-        pair: Whether an input is a pair of texts.
+        task: What its outputs mean.
+        fields: What one input is made of, in order.
         preprocess: Raw inputs → the graph's inputs, but for `task_id`.
         facts: What the manifest says of the task.
         golden: Its golden vectors.
@@ -41,9 +42,8 @@ class Task:
 
     name: str
     index: int
-    kind: str
-    label_names: tuple[str, ...]
-    pair: bool
+    task: Task
+    fields: tuple[Field, ...]
     preprocess: Preprocess
     facts: Mapping[str, Any] = field(default_factory=dict)
     golden: Path | None = None
@@ -51,10 +51,14 @@ class Task:
     @property
     def width(self) -> int:
         """How many of the graph's output columns belong to the task, counted from the first."""
-        return len(self.label_names) or 1
+        return self.task.width
+
+    def decode(self, outputs: Outputs) -> list[Prediction]:
+        """Turn rows of the graph's outputs [n, at least C] into predictions."""
+        return self.task.decode({self.task.output: outputs[:, : self.width]})
 
 
-def load_tasks(folder: Path, plain: dict[str, Any], manifest: Manifest) -> tuple[Task, ...]:
+def load_tasks(folder: Path, plain: dict[str, Any], manifest: Manifest) -> tuple[BundleTask, ...]:
     """Return a bundle's tasks in the order of `task_id`.
 
     Args:
@@ -78,7 +82,7 @@ def load_tasks(folder: Path, plain: dict[str, Any], manifest: Manifest) -> tuple
 
 def open_task(
     folder: Path, index: int, facts: Mapping[str, Any], read: Read = Path.read_bytes
-) -> Task:
+) -> BundleTask:
     """Open one of several tasks from its folder in a bundle, with its preprocessing.
 
     Args:
@@ -133,7 +137,7 @@ def _sha256_of(plain: Any) -> str:
 
 def _one_of_many(
     folder: Path, index: int, facts: dict[str, Any], manifest: Manifest, read: Read
-) -> Task:
+) -> BundleTask:
     task = open_task(folder, index, facts, read)
     own = folder / TASKS / task.name
     _check(folder, own, facts, manifest, (*task.preprocess.input_names, TASK_ID), read)
@@ -148,9 +152,10 @@ def _one_of_many(
 
 def _task(
     name: str, index: int, facts: Mapping[str, Any], preprocess: Preprocess, golden: Path
-) -> Task:
-    labels, kind, pair = tuple(facts["labels"]), facts["kind"], bool(facts["pair"])
-    return Task(name, index, kind, labels, pair, preprocess, facts, golden)
+) -> BundleTask:
+    task = task_of(facts["kind"], facts["labels"])
+    fields = (preprocess.takes,) * (2 if facts["pair"] else 1)
+    return BundleTask(name, index, task, fields, preprocess, facts, golden)
 
 
 def _check(
@@ -169,7 +174,7 @@ def _check(
         )
 
 
-def choose_task(tasks: Sequence[Task], name: str | None, path: Path) -> Task:
+def choose_task(tasks: Sequence[BundleTask], name: str | None, path: Path) -> BundleTask:
     """Return the task of a name; None is enough where there is one.
 
     Raises:

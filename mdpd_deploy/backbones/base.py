@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mdpd_deploy.backbones.wrap import Run, Trace, first_of, plainly, record
-from mdpd_deploy.data.preprocess import Preprocess, TextPreprocess
+from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.errors import UserError
 
 Inputs = Mapping[str, Tensor]
@@ -138,7 +138,7 @@ class Backbone(nn.Module, ABC):
     @property
     def takes(self) -> Literal["text", "image"]:
         """What its inputs are made from."""
-        return "text" if isinstance(self.preprocess, TextPreprocess) else "image"
+        return self.preprocess.takes
 
     @property
     def depth(self) -> int:

@@ -6,9 +6,10 @@ The server asks it of what it serves, and a build of an engine of what it keeps.
 from functools import partial
 from typing import NamedTuple
 
-from mdpd_deploy.artifacts.bundle import Bundle, Task
+from mdpd_deploy.artifacts.bundle import Bundle
 from mdpd_deploy.artifacts.golden import load_golden, replay
 from mdpd_deploy.artifacts.manifest import PARITY_FILE
+from mdpd_deploy.artifacts.tasks import BundleTask
 from mdpd_deploy.checks.policy import allowed_again
 from mdpd_deploy.errors import UserError, VerificationError
 from mdpd_deploy.files import read_json
@@ -62,7 +63,7 @@ def prove(bundle: Bundle, runner: Runner) -> None:
             )
 
 
-def recorded(bundle: Bundle, task: Task) -> Recorded:
+def recorded(bundle: Bundle, task: BundleTask) -> Recorded:
     """Return what the export measured on a task's golden inputs.
 
     Raises:

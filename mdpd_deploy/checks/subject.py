@@ -9,9 +9,10 @@ from typing import Literal, NamedTuple
 
 import onnx
 
-from mdpd_deploy.artifacts.bundle import Bundle, Task
+from mdpd_deploy.artifacts.bundle import Bundle
 from mdpd_deploy.artifacts.certificate import Certificate, read_certificate
 from mdpd_deploy.artifacts.manifest import MODEL_FILE
+from mdpd_deploy.artifacts.tasks import BundleTask
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.errors import MdpdError, VerificationError
 from mdpd_deploy.graphs.signature import Signature, graph_signature
@@ -63,7 +64,7 @@ class Subject:
     validation: Split | None = None
     signer: str | None = None
     failed: set[str] = field(default_factory=set)
-    asked: Task | None = None
+    asked: BundleTask | None = None
     opened: dict[str, Runner] = field(default_factory=dict)
 
     @property
@@ -89,7 +90,7 @@ class Subject:
         return str(self.bundle.manifest["precision"])
 
     @property
-    def task(self) -> Task:
+    def task(self) -> BundleTask:
         """The task that is checked."""
         return self.asked or self.bundle.task()
 
@@ -115,7 +116,7 @@ class Subject:
         """The numbers of every task's gates, by its name."""
         return {task.name: self._certificate_of(task) for task in self.bundle.tasks}
 
-    def _certificate_of(self, task: Task) -> Certificate:
+    def _certificate_of(self, task: BundleTask) -> Certificate:
         name = task.name if self.bundle.mixed else None
         return read_certificate(self.path, name, self.bundle.read)
 

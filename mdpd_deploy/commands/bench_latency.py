@@ -362,7 +362,7 @@ def _inputs(subject: _Subject) -> "InputSource":
     if subject.run is not None:
         return input_source(subject.run)
     assert subject.bundle is not None
-    outputs = len(subject.bundle.label_names) or 1
+    outputs = subject.bundle.task().width
     return InputSource("random, shaped like real inputs", subject.bundle.preprocess, outputs)
 
 
@@ -370,7 +370,7 @@ def input_source(run: "Run") -> "InputSource":
     """Return the validation examples of a run, or random ones where they cannot be read."""
     from mdpd_deploy.serve.latency.inputs import InputSource
 
-    outputs = len(run.label_names) or 1
+    outputs = run.task.width
     try:
         raws = run.load_evaluation()["validation"].inputs
     except UserError as err:

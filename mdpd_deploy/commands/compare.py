@@ -347,13 +347,15 @@ def _print_forecast(
     from json import dumps
 
     from mdpd_deploy.commands.train import print_memory
-    from mdpd_deploy.data import load_task
+    from mdpd_deploy.data.load import load_task
     from mdpd_deploy.report.terminal import Console
     from mdpd_deploy.study import expand_tasks
+    from mdpd_deploy.tasks import Classify, Task
     from mdpd_deploy.train import forecast_methods
 
     base, task = shared_config(config, sets, flags, guess=not tasks)
-    outputs, kind, longest = CLASSES, "classify", ""
+    answers: Task = Classify.numbered(CLASSES)
+    longest = ""
     if tasks or base.data.path is not None:
         named = expand_tasks(tasks or [task], base, _say)
         if len(named) > 1:
@@ -362,15 +364,15 @@ def _print_forecast(
                 f"backbone, batch and length; name one, e.g. {named[0]}."
             )
         data = load_task(named[0], base.data, seed=base.train.seed)
-        outputs, kind = data.outputs, data.kind
-        if data.modality == "text":
+        answers = data.task
+        if "text" in data.fields:
             longest = f", texts of {base.data.max_length} tokens"
     configs = method_configs(base, expand_all(methods or ["all"]))[0]
-    rows = forecast_methods(configs, outputs=outputs, kind=kind)
+    rows = forecast_methods(configs, answers)
     if as_json:
         print(dumps([asdict(row) for row in rows]))
         return
-    what = f"{outputs} classes" if kind == "classify" else "regression"
+    what = f"{answers.width} classes" if answers.labels else f"--task {answers.kind}"
     where = (
         f"· {base.backbone.name}, batch {base.train.batch}, {base.train.precision}, {what}{longest}"
     )

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mdpd_deploy.artifacts.bundle import Bundle, Task
+    from mdpd_deploy.artifacts.bundle import Bundle
+    from mdpd_deploy.artifacts.tasks import BundleTask
     from mdpd_deploy.data.examples import Split
     from mdpd_deploy.data.preprocess import Preprocess
     from mdpd_deploy.tasks.metrics import Values
@@ -112,7 +113,7 @@ def evaluate_bundle(
     )
 
 
-def bundle_splits(bundle: Bundle, asked: Task, data: str | None) -> dict[str, Split]:
+def bundle_splits(bundle: Bundle, asked: BundleTask, data: str | None) -> dict[str, Split]:
     """Read what a task of a bundle is to be measured on, as its training did.
 
     Args:
@@ -124,14 +125,18 @@ def bundle_splits(bundle: Bundle, asked: Task, data: str | None) -> dict[str, Sp
         UserError: If the data is needed and not named, or cannot be used.
     """
     from mdpd_deploy.config import check_config
-    from mdpd_deploy.data import load_evaluation, load_task
+    from mdpd_deploy.data.load import load_evaluation, load_task
 
-    name, labels, kept = asked.facts["task"], asked.label_names, asked.facts["data"]
+    name, kept = asked.facts["task"], asked.facts["data"]
     seed = kept.get("seed", 0)
-    options = {**kept.get("options", {}), "eval_path": data, "labels": list(labels) or None}
+    options = {
+        **kept.get("options", {}),
+        "eval_path": data,
+        "labels": list(asked.task.labels) or None,
+    }
     config = check_config({"data": options}).data
     if data is not None:
-        return load_evaluation(name, config, seed=seed, label_names=labels)
+        return load_evaluation(name, asked.task, config, seed=seed)
     if config.path is not None or name in SELF_CONTAINED:
         return load_task(name, config, seed=seed).evaluation
     raise UserError(

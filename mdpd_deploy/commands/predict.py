@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
-    from mdpd_deploy.artifacts.bundle import Prediction, Task
+    from mdpd_deploy.artifacts.tasks import BundleTask
     from mdpd_deploy.data.examples import Raw
+    from mdpd_deploy.tasks import Prediction
 
 SHOWN = 60  # characters of an input in the table
 
@@ -45,7 +46,7 @@ def command(
 
     opened = load_bundle(bundle)
     asked = opened.task(task)
-    names, raws = read_inputs(asked, opened.manifest["modality"], inputs)
+    names, raws = read_inputs(asked, inputs)
     place = device or ("cuda" if runtime == "trt" else "cpu")
     runner = opened.runner(place, runtime=runtime)
     predictions = opened.predict(raws, batch, runner=runner, task=asked.name)
@@ -67,9 +68,7 @@ def command(
         _print(names, predictions, top)
 
 
-def read_inputs(
-    task: Task, modality: Literal["text", "image"], inputs: Sequence[str]
-) -> tuple[list[str], list[Raw]]:
+def read_inputs(task: BundleTask, inputs: Sequence[str]) -> tuple[list[str], list[Raw]]:
     """Turn words of the command line into raw inputs, each with the name it is shown by.
 
     A word is a table if it ends like one (`.csv`, `.jsonl.gz`, ...), in the encoding of the
@@ -86,16 +85,17 @@ def read_inputs(
     encoding: str | None = task.facts["data"].get("options", {}).get("encoding")
     names: list[str] = []
     raws: list[Raw] = []
+    takes = task.preprocess.takes
     for word in inputs:
         path = Path(word)
         if is_table(path) and (path.is_file() or not any(map(str.isspace, word))):
-            rows = read_inputs(path, columns, modality, encoding)
+            rows = read_inputs(path, columns, takes, encoding)
             names += [_shown(raw) for raw in rows]
             raws += rows
             continue
-        if modality == "image":
+        if takes == "image":
             raws.append(path)
-        elif task.pair:
+        elif len(task.fields) > 1:
             raise UserError(
                 f"this model takes pairs of texts, and {word!r:.60} is one: give a table with the "
                 f"columns {', '.join(columns)}."
@@ -118,27 +118,12 @@ def _print(names: Sequence[str], predictions: Sequence[Prediction], top: int) ->
 
     table = Table()
     table.add_column("input", overflow="fold")
-    for heading in _headings(predictions[0], top):
+    for heading in predictions[0].cells(top):
         table.add_column(heading)
     for name, prediction in zip(names, predictions, strict=True):
         shown = name if len(name) <= SHOWN else f"{name[: SHOWN - 1]}…"
-        table.add_row(_plain(shown), *_cells(prediction, top))
+        table.add_row(_plain(shown), *map(_plain, prediction.cells(top).values()))
     Console(highlight=False).print(table)
-
-
-def _headings(first: Prediction, top: int) -> list[str]:
-    if first.score is not None:
-        return ["score"]
-    return ["label", "probability"] if top == 1 else [f"top {min(top, len(first.probabilities))}"]
-
-
-def _cells(prediction: Prediction, top: int) -> list[Any]:
-    if prediction.score is not None:
-        return [f"{prediction.score:.4f}"]
-    best = list(prediction.probabilities.items())[:top]
-    if top == 1:
-        return [_plain(best[0][0]), f"{best[0][1]:.4f}"]
-    return [_plain("\n".join(f"{label}  {share:.4f}" for label, share in best))]
 
 
 def _plain(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""From what a reader found to a `TaskData`: classes, numbers, the validation split, the limit."""
+"""From what a reader found to a `TaskData`: numbers for labels, the validation split, the limit."""
 
 from dataclasses import replace
 
@@ -6,20 +6,18 @@ import numpy as np
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.cells import class_of
-from mdpd_deploy.data.examples import Kind, Split, TaskData
+from mdpd_deploy.data.examples import Split, TaskData
 from mdpd_deploy.data.inventory import Inventory, many_left_out
-from mdpd_deploy.data.labels import class_indices, class_names, listed, require_every_class, scores
 from mdpd_deploy.data.rows import Rows, Source
-from mdpd_deploy.data.splits import hold_out, random_split, stratified_split, subset
+from mdpd_deploy.data.splits import hold_out, subset
 from mdpd_deploy.errors import UserError
-
-CLASSIFY_METRICS = ("accuracy", "f1_macro")
-REGRESS_METRICS = ("pearson_spearman", "pearson", "spearman", "rmse", "mae")
+from mdpd_deploy.tasks import KINDS, Task
+from mdpd_deploy.text import listed
 
 
 def assemble(
-    task: str,
-    kind: Kind,
+    name: str,
+    kind: str,
     source: Source,
     config: DataConfig,
     *,
@@ -33,8 +31,8 @@ def assemble(
     training examples after a seeded shuffle.
 
     Args:
-        task: The task as typed.
-        kind: classify or regress.
+        name: The task as typed.
+        kind: A name of `KINDS`.
         source: What the reader found.
         config: The data options.
         seed: Seed of the split and of the shuffle.
@@ -44,19 +42,19 @@ def assemble(
         UserError: For a wrong or missing label, a class without examples, or too few examples.
     """
     rows = source.splits["train"]
-    names: tuple[str, ...] = ()
-    if kind == "classify":
-        names = class_names(rows.labels, config.labels, source.names)
-    elif config.labels is not None:
-        raise UserError(f"--task {task} is a regression and has no classes: leave out data.labels.")
-    train = to_split(rows, names)
-    _check_training(train, rows, names, all_classes=source.all_classes)
+    task = KINDS[kind].of_rows(name, rows, config.labels, source.names)
+    train = to_split(rows, task)
+    if len(train) < 2:
+        raise UserError(f"{rows.source} holds one example only: give more to train on.")
+    task.check_training(train.labels, rows, all_classes=source.all_classes)
     evaluation = {
-        name: to_split(found, names) for name, found in source.splits.items() if name != "train"
+        split: to_split(found, task) for split, found in source.splits.items() if split != "train"
     }
     notes, inventory = list(source.notes), source.inventory
     if "validation" not in evaluation:
-        train, held = _hold_out(train, config.validation_fraction, seed, by_class=bool(names))
+        count = hold_out(len(train), config.validation_fraction)
+        keep, out = task.hold_out(train.labels, count, seed)
+        train, held = subset(train, keep), subset(train, out)
         evaluation = {"validation": held, **evaluation}
         notes.append(
             f"no validation split was given: {len(held)} of {len(rows)} training examples were "
@@ -68,17 +66,14 @@ def assemble(
         inventory += beyond
         order = np.random.RandomState(seed).permutation(len(train))
         train = subset(train, order[: config.limit])
-        if lost := sorted(set(range(len(names))) - set(train.labels.astype(int).tolist())):
-            notes.append(
-                f"data.limit leaves no training example of: {listed([names[i] for i in lost])}."
-            )
+        if lost := sorted(set(range(len(task.labels))) - set(train.labels.astype(int).tolist())):
+            gone = listed([task.labels[i] for i in lost])
+            notes.append(f"data.limit leaves no training example of: {gone}.")
     return TaskData(
+        name=name,
         task=task,
-        kind=kind,
-        modality=source.modality,
-        pair=source.pair,
-        label_names=names,
-        metrics=metrics or (CLASSIFY_METRICS if kind == "classify" else REGRESS_METRICS),
+        fields=source.fields,
+        metrics=metrics or task.usual_metrics,
         train=train,
         evaluation=evaluation,
         columns=source.columns,
@@ -92,11 +87,11 @@ def used_of(train: Split, evaluation: dict[str, Split]) -> dict[str, int]:
     return {"train": len(train), **{name: len(split) for name, split in evaluation.items()}}
 
 
-def to_split(rows: Rows, names: tuple[str, ...]) -> Split:
-    """Turn the labels of one split into class indices, or into scores when `names` is empty."""
+def to_split(rows: Rows, task: Task) -> Split:
+    """Turn the labels of one split into numbers."""
     if not len(rows):
         raise UserError(f"{rows.source} holds no examples: give it at least one.")
-    return Split(rows.inputs, class_indices(rows, names) if names else scores(rows))
+    return Split(rows.inputs, task.targets(rows))
 
 
 def without_unlabelled_test(splits: dict[str, Rows]) -> tuple[dict[str, Rows], Inventory]:
@@ -111,29 +106,3 @@ def without_unlabelled_test(splits: dict[str, Rows]) -> tuple[dict[str, Rows], I
 def relabelled(split: Rows, mapping: dict[str, str]) -> Rows:
     """Return rows with labels replaced as `mapping` says; others stay for the check to name."""
     return replace(split, labels=[mapping.get(class_of(label), label) for label in split.labels])
-
-
-def _check_training(train: Split, rows: Rows, names: tuple[str, ...], *, all_classes: bool) -> None:
-    if len(train) < 2:
-        raise UserError(f"{rows.source} holds one example only: give more to train on.")
-    if not names and np.ptp(train.labels) == 0:
-        raise UserError(
-            f"every label in {rows.source} is {train.labels[0]:g}: there is nothing to learn, "
-            "check --label."
-        )
-    if names and all_classes:
-        require_every_class(train.labels.astype(np.int64), names, rows.source)
-
-
-def _hold_out(train: Split, fraction: float, seed: int, *, by_class: bool) -> tuple[Split, Split]:
-    held = hold_out(len(train), fraction)
-    if by_class:
-        keep, out = stratified_split(train.labels.astype(np.int64), held, seed)
-        if not len(out):
-            raise UserError(
-                "every class has one training example only, so none can be held out: "
-                "give a validation split with --eval-data."
-            )
-    else:
-        keep, out = random_split(len(train), held, seed)
-    return subset(train, keep), subset(train, out)

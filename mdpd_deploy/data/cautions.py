@@ -5,53 +5,31 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from mdpd_deploy.data.examples import Raw, Split, TaskData
-from mdpd_deploy.data.labels import listed
 
 FEW = 100  # examples of a split on which a score is rough: ±10 points of accuracy, at 95 %
 
 
 def data_cautions(data: TaskData) -> list[str]:
     """Return a sentence for everything in the examples that makes training or scores doubtful."""
-    return [*_classes(data), *_validation(data), *_shared(data)]
+    labels = data.train.labels, data.evaluation["validation"].labels
+    return [*data.task.cautions(*labels), *_few(data), *_shared(data)]
 
 
-def _classes(data: TaskData) -> Iterator[str]:
-    if not data.label_names:
-        return
-    counts = _counts(data, data.train)
-    if single := [name for name, n in zip(data.label_names, counts, strict=True) if n == 1]:
-        yield f"train has one example only of: {listed(single)}."
-    held = _counts(data, data.evaluation["validation"])
-    if absent := [name for name, n in zip(data.label_names, held, strict=True) if n == 0]:
-        yield f"validation has no example of: {listed(absent)}; its score says nothing of them."
-
-
-def _counts(data: TaskData, split: Split) -> list[int]:
-    counts: list[int] = np.bincount(
-        split.labels.astype(np.int64), minlength=len(data.label_names)
-    ).tolist()
-    return counts
-
-
-def _validation(data: TaskData) -> Iterator[str]:
-    split = data.evaluation["validation"]
-    count = len(split)
+def _few(data: TaskData) -> Iterator[str]:
+    count = len(data.evaluation["validation"])
     if count < FEW:
         off = f"; chance alone moves accuracy by about ±{98 / math.sqrt(count):.0f} points"
         yield (
             f"validation has {count} example{'s' if count > 1 else ''} only, so its score is rough"
-            f"{off if data.label_names else ''}."
+            f"{off if data.task.labels else ''}."
         )
-    if data.kind == "regress" and np.ptp(split.labels) == 0:
-        yield f"every label of validation is {split.labels[0]:g}: no correlation is defined."
 
 
 def _shared(data: TaskData) -> Iterator[str]:
-    how = "word for word" if data.modality == "text" else "byte for byte"
+    how = "word for word" if data.fields[0] == "text" else "byte for byte"
     for name, split in data.evaluation.items():
         if shared := count_shared(data.train, split):
             yield (

@@ -34,11 +34,11 @@ def check_images(data: TaskData, config: DataConfig, progress: Progress | None =
         UserError: If `bad_images` is "stop" and a picture is bad (counts them all, names the
             first), or if leaving them out empties a split or a class.
     """
-    if data.modality != "image":
+    if data.fields != ("image",):
         return data
     splits, notes = readable({"train": data.train, **data.evaluation}, config, progress)
     train = splits.pop("train")
-    if data.label_names:
+    if data.task.labels:
         _check_classes(data, train)
     used, before = used_of(train, splits), used_of(data.train, data.evaluation)
     lost = sum(before.values()) - sum(used.values())
@@ -123,6 +123,6 @@ def _check_classes(data: TaskData, train: Split) -> None:
     lost = set(data.train.labels.tolist()) - set(train.labels.tolist())
     if lost:
         raise UserError(
-            f"no training picture of the class {data.label_names[int(min(lost))]!r} could be read: "
+            f"no training picture of the class {data.task.labels[int(min(lost))]!r} could be read: "
             "replace the damaged files or remove the class."
         )

@@ -13,6 +13,7 @@ from mdpd_deploy.data.examples import Raw, TaskData
 from mdpd_deploy.data.registry import TASKS, refuse_options
 from mdpd_deploy.data.rows import Rows, Source
 from mdpd_deploy.data.splits import Indices, stratified_split
+from mdpd_deploy.tasks import Classify
 
 VALIDATION = 797
 
@@ -34,7 +35,7 @@ def read_digits(task: str, config: DataConfig, *, seed: int) -> TaskData:
 
     source = Source(
         {"train": rows(train, "train"), "validation": rows(validation, "validation")},
-        "image",
+        ("image",),
         names=tuple(str(digit) for digit in range(10)),
     )
-    return assemble(task, "classify", source, config, seed=seed)
+    return assemble(task, Classify.kind, source, config, seed=seed)

@@ -1,11 +1,13 @@
 """What every reader returns: examples by split, before any preprocessing. No torch here."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +16,10 @@ from PIL import Image
 from mdpd_deploy.data.inventory import NOTHING, Inventory
 from mdpd_deploy.errors import UserError
 
-Modality = Literal["text", "image"]
-Kind = Literal["classify", "regress"]
+if TYPE_CHECKING:
+    from mdpd_deploy.tasks.base import Task
+
+Field = Literal["text", "image"]  # a part of one input
 
 Text = str | tuple[str, str]  # a sentence, or a pair
 Picture = Path | Image.Image  # a file that is opened when needed, or a picture in memory
@@ -27,8 +31,8 @@ class Split:
     """Examples of one split.
 
     Attributes:
-        inputs: Raw inputs, all of one modality.
-        labels: int64 class indices (classify) or float64 scores (regress), shape [len(inputs)].
+        inputs: Raw inputs, all of the same fields.
+        labels: What the task makes of the labels, e.g. int64 class indices, [len(inputs)].
     """
 
     inputs: Sequence[Raw]
@@ -43,11 +47,9 @@ class TaskData:
     """A task and its examples.
 
     Attributes:
-        task: The name the user typed, e.g. `glue/sst2`, `vtab/cifar10`, `classify`, `digits`.
-        kind: classify or regress.
-        modality: text or image.
-        pair: True when text inputs are pairs.
-        label_names: Class names in index order; empty for regression.
+        name: As the user typed it, e.g. `glue/sst2`, `vtab/cifar10`, `classify`, `digits`.
+        task: What is made of an input: classes, a score, ….
+        fields: What one input is made of, in order: `("image",)`, `("text", "text")` for pairs.
         metrics: Metric names to report, of `tasks.metrics.METRICS`; the first is the primary one.
         train: Training examples.
         evaluation: Splits to measure, e.g. `{"validation": ..., "test": ...}`; `validation` always
@@ -57,11 +59,9 @@ class TaskData:
         inventory: What was found and is used, or left out and why.
     """
 
-    task: str
-    kind: Kind
-    modality: Modality
-    pair: bool
-    label_names: tuple[str, ...]
+    name: str
+    task: Task
+    fields: tuple[Field, ...]
     metrics: tuple[str, ...]
     train: Split
     evaluation: dict[str, Split]
@@ -69,10 +69,23 @@ class TaskData:
     notes: tuple[str, ...] = field(default=())
     inventory: Inventory = NOTHING
 
-    @property
-    def outputs(self) -> int:
-        """Width of the logits: classes, or 1 for regression."""
-        return len(self.label_names) or 1
+
+def fits(raw: object, fields: Sequence[Field]) -> bool:
+    """Tell whether a text, or several in a tuple, is what one input of these fields of text is."""
+    return isinstance(raw, tuple if len(fields) > 1 else str)
+
+
+def texts(count: int) -> tuple[Field, ...]:
+    """Return the fields of inputs of so many texts."""
+    text: Field = "text"
+    return (text,) * count
+
+
+def words_of(fields: Sequence[Field]) -> str:
+    """Say what inputs of these fields are, for a message."""
+    if "image" in fields:
+        return "pictures"
+    return "pairs of texts" if len(fields) > 1 else "single texts"
 
 
 def refuse_empty(raws: Sequence[Raw]) -> None:

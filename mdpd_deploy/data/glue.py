@@ -12,12 +12,13 @@ from pathlib import Path
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.assemble import assemble, relabelled
-from mdpd_deploy.data.examples import Kind, Raw, TaskData
+from mdpd_deploy.data.examples import Raw, TaskData, texts
 from mdpd_deploy.data.inventory import left_out, why_unread
 from mdpd_deploy.data.lines import read_lines
 from mdpd_deploy.data.registry import TASKS, refuse_options
 from mdpd_deploy.data.rows import Rows, Source
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks import Classify, Regress
 
 _ENTAILMENT = {"entailment": "entailment", "not_entailment": "not_entailment"}
 
@@ -30,9 +31,10 @@ class GlueTask:
         folder: Official folder name.
         text: Text columns.
         label: Label column.
-        classes: Label as written → class name, in index order; empty for regression.
+        classes: Label as written → class name, in index order; empty for scores.
         metrics: Metric names, the primary one first.
         header: Columns of a train or dev file without a header line.
+        kind: What the task makes of a text.
         dev: Evaluation name → file.
         loose: The release has broken rows and empty texts, known and left out (or kept) by all.
     """
@@ -43,6 +45,7 @@ class GlueTask:
     classes: Mapping[str, str]
     metrics: tuple[str, ...] = ("accuracy",)
     header: tuple[str, ...] | None = None
+    kind: str = Classify.kind
     dev: tuple[tuple[str, str], ...] = (("validation", "dev.tsv"),)
     loose: bool = False
 
@@ -70,6 +73,7 @@ GLUE = {
         "score",
         {},
         metrics=("pearson_spearman", "pearson", "spearman"),
+        kind=Regress.kind,
     ),
     "qqp": GlueTask(
         "QQP",
@@ -129,14 +133,12 @@ def read_glue(task: str, config: DataConfig, *, seed: int) -> TaskData:
             splits["test"] = _read(evaluation / "test.tsv", glue, left)
     source = Source(
         splits,
-        "text",
-        pair=len(glue.text) == 2,
+        texts(len(glue.text)),
         names=tuple(glue.classes.values()) or None,
         columns=glue.text,
         inventory=left_out([*left, *_unused(folder, glue, splits)]),
     )
-    kind: Kind = "classify" if glue.classes else "regress"
-    return assemble(task, kind, source, config, seed=seed, metrics=glue.metrics)
+    return assemble(task, glue.kind, source, config, seed=seed, metrics=glue.metrics)
 
 
 def _unused(folder: Path, glue: GlueTask, splits: Mapping[str, Rows]) -> list[tuple[str, str]]:

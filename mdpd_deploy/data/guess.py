@@ -10,6 +10,7 @@ from mdpd_deploy.data.hub import PREFIX, is_saved
 from mdpd_deploy.data.split_files import split_files
 from mdpd_deploy.data.table import is_table, read_table
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks import Classify, Regress
 
 MANY = 100  # distinct whole numbers beyond which they may be amounts
 
@@ -43,7 +44,9 @@ def guess_task(config: DataConfig) -> str:
     _refuse_suites(root)
     files = split_files(root)
     return (
-        _of_table(files.get("train") or next(iter(files.values())), config) if files else "classify"
+        _of_table(files.get("train") or next(iter(files.values())), config)
+        if files
+        else Classify.kind
     )
 
 
@@ -54,7 +57,7 @@ def _of_table(path: Path, config: DataConfig) -> str:
         raise _which(config, f"its columns are {', '.join(table.columns)}")
     if _amounts(table.labels(column)):
         raise _which(config, f"the column {column!r} holds numbers")
-    return "classify"
+    return Classify.kind
 
 
 def _amounts(labels: list[str]) -> bool:
@@ -87,7 +90,7 @@ def _refuse_suites(root: Path) -> None:
 
 
 def _which(config: DataConfig, why: str) -> UserError:
-    words = ["mdpd", "train", "--task", "classify", "--data", shlex.quote(str(config.path))]
+    words = ["mdpd", "train", "--task", Classify.kind, "--data", shlex.quote(str(config.path))]
     for option, value in (("--text", config.text), ("--image", config.image)):
         if value is not None:
             words += [option, shlex.quote(value if isinstance(value, str) else ",".join(value))]
@@ -96,5 +99,5 @@ def _which(config: DataConfig, why: str) -> UserError:
     words += ["--label", shlex.quote(config.label) if config.label else "COLUMN"]
     return UserError(
         f"--task is needed for {config.path}, as {why}: `{' '.join(words)}` for classes, or --task "
-        "regress for amounts."
+        f"{Regress.kind} for amounts."
     )

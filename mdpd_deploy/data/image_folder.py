@@ -19,10 +19,10 @@ from mdpd_deploy.data.inventory import (
     walk,
     why_unread,
 )
-from mdpd_deploy.data.labels import listed
 from mdpd_deploy.data.rows import Rows
 from mdpd_deploy.data.splits import SPLIT_NAMES
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.text import listed
 
 Left = list[tuple[str, str]]  # (reason, name) of what is not used
 SEARCH_DEPTH = 3  # folders below the one given in which splits are looked for, to name them

@@ -1,13 +1,12 @@
-"""The user's own data: `classify` and `regress` on tables, image folders and hub data sets."""
+"""The user's own data, for every kind of task: tables, image folders and hub data sets."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.assemble import assemble, to_split, without_unlabelled_test
-from mdpd_deploy.data.examples import Kind, Split, TaskData
+from mdpd_deploy.data.examples import Field, Split, TaskData, texts, words_of
 from mdpd_deploy.data.hub import PREFIX, SPLITS_FILE, is_saved, load_hub, load_saved, read_hub
 from mdpd_deploy.data.image_folder import read_image_folder
 from mdpd_deploy.data.inventory import NOTHING, Inventory, left_out
@@ -16,6 +15,7 @@ from mdpd_deploy.data.rows import Rows, Source
 from mdpd_deploy.data.split_files import beside_tables, split_files, unnamed_pictures
 from mdpd_deploy.data.table import Table, is_text_table, read_table, table_texts
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks import KINDS, Task
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -47,14 +47,14 @@ class _Found:
     inventory: Inventory = NOTHING
 
     @property
-    def form(self) -> tuple[str, int]:
-        """What the inputs are, to compare training with evaluation data."""
+    def fields(self) -> tuple[Field, ...]:
+        """What one input is made of."""
         if self.columns is None or self.columns.image:
-            return "pictures", 1
-        return "texts" if len(self.columns.inputs) == 1 else "pairs", len(self.columns.inputs)
+            return ("image",)
+        return texts(len(self.columns.inputs))
 
 
-@TASKS.register("classify", "regress")
+@TASKS.register(*KINDS)
 def read_own(task: str, config: DataConfig, *, seed: int) -> TaskData:
     """Read `data.path`: a table, a folder of tables by split, of pictures, or saved by `datasets`;
     or `hub:NAME`.
@@ -64,7 +64,7 @@ def read_own(task: str, config: DataConfig, *, seed: int) -> TaskData:
     Raises:
         UserError: For a wrong path, column, label, text or picture, with its file and row.
     """
-    kind: Kind = "classify" if task == "classify" else "regress"
+    kind = KINDS[task]
     if config.path is None:
         raise UserError(f"--task {task} needs --data: a table, a folder, or hub:NAME.")
     found = _read(config.path, "--data", kind, config)
@@ -76,10 +76,10 @@ def read_own(task: str, config: DataConfig, *, seed: int) -> TaskData:
     splits, inventory = found.splits, found.inventory
     if config.eval_path is not None:
         measured = _read(config.eval_path, "--eval-data", kind, config)
-        if measured.form != found.form:
+        if measured.fields != found.fields:
             raise UserError(
-                f"--eval-data {config.eval_path} holds {measured.form[0]}, the training data "
-                f"holds {found.form[0]}: give the same kind."
+                f"--eval-data {config.eval_path} holds {words_of(measured.fields)}, the training "
+                f"data holds {words_of(found.fields)}: give the same kind."
             )
         evaluation = _measured(measured, config.eval_path)
         if "validation" not in evaluation:
@@ -90,34 +90,30 @@ def read_own(task: str, config: DataConfig, *, seed: int) -> TaskData:
     columns = found.columns
     source = Source(
         splits,
-        "image" if found.form[0] == "pictures" else "text",
-        pair=found.form[0] == "pairs",
+        found.fields,
         columns=columns.inputs if columns else (),
         notes=found.notes,
         inventory=inventory + unlabelled,
     )
-    return assemble(task, kind, source, config, seed=seed)
+    return assemble(task, task, source, config, seed=seed)
 
 
-def read_own_evaluation(
-    path: str, kind: Kind, config: DataConfig, label_names: Sequence[str]
-) -> dict[str, Split]:
-    """Read only what is to be measured, for a model whose classes are known.
+def read_own_evaluation(path: str, task: Task, config: DataConfig) -> dict[str, Split]:
+    """Read only what is to be measured, for a model whose task is settled.
 
     Args:
         path: A table, a folder, or `hub:NAME`. A single table, and pictures without split
             folders, are `validation` whole; else the validation and test splits count.
-        kind: classify or regress.
+        task: What the model knows of it.
         config: The column options.
-        label_names: The model's classes in index order; empty for regression.
 
     Raises:
         UserError: As `read_own`, and if there is nothing to measure.
     """
-    splits, _ = without_unlabelled_test(_measured(_read(path, "--data", kind, config), path))
+    splits, _ = without_unlabelled_test(_measured(_read(path, "--data", type(task), config), path))
     if not splits:
         raise UserError(f"{path} has no labels to measure against: add the label column.")
-    return {name: to_split(rows, tuple(label_names)) for name, rows in splits.items()}
+    return {name: to_split(rows, task) for name, rows in splits.items()}
 
 
 def _replaced(splits: dict[str, Rows]) -> Inventory:
@@ -141,7 +137,7 @@ def _measured(found: _Found, path: str) -> dict[str, Rows]:
     return measured
 
 
-def _read(path: str, option: str, kind: Kind, config: DataConfig) -> _Found:
+def _read(path: str, option: str, kind: type[Task], config: DataConfig) -> _Found:
     if path.startswith(PREFIX):
         return _read_data_set(path, load_hub(path), config)
     root = Path(path).expanduser()
@@ -186,12 +182,8 @@ def _read_data_set(
     return _Found(rows, columns, whole=whole, inventory=inventory)
 
 
-def _read_pictures(root: Path, kind: Kind, config: DataConfig) -> _Found:
-    if kind == "regress":
-        raise UserError(
-            f"--task regress needs numbers as labels, and {root} is an image folder: "
-            "give a table with --image COL --label COL."
-        )
+def _read_pictures(root: Path, kind: type[Task], config: DataConfig) -> _Found:
+    kind.refuse_folders(str(root))
     _refuse_encoding(str(root), config)
     given = [name for name in ("text", "image", "label") if getattr(config, name) is not None]
     if given:

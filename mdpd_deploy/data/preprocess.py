@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Encoding, Tokenizer
 
-from mdpd_deploy.data.examples import Raw, Text
+from mdpd_deploy.data.examples import Field, Raw, Text
 from mdpd_deploy.data.images import MAX_PIXELS, open_image
 from mdpd_deploy.data.tokenizer_limits import check_tokenizer
 from mdpd_deploy.data.truncation import Side, cut_text, keep_tokens
@@ -60,6 +60,7 @@ class ImagePreprocess:
             keeps the whole picture and fills the rest with the mean colour.
     """
 
+    takes: ClassVar[Field] = "image"
     size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -187,6 +188,7 @@ class TextPreprocess:
         pad: N is that of the batch's longest text, or always `max_length`.
     """
 
+    takes: ClassVar[Field] = "text"
     tokenizer: Tokenizer
     input_names: tuple[str, ...]
     max_length: int

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mdpd_deploy.data.examples import Modality, Raw
+from mdpd_deploy.data.examples import Field, Raw
 from mdpd_deploy.data.inventory import NOTHING, Inventory
 
 
@@ -33,8 +33,7 @@ class Source:
 
     Attributes:
         splits: Name to rows; `train` always, `validation` where the source has one, others by name.
-        modality: text or image.
-        pair: True when text inputs are pairs.
+        fields: What one input is made of, in order.
         names: The task's own class names in index order; None to take those of the train split.
         all_classes: True if a class without a training example is an error.
         columns: Input columns of a table.
@@ -43,8 +42,7 @@ class Source:
     """
 
     splits: dict[str, Rows]
-    modality: Modality
-    pair: bool = False
+    fields: tuple[Field, ...]
     names: tuple[str, ...] | None = None
     all_classes: bool = True
     columns: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mdpd_deploy.data.cells import kind_of, label_cells, text_cells
-from mdpd_deploy.data.examples import Modality, Raw
+from mdpd_deploy.data.examples import Field, Raw
 from mdpd_deploy.data.table_file import most_bytes, read_text, suffixes, too_large
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
@@ -141,21 +141,21 @@ def read_table(path: Path, encoding: str | None = None) -> Table:
 
 
 def read_inputs(
-    path: Path, columns: Sequence[str], modality: Modality, encoding: str | None = None
+    path: Path, columns: Sequence[str], field: Field, encoding: str | None = None
 ) -> list[Raw]:
     """Read only the inputs of a table, for `predict`: labels need not be there.
 
     Args:
         path: The table.
         columns: The columns of training (`TaskData.columns`), one or, for pairs, two.
-        modality: text or image.
+        field: text or image.
         encoding: Of a text table; None = UTF-8.
 
     Raises:
         UserError: If a column is missing or a cell is empty.
     """
     table = read_table(path, encoding)
-    if modality == "image":
+    if field == "image":
         return table.pictures(columns[0], must_exist=True)
     return table_texts(table, columns)
 

@@ -21,6 +21,7 @@ from mdpd_deploy.data.lines import read_lines
 from mdpd_deploy.data.registry import TASKS, refuse_options
 from mdpd_deploy.data.rows import Rows, Source
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks import Classify
 
 # Class counts of the 19 official data sets: 1000 pictures do not always show every class.
 OFFICIAL_CLASSES = {
@@ -91,9 +92,9 @@ def read_vtab(task: str, config: DataConfig, *, seed: int) -> TaskData:
     notes = (FULL_NOTE,) if full and config.eval_path is None else ()
     inventory = _unlisted(folder, splits)
     source = Source(
-        splits, "image", names=names, all_classes=False, notes=notes, inventory=inventory
+        splits, ("image",), names=names, all_classes=False, notes=notes, inventory=inventory
     )
-    return assemble(task, "classify", source, config, seed=seed, metrics=METRICS)
+    return assemble(task, Classify.kind, source, config, seed=seed, metrics=METRICS)
 
 
 def _data_folder(root: str, name: str, task: str) -> Path:

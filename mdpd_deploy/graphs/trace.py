@@ -47,7 +47,7 @@ class OnnxGraph:
     Attributes:
         path: The `.onnx` file; `path.name + ".data"` lies beside it when the weights are large.
         input_names: The graph's inputs in order.
-        output_name: `logits`, or `scores` for regression.
+        output_name: What the head calls its result, e.g. `logits`.
         nodes: How many operators it runs.
     """
 
@@ -93,8 +93,8 @@ def axes_of(model: TaskModel) -> dict[str, dict[int, str]]:
 
 
 def output_name_of(model: TaskModel) -> str:
-    """Return `scores` for a regression head, else `logits`."""
-    return "scores" if model.head.regression else "logits"
+    """Return what the head calls its result."""
+    return model.head.output
 
 
 def _checked_bytes(name: str, tensor: torch.Tensor) -> int:

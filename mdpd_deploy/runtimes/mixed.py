@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.artifacts.tasks import Task
+from mdpd_deploy.artifacts.tasks import BundleTask
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError
@@ -23,7 +23,7 @@ from mdpd_deploy.runtimes.onnx import TASK_ID, Forward, OnnxRunner
 Arrays = dict[str, NDArray[Any]]
 
 
-def mixed_batch(requests: Sequence[tuple[Task, Raw]]) -> Arrays:
+def mixed_batch(requests: Sequence[tuple[BundleTask, Raw]]) -> Arrays:
     """Preprocess inputs of several tasks into one batch.
 
     Args:
@@ -61,7 +61,7 @@ def _joined(count: int, parts: Sequence[tuple[list[int], Arrays, int]]) -> Array
 class TaskRunner:
     """One task of an open mixed graph: arrays in, the task's own outputs [B, C] out."""
 
-    def __init__(self, runner: Forward, task: Task) -> None:
+    def __init__(self, runner: Forward, task: BundleTask) -> None:
         self.runner = runner
         self.task = task
 

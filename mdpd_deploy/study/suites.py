@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mdpd_deploy.config import Config
-from mdpd_deploy.data import load_task
 from mdpd_deploy.data.glue import GLUE
+from mdpd_deploy.data.load import load_task
 from mdpd_deploy.data.vtab import OFFICIAL_CLASSES
 from mdpd_deploy.errors import UserError
 

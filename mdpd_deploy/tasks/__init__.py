@@ -1,1 +1,16 @@
-"""What a task adds to a backbone: metrics (torch-free) and the head (torch)."""
+"""Tasks: one file each; adding one is a file and an import here. Torch is imported when asked for."""
+
+from mdpd_deploy.tasks.base import KINDS, Outputs, Prediction, Targets, Task, task_of
+from mdpd_deploy.tasks.classify import Classify
+from mdpd_deploy.tasks.regress import Regress
+
+__all__ = [
+    "KINDS",
+    "Classify",
+    "Outputs",
+    "Prediction",
+    "Regress",
+    "Targets",
+    "Task",
+    "task_of",
+]

@@ -1,4 +1,4 @@
-"""The linear head, and the scale of regression labels."""
+"""The linear head, and the scale of what it answers."""
 
 import torch
 from torch import Tensor, nn
@@ -7,27 +7,35 @@ from torch import Tensor, nn
 class Head(nn.Module):
     """Pooled features [B, D] → outputs [B, C].
 
-    Classification: logits. Regression: training works on standardised labels, and the deployed
-    graph un-scales: `forward` returns scores in the label's own unit, `raw` the
-    standardised ones.
+    With a scale, training works on standardised labels and the deployed graph un-scales: `forward`
+    returns scores in the label's own unit, `raw` the standardised ones.
 
     Args:
         width: D.
         outputs: C.
-        scale: (mean, standard deviation) of the training labels; None for classification.
+        scale: (mean, standard deviation) of the training labels; None for logits.
+        output: What the graph calls the result.
     """
 
     label_mean: Tensor
     label_std: Tensor
 
-    def __init__(self, width: int, outputs: int, scale: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        outputs: int,
+        scale: tuple[float, float] | None = None,
+        *,
+        output: str = "logits",
+    ) -> None:
         super().__init__()
+        self.output = output
         self.linear = nn.Linear(width, outputs)
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
-        self.regression = scale is not None
+        self.scaled = scale is not None
         mean, std = scale or (0.0, 1.0)
-        if self.regression:
+        if self.scaled:
             self.register_buffer("label_mean", torch.tensor(mean))
             self.register_buffer("label_std", torch.tensor(std))
 
@@ -38,4 +46,4 @@ class Head(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """Return what a user reads: logits, or scores in the label's unit."""
         raw = self.raw(pooled)
-        return raw * self.label_std + self.label_mean if self.regression else raw
+        return raw * self.label_std + self.label_mean if self.scaled else raw

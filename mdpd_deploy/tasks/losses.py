@@ -1,10 +1,10 @@
-"""Task losses and the logits-distillation loss, as sums over a batch (the caller divides once).
+"""The logits-distillation loss, as a sum over a batch (the caller divides once).
 
 Sums, not means: one division by the size of the whole optimiser step keeps accumulation and
 several processes exact, whatever the sizes of the parts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,43 +12,16 @@ from torch.nn import functional as F
 
 from mdpd_deploy.config import LossConfig
 
-
-class TaskLoss:
-    """Σ over the batch of cross-entropy (classify) or squared error (regress).
-
-    Args:
-        kind: classify or regress (labels standardised by the caller).
-        class_weights: One weight per class, or None.
-        label_smoothing: Share of the target spread over all classes.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        class_weights: Sequence[float] | None = None,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        self.kind = kind
-        self.class_weights = (
-            None
-            if class_weights is None
-            else torch.tensor(list(class_weights), dtype=torch.float32)
-        )
-        self.label_smoothing = label_smoothing
-
-    def __call__(self, raw: Tensor, labels: Tensor) -> Tensor:
-        """raw [B, C] (C = 1 for regression), labels [B] → a scalar."""
-        raw = raw.float()
-        if self.kind == "regress":
-            return F.mse_loss(raw.squeeze(-1), labels.float(), reduction="sum")
-        weights = None if self.class_weights is None else self.class_weights.to(raw.device)
-        return F.cross_entropy(
-            raw, labels, weights, reduction="sum", label_smoothing=self.label_smoothing
-        )
+Errors = Callable[[Tensor, Tensor], Tensor]  # raw [B, C], labels [B] → each example's loss [B]
 
 
 def logits_loss(
-    student: Tensor, teacher: Tensor, config: LossConfig, labels: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    config: LossConfig,
+    labels: Tensor | None = None,
+    *,
+    errors: Errors | None = None,
 ) -> Tensor:
     """Σ over the batch of the distance between two heads' outputs [B, C]; `teacher` is detached.
 
@@ -69,8 +42,8 @@ def logits_loss(
         assert labels is not None
         distance = t * t * _decoupled(student / t, teacher / t, labels, config.beta)
     if config.logits_where == "better":
-        assert labels is not None
-        distance = distance * (_error(teacher, labels) < _error(student.detach(), labels))
+        assert labels is not None and errors is not None
+        distance = distance * (errors(teacher, labels) < errors(student.detach(), labels))
     return distance.sum()
 
 
@@ -93,10 +66,3 @@ def _decoupled(student: Tensor, teacher: Tensor, labels: Tensor, beta: float) ->
     (student_pair, student_others), (teacher_pair, teacher_others) = split(student), split(teacher)
     pair = _divergence(student_pair, teacher_pair)
     return pair + beta * _divergence(student_others, teacher_others)
-
-
-def _error(raw: Tensor, labels: Tensor) -> Tensor:
-    """Return each example's own task loss [B]."""
-    if raw.shape[-1] == 1:
-        return (raw.squeeze(-1) - labels.float()).square()
-    return F.cross_entropy(raw, labels, reduction="none")

@@ -15,7 +15,7 @@ sentence. Opening raises `UserError` or `WorkFailed`, as everywhere.
 
 Who brings a batcher of their own (Ray Serve's, say) uses `ServedModel` alone, which is synchronous
 and has no queue: `decode_request` → `model.check` → `model.run([arrays, …])` → `encode_reply`;
-or `model.to_arrays(raws, task)` → `model.run` → `mdpd_deploy.artifacts.bundle.to_prediction`. `run` takes
+or `model.to_arrays(raws, task)` → `model.run` → `task.decode`. `run` takes
 the arrays of several requests, pads texts to the longest, and gives each its own rows back.
 
 A `RunnerFactory` opens the graph on a device; `open_runner` is the default.

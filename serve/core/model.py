@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.artifacts.bundle import Bundle, Task
+from mdpd_deploy.artifacts.bundle import Bundle
 from mdpd_deploy.artifacts.manifest import MODEL_FILE
 from mdpd_deploy.artifacts.signing import load_signed
+from mdpd_deploy.artifacts.tasks import BundleTask
 from mdpd_deploy.checks.replay import prove
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
@@ -80,7 +81,7 @@ class ServedModel:
         self.bundle, _ = load_signed(path, options.key)
         manifest = self.bundle.manifest
         self.runner = make_runner(self.bundle, options)
-        self.tasks: dict[str, Task] = {task.name: task for task in self.bundle.tasks}
+        self.tasks: dict[str, BundleTask] = {task.name: task for task in self.bundle.tasks}
         ranges = read_value_ranges(path / MODEL_FILE, self.bundle.read) | {
             TASK_ID: (0, len(self.tasks) - 1)
         }
@@ -112,7 +113,7 @@ class ServedModel:
             )
         return max(asked or high, low)
 
-    def task(self, name: str | None) -> Task:
+    def task(self, name: str | None) -> BundleTask:
         """Return a task by name; None means the only one. Raises `Refusal`."""
         if name is None and len(self.tasks) == 1:
             return next(iter(self.tasks.values()))
@@ -129,9 +130,9 @@ class ServedModel:
     @property
     def takes_pictures(self) -> bool:
         """Whether raw inputs are pictures; else they are texts."""
-        return bool(self.bundle.manifest["modality"] == "image")
+        return "image" in self.bundle.tasks[0].fields
 
-    def to_arrays(self, raws: Sequence[Raw], task: Task) -> Arrays:
+    def to_arrays(self, raws: Sequence[Raw], task: BundleTask) -> Arrays:
         """Preprocess raw inputs of one task into the graph's inputs; raises `Refusal`."""
         try:
             arrays = task.preprocess(raws)
@@ -141,7 +142,7 @@ class ServedModel:
             raise overloaded(str(err)) from err
         return self.with_task(arrays, task)
 
-    def with_task(self, arrays: Arrays, task: Task) -> Arrays:
+    def with_task(self, arrays: Arrays, task: BundleTask) -> Arrays:
         """Return preprocessed rows of one task as the graph's inputs."""
         if not self.bundle.mixed:
             return arrays

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mdpd_deploy.artifacts.bundle import Prediction, Task, to_prediction
-from mdpd_deploy.data.examples import Raw, refuse_empty
+from mdpd_deploy.artifacts.tasks import BundleTask
+from mdpd_deploy.data.examples import Raw, fits, refuse_empty, words_of
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.machine import cpu_count
 from mdpd_deploy.serve.core.batcher import Batch, Done, MicroBatcher
@@ -34,6 +34,7 @@ from mdpd_deploy.serve.core.refusal import (
     too_large,
 )
 from mdpd_deploy.serve.core.tensors import Arrays
+from mdpd_deploy.tasks import Prediction
 
 T = TypeVar("T")
 PARSES = 2  # large JSON bodies that are taken apart at once; Python has one of them run anyway
@@ -246,7 +247,7 @@ class RequestCore:
         manifest = model.bundle.manifest
         return {
             "name": model.name,
-            "modality": manifest["modality"],
+            "modality": "image" if model.takes_pictures else "text",
             "precision": manifest["precision"],
             "method": manifest["method"],
             "faded": manifest["faded"],
@@ -255,9 +256,10 @@ class RequestCore:
             "tasks": [
                 {
                     "name": task.name,
-                    "kind": task.kind,
-                    "pair": task.pair,
-                    "labels": list(task.label_names),
+                    "kind": task.task.kind,
+                    "fields": list(task.fields),
+                    "pair": len(task.fields) > 1,
+                    "labels": list(task.task.labels),
                 }
                 for task in model.tasks.values()
             ],
@@ -312,7 +314,7 @@ class RequestCore:
         characters = self._check_raws(name, raws, task)
         model = self.model(name)
 
-        async def prepare(chosen: Task) -> Arrays:
+        async def prepare(chosen: BundleTask) -> Arrays:
             if characters > LONG_TEXTS:
                 return await self._prepare_apart(model, chosen, raws)
             return await self._prepare(lambda: model.to_arrays(raws, chosen))
@@ -331,7 +333,11 @@ class RequestCore:
         )
 
     async def _predict(
-        self, name: str, rows: int, prepare: Callable[[Task], Awaitable[Arrays]], task: str | None
+        self,
+        name: str,
+        rows: int,
+        prepare: Callable[[BundleTask], Awaitable[Arrays]],
+        task: str | None,
     ) -> Answer:
         model = self.model(name)
         chosen = model.task(task)
@@ -339,9 +345,7 @@ class RequestCore:
             with self._batchers[name].reserve(rows):
                 arrays = await prepare(chosen)
                 done: Done = await self._batchers[name].submit(arrays, rows)
-        predictions = tuple(
-            to_prediction(row[: chosen.width], chosen.label_names) for row in done.outputs
-        )
+        predictions = tuple(chosen.decode(done.outputs))
         times = done.queue_ms, done.compute_ms, done.batch_rows
         return Answer(model.name, chosen.name, predictions, *times)
 
@@ -359,8 +363,8 @@ class RequestCore:
             return 0
         limits, characters, size = self.options.limits, 0, 0
         for raw in raws:
-            if isinstance(raw, tuple) != chosen.pair or not isinstance(raw, str | tuple):
-                wanted = "pairs of texts" if chosen.pair else "single texts"
+            if not fits(raw, chosen.fields) or not isinstance(raw, str | tuple):
+                wanted = words_of(chosen.fields)
                 raise invalid(f"task {chosen.name!r} takes {wanted}: given {shown(raw)}.")
             for text in raw if isinstance(raw, tuple) else (raw,):
                 characters += len(text)
@@ -405,7 +409,7 @@ class RequestCore:
                     future.add_done_callback(self._overdue.discard)
 
     async def _prepare_apart(
-        self, model: ServedModel, task: Task, inputs: Sequence[Raw] | bytes
+        self, model: ServedModel, task: BundleTask, inputs: Sequence[Raw] | bytes
     ) -> Arrays:
         """Run processor work that may be long in a process that ends with its request."""
         if not self._answering:

@@ -13,13 +13,12 @@ from mdpd_deploy.train.methods import (
     side,
     tokens,
 )
-from mdpd_deploy.train.methods.base import METHODS, Batch, Method, TaskSpec, build_method
+from mdpd_deploy.train.methods.base import METHODS, Batch, Method, build_method
 
 __all__ = [
     "METHODS",
     "Batch",
     "Method",
-    "TaskSpec",
     "adapters",
     "build_method",
     "direct",

@@ -18,26 +18,9 @@ from mdpd_deploy.config import Config, DistillConfig, PeftConfig, SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
 from mdpd_deploy.sides.base import RunBlock
+from mdpd_deploy.tasks import Task
 from mdpd_deploy.tasks.head import Head
-from mdpd_deploy.tasks.losses import TaskLoss
 from mdpd_deploy.train.precision import hold_in_bfloat16, side_autocast
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """What a method must know of the task.
-
-    Attributes:
-        kind: classify or regress.
-        outputs: C.
-        scale: (mean, standard deviation) of the training labels, regression only.
-        class_weights: One weight per class, or None.
-    """
-
-    kind: str
-    outputs: int
-    scale: tuple[float, float] | None = None
-    class_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +29,7 @@ class Batch:
 
     Attributes:
         inputs: Named tensors.
-        labels: [B]; standardised for regression.
+        labels: [B], as `Task.wanted` gives them.
         keys: Position of each example in the training data [B].
         step: The optimiser step.
         count: Examples in the whole optimiser step, over all parts and processes.
@@ -91,7 +74,7 @@ class Method(ABC):
     loss_names: tuple[str, ...] = ("loss", "loss_task")  # what `step` returns
     name: str
 
-    def __init__(self, backbone: Backbone, task: TaskSpec, config: Config) -> None:
+    def __init__(self, backbone: Backbone, task: Task, config: Config) -> None:
         self.backbone = backbone
         self.task = task
         self.config = config
@@ -102,7 +85,6 @@ class Method(ABC):
                 f"--method {config.method}: {backbone.source.name} has no norms to tune; use "
                 "--method full, bitfit or probe."
             )
-        self.task_loss = TaskLoss(task.kind, task.class_weights, config.loss.label_smoothing)
         self.modules = self.build_modules()
         if self.held:
             hold_in_bfloat16(backbone, self.tuned().values())
@@ -241,15 +223,15 @@ class Method(ABC):
             penalties: Further losses by name, of a whole step; a batch counts its share of them.
         """
         share = len(batch.labels) / batch.count  # the parts of a step add up to one penalty
-        parts = {"loss_task": self.task_loss(raw, batch.labels) / batch.weight}
+        parts = {"loss_task": self.task.loss(raw, batch.labels) / batch.weight}
         parts |= {name: share * value for name, value in (penalties or {}).items()}
         loss = torch.stack(list(parts.values())).sum()
         loss.backward()
         return {name: value.detach() for name, value in {"loss": loss, **parts}.items()}
 
     def new_head(self) -> Head:
-        """Return a fresh linear head for this task."""
-        return Head(self.backbone.width, self.task.outputs, self.task.scale)
+        """Return a fresh head for this task."""
+        return self.task.new_head(self.backbone.width)
 
     def head(self, name: str) -> Head:
         """Return one of the trained heads: `head` of the backbone or `side_head`."""
@@ -305,7 +287,7 @@ def check_options(method: type[Method], config: Config) -> None:
             raise UserError(f"{option}={value} does nothing {where}: leave it out.")
 
 
-def build_method(backbone: Backbone, task: TaskSpec, config: Config) -> Method:
+def build_method(backbone: Backbone, task: Task, config: Config) -> Method:
     """Build the method that `config.method` names around a backbone."""
     kind = METHODS.get_or_raise(config.method)
     check_options(kind, config)

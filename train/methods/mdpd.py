@@ -23,10 +23,9 @@ from mdpd_deploy.distill import FeatureDistiller, weighted_distance
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.model import pool_side
 from mdpd_deploy.sides import SIDES, SideNetwork, SideOutput, build_side
-from mdpd_deploy.tasks.head import Head
-from mdpd_deploy.tasks.losses import logits_loss
+from mdpd_deploy.tasks import Task
 from mdpd_deploy.train.memory import part
-from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts, TaskSpec
+from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts
 from mdpd_deploy.train.norm_grad import LayerLoss, build_norm_gradient
 
 SHALLOW, DEEP = 4e-5, 6e-5  # supplementary B of the paper
@@ -52,7 +51,7 @@ class MDPD(Method):
     # the deployed model ends far below its own side network (measured: docs/accuracy.md).
     student_factor = 10.0
 
-    def __init__(self, backbone: Backbone, task: TaskSpec, config: Config) -> None:
+    def __init__(self, backbone: Backbone, task: Task, config: Config) -> None:
         self.engine = build_norm_gradient(config.train.norm_grad, backbone)
         super().__init__(backbone, task, config)
 
@@ -92,7 +91,7 @@ class MDPD(Method):
             generate=self.deep_weight > 0,
         )
         side_width = self.side.width if self.last_feature else backbone.width
-        side_head = Head(side_width, self.task.outputs, self.task.scale)
+        side_head = self.task.new_head(side_width)
         return nn.ModuleDict(
             {
                 "side": self.side,
@@ -135,7 +134,7 @@ class MDPD(Method):
         weights = self.config.loss
         output, pooled = self.side_forward(trace, blocked=not self.config.train.late_norm_grad)
         raw = self.head("side_head").raw(pooled)
-        task = self.task_loss(raw, batch.labels) / batch.weight
+        task = self.task.loss(raw, batch.labels) / batch.weight
         with self.autocast(trace.taps[0]):
             shallow, deep = self.distiller(output.features, trace.taps, hidden, trace.mask)
         shallow, deep = shallow / batch.count, deep / batch.count
@@ -163,11 +162,11 @@ class MDPD(Method):
 
         def top_loss(top: Tensor) -> Tensor:
             raw = self.head("head").raw(self.backbone.finish(top, mask).float())
-            distance = logits_loss(raw, teacher, weights, batch.labels) / batch.count
+            distance = self.task.distance(raw, teacher, batch.labels, weights) / batch.count
             losses["loss_logits"] = distance.detach()
             loss = logits_weight * distance
             if task_weight:
-                student = self.task_loss(raw, batch.labels) / batch.weight
+                student = self.task.loss(raw, batch.labels) / batch.weight
                 losses["loss_student"] = student.detach()
                 loss = loss + task_weight * student
             losses["loss"] = loss.detach()

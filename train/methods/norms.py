@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts, TaskSpec
+from mdpd_deploy.tasks import Task
+from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts
 from mdpd_deploy.train.norm_grad import build_norm_gradient
 
 
@@ -22,7 +23,7 @@ class Norms(Method):
     tunes_norms = True
     default_lr = 1e-2  # that of the norms and head under MDPD, which it is the control of
 
-    def __init__(self, backbone: Backbone, task: TaskSpec, config: Config) -> None:
+    def __init__(self, backbone: Backbone, task: Task, config: Config) -> None:
         self.engine = build_norm_gradient(config.train.norm_grad, backbone)
         if config.train.norm_grad == "local":
             raise UserError(
@@ -44,7 +45,7 @@ class Norms(Method):
 
         def top_loss(top: Tensor) -> Tensor:
             raw = self.head("head").raw(self.backbone.finish(top, mask).float())
-            loss = self.task_loss(raw, batch.labels) / batch.weight
+            loss = self.task.loss(raw, batch.labels) / batch.weight
             losses["loss"] = losses["loss_task"] = loss.detach()
             return loss
 

@@ -1,0 +1,59 @@
+"""From a task's name and the data options to examples.
+
+--task                    reader
+glue/NAME                 glue.py          official GLUE folders
+vtab/NAME vtab-full/NAME  vtab.py          VTAB-1K list files
+classify, regress         own.py           tables, image folders, hub data sets
+digits                    digits.py        the embedded default
+"""
+
+from pathlib import Path
+
+from mdpd_deploy.config import DataConfig
+from mdpd_deploy.data import digits, glue, own, vtab  # noqa: F401  (each registers its names)
+from mdpd_deploy.data.examples import Split, TaskData
+from mdpd_deploy.data.registry import find_reader
+from mdpd_deploy.tasks import KINDS, Task
+
+
+def load_task(task: str, config: DataConfig, *, seed: int) -> TaskData:
+    """Read a task's examples.
+
+    Args:
+        task: A task name, see the table above.
+        config: Where the data is, and its options.
+        seed: Seed of the splits that are made and of the shuffle before `data.limit`;
+            `data.split_seed` takes its place.
+
+    Raises:
+        UserError: For an unknown task, a wrong path or anything wrong in the data, naming the file
+            and the row.
+    """
+    own = config.split_seed
+    return find_reader(task)(task, config, seed=seed if own is None else own)
+
+
+def load_evaluation(name: str, task: Task, config: DataConfig, *, seed: int) -> dict[str, Split]:
+    """Read only what is to be measured, for a model whose task is settled.
+
+    Of the user's own data, `data.eval_path` (or else `data.path`) is what is measured, and no
+    training data is read. Other tasks are read as by `load_task`, from the folder `eval_path` if it
+    is given.
+
+    Args:
+        name: The task that the model was trained on, as typed.
+        task: What the model knows of it.
+        config: Where the data is, and its options.
+        seed: Seed of the splits that are made.
+
+    Raises:
+        UserError: As `load_task`.
+    """
+    path = config.eval_path or config.path
+    if name in KINDS and path is not None:
+        return own.read_own_evaluation(path, task, config)
+    update: dict[str, object] = {"labels": list(task.labels) or None}
+    if config.eval_path is not None and Path(config.eval_path).expanduser().is_dir():
+        update |= {"path": config.eval_path, "eval_path": None}  # the training data may be gone
+    fixed = config.model_copy(update=update)
+    return load_task(name, fixed, seed=seed).evaluation
