@@ -34,7 +34,7 @@ from mdpd_deploy.model import Deployed
 from mdpd_deploy.onnx_graph import export_onnx
 from mdpd_deploy.parity import shape_batches
 from mdpd_deploy.tasks.head import Head
-from mdpd_deploy.train.forecast import example_batches, forecast, measured_step
+from mdpd_deploy.train.memory.forecast import example_batches, forecast, measured_step
 from mdpd_deploy.train.methods import TaskSpec, build_method
 from mdpd_deploy.train.optim import build_optimizer
 

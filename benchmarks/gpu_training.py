@@ -10,7 +10,7 @@ import torch
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import Config
 from mdpd_deploy.serve.estimate import milliseconds, paired_ratio
-from mdpd_deploy.train.forecast import example_batches, example_task, measured_step
+from mdpd_deploy.train.memory.forecast import example_batches, example_task, measured_step
 from mdpd_deploy.train.methods import build_method
 from mdpd_deploy.train.optim import build_optimizer, clip_gradients
 

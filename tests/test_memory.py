@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mdpd_deploy.train.memory import (
+from mdpd_deploy.train.memory.live import (
     ACTIVATIONS,
     LiveBytes,
     fake_tensors,

@@ -25,7 +25,7 @@ from mdpd_deploy.runner import OnnxRunner
 from mdpd_deploy.sides import SIDES, SideNetwork, SideOutput
 from mdpd_deploy.train import apply_entry, default_entries, parse_entry
 from mdpd_deploy.train.checkpoint import load_best
-from mdpd_deploy.train.forecast import forecast
+from mdpd_deploy.train.memory.forecast import forecast
 from mdpd_deploy.train.methods import METHODS, Batch, TaskSpec, build_method
 from mdpd_deploy.train.methods.adapters import method_of
 from mdpd_deploy.train.optim import build_optimizer

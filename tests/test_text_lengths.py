@@ -10,7 +10,7 @@ from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.data import lengths
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.data.lengths import TextLengths, text_lengths
-from mdpd_deploy.train.forecast import forecast
+from mdpd_deploy.train.memory.forecast import forecast
 from mdpd_deploy.train.setup import prepare
 
 

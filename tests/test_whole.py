@@ -10,6 +10,7 @@ from transformers import DebertaV2Config, ElectraConfig, ModernBertConfig, MPNet
 
 from mdpd_deploy import bench_latency, export_run, load_bundle
 from mdpd_deploy.backbones import load_backbone
+from mdpd_deploy.backbones.wrap import halves_of
 from mdpd_deploy.config import BackboneConfig, load_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.graph_signature import same_structure
@@ -17,7 +18,7 @@ from mdpd_deploy.model import Deployed
 from mdpd_deploy.onnx_graph import export_onnx
 from mdpd_deploy.parity import shape_batches
 from mdpd_deploy.tasks.head import Head
-from mdpd_deploy.train.forecast import forecast
+from mdpd_deploy.train.memory.forecast import forecast
 from mdpd_deploy.train.methods import Batch, TaskSpec, build_method
 
 # timm name, picture size, blocks, tuned norms: per block and between or behind the blocks
@@ -87,6 +88,9 @@ def test_the_gradient_of_every_norm_is_that_of_plain_back_propagation(backbone):
         "head.linear.weight",
         "head.linear.bias",
     }
+    if any(len(halves_of(block)) > 1 for block in backbone.blocks()):
+        halved, _ = gradients(backbone, "recompute-halves")
+        assert all(torch.equal(halved[name], gradient) for name, gradient in plain.items())
     late, _ = gradients(backbone, "late:1")
     assert 2 < len(late) < len(exact)
     assert all(torch.equal(exact[name], gradient) for name, gradient in late.items())

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mdpd_deploy.train.checkpoint import (
 )
 from mdpd_deploy.train.evaluate import run_over
 from mdpd_deploy.train.fisher import inherit_important
-from mdpd_deploy.train.forecast import measured_step
+from mdpd_deploy.train.memory.forecast import measured_step
 from mdpd_deploy.train.methods import Batch, Method
 from mdpd_deploy.train.optim import (
     build_optimizer,
@@ -82,7 +82,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
     )
     loader = step_loader(dataset, progress.step, setup.steps, config.data.workers)
     method.train_mode()
-    window = Window()
+    window, choice = Window(), setup.memory.choice
     ended = stops_early(progress, config)  # of a run that was interrupted after its last step
     for step in range(progress.step, progress.step if ended else setup.steps):
         started = time.perf_counter()
@@ -92,6 +92,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
             with measured_step(method, optimizer, parts) as peak:
                 losses, norms = one_step(setup, optimizer, parts, step)
             progress.memory = {"peak_live_bytes": peak.peak_bytes, "parts": dict(peak.parts)}
+            progress.memory |= {"choice": asdict(choice)} if choice else {}
         else:
             losses, norms = one_step(setup, optimizer, parts, step)
             if setup.device.type == "cuda":

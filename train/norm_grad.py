@@ -1,10 +1,13 @@
-"""How the backbone's norms get their gradient: one forward, one backward, five ways.
+"""How the backbone's norms get their gradient: one forward, one backward, six ways.
 
 The forward runs before the side network and gives it its taps; the backward runs after the side
 network's graph is freed. `recompute` is exact at the memory of one block:
 
     recompute  the graph holds the input of each block only; the backward pass runs a block again
                when its gradient has come down to it
+    recompute-halves
+               the same gradient; when a block runs again, its attention keeps its input only, and
+               runs a third time when its own gradient is due: least memory
     full       the same gradient from a graph that keeps everything: fastest, most memory
     late:K     recompute, but only through the last K blocks; the norms below stay as they are
     local      each block's norms take the gradient of that layer's own feature loss; a last block
@@ -23,7 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone, Inputs
-from mdpd_deploy.backbones.wrap import Run, Trace, apart, plainly, recomputed
+from mdpd_deploy.backbones.wrap import (
+    Run,
+    Trace,
+    apart,
+    halves_of,
+    plainly,
+    recomputed,
+    recomputed_halves,
+)
+from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
 
 TopLoss = Callable[[Tensor], Tensor]  # b_L → the backbone pass's loss: final norm, pooling, head
@@ -31,7 +43,7 @@ LayerLoss = Callable[[int, Tensor], Tensor]  # (1-based layer, b_l) → scalar
 
 
 class NormGradient(ABC):
-    """One of the five ways; `trained` names the norm parameters that it moves.
+    """One of the ways; `trained` names the norm parameters that it moves.
 
     Args:
         backbone: Whose norms they are.
@@ -66,8 +78,8 @@ class NormGradient(ABC):
 class Recompute(NormGradient):
     """Exact, with the activations of one block at a time; stops above the first trained block."""
 
-    def __init__(self, backbone: Backbone, first: int = 0) -> None:
-        super().__init__(backbone, recomputed)
+    def __init__(self, backbone: Backbone, run: Run = recomputed, first: int = 0) -> None:
+        super().__init__(backbone, run)
         self.first = first
 
     def trained(self, feature_layers: tuple[int, ...]) -> dict[str, nn.Parameter]:
@@ -129,7 +141,9 @@ def build_norm_gradient(mode: str, backbone: Backbone) -> NormGradient:
                 f"train.norm_grad={mode}: the backbone has {backbone.depth} blocks; "
                 f"use late:K with K from 1 to {backbone.depth}."
             )
-        return Recompute(backbone, backbone.depth - blocks)
+        return Recompute(backbone, first=backbone.depth - blocks)
+    if mode == "recompute-halves":
+        return Recompute(backbone, recomputed_halves(_halves(backbone)))
     modes: dict[str, NormGradient] = {
         "recompute": Recompute(backbone),
         "full": Full(backbone, plainly),
@@ -137,3 +151,36 @@ def build_norm_gradient(mode: str, backbone: Backbone) -> NormGradient:
         "none": Nothing(backbone, plainly),
     }
     return modes[mode]
+
+
+class NoHalvesError(UserError):
+    """A backbone whose blocks have no halves."""
+
+
+def _halves(backbone: Backbone) -> list[list[nn.Module]]:
+    halves = [halves_of(block) for block in backbone.blocks()]
+    if not any(len(parts) > 1 for parts in halves):
+        raise NoHalvesError(
+            "train.norm_grad=recompute-halves: no block of the backbone has two parts with maps of "
+            "their own, such as attention and MLP; use recompute."
+        )
+    return halves
+
+
+def exact_ways(config: Config) -> list[Config]:
+    """Return the runs that `train.norm_grad=auto` chooses from, fastest first; any other run alone.
+
+    All of them give the same gradient, but for bf16, which rounds the frozen weights: it comes last,
+    and not at all where `train.precision` is set.
+    """
+    train = config.train
+    if train.norm_grad != "auto":
+        return [config]
+    asked = "precision" in train.model_fields_set
+    return [
+        config.model_copy(
+            update={"train": train.model_copy(update={"norm_grad": mode, "precision": precision})}
+        )
+        for precision in ([train.precision] if asked else ["fp32", "bf16"])
+        for mode in ("full", "recompute", "recompute-halves")
+    ]

@@ -25,7 +25,7 @@ from mdpd_deploy.model import pool_side
 from mdpd_deploy.sides import SIDES, SideNetwork, SideOutput, build_side
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.tasks.losses import logits_loss
-from mdpd_deploy.train.memory import part
+from mdpd_deploy.train.memory.live import part
 from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts, TaskSpec
 from mdpd_deploy.train.norm_grad import LayerLoss, build_norm_gradient
 

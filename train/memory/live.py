@@ -2,7 +2,7 @@
 
 A dispatch mode sees every tensor that an operator returns and counts its storage until the
 storage dies, whoever held it: Python, an autograd graph, a checkpoint, a custom walk. With fake
-tensors the same code forecasts a step without computing it (`train/forecast.py`). What an
+tensors the same code forecasts a step without computing it (`train/memory/forecast.py`). What an
 operator allocates and frees inside itself is not seen; the running sum of
 `torch.profiler(profile_memory=True)` agrees within 2 % (`tests/test_memory.py`).
 
