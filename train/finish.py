@@ -26,7 +26,7 @@ from mdpd_deploy.tasks.metrics import Values, compute, majority
 from mdpd_deploy.train.cautions import result_cautions
 from mdpd_deploy.train.checkpoint import Progress, load_best
 from mdpd_deploy.train.evaluate import Outputs, run_over
-from mdpd_deploy.train.loop import require_folder
+from mdpd_deploy.train.log import require_folder
 from mdpd_deploy.train.predictions import Predictions, pick_samples
 from mdpd_deploy.train.report import write_report
 from mdpd_deploy.train.setup import Setup

@@ -17,9 +17,9 @@ from mdpd_deploy.data.lengths import TextLengths, lengths_note, text_lengths
 from mdpd_deploy.data.preprocess import ImagePreprocess, TextPreprocess
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.train.batches import Schedule
+from mdpd_deploy.train.log import check_trackers
 from mdpd_deploy.train.memory.choice import SettledMemory, free_bytes, settle_memory
 from mdpd_deploy.train.methods import Method, TaskSpec, build_method
-from mdpd_deploy.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
