@@ -35,7 +35,7 @@ from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed
 from mdpd_deploy.tasks import Classify
 from mdpd_deploy.tasks.head import Head
-from mdpd_deploy.train.forecast import example_batches, forecast, measured_step
+from mdpd_deploy.train.memory.forecast import example_batches, forecast, measured_step
 from mdpd_deploy.train.methods import build_method
 from mdpd_deploy.train.optim import build_optimizer
 

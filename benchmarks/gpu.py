@@ -187,7 +187,7 @@ def _training_part(content: Row, titles: dict[str, str]) -> Iterator[str]:
         else "Without a card the ratio is live / forecast."
     )
     yield (
-        "*Forecast* is what `train/forecast.py` says beforehand, *live* the peak of live tensors "
+        "*Forecast* is what `train/memory/forecast.py` says beforehand, *live* the peak of live tensors "
         f"of a real step. {counts} Times are medians of {settings['steps']} steps of one process "
         "with a bootstrap interval, the batch on the device already."
     )

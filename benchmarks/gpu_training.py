@@ -11,7 +11,7 @@ from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import Config
 from mdpd_deploy.serve.latency.estimate import milliseconds, paired_ratio
 from mdpd_deploy.tasks import Classify
-from mdpd_deploy.train.forecast import example_batches, measured_step
+from mdpd_deploy.train.memory.forecast import example_batches, measured_step
 from mdpd_deploy.train.methods import build_method
 from mdpd_deploy.train.optim import build_optimizer, clip_gradients
 

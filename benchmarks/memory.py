@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py
 
-Forecasts only (`train/forecast.py`): no data, no weights, no GPU, and the same bytes every time.
+Forecasts only (`train/memory/forecast.py`): no data, no weights, no GPU, and the same bytes every time.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def norm_gradients(setting: Setting) -> str:
     names = " | ".join(f"{precision}, GB" for precision in PRECISIONS)
     lines = [f"| method | `train.norm_grad` | {names} |", f"|---|---|{'--:|' * len(PRECISIONS)}"]
     for word in ("norms", "mdpd:unipt"):
-        for mode in ("late:2", "recompute", "full"):
+        for mode in ("late:2", "recompute-halves", "recompute", "full"):
             options = [f"train.norm_grad={mode}"]
             found = [setting.rows([word], precision, options)[0] for precision in PRECISIONS]
             measures = " | ".join(f"{gigabytes(row):.2f}" for row in found)
@@ -179,7 +179,7 @@ def page(tables: Sequence[Setting], words: Sequence[str]) -> str:
         "of one process in an optimiser step: weights, batch, gradients, AdamW's state and "
         "activations; 1 GB = 1e9 bytes. A CUDA context and the allocator's rounding come on top. "
         "All are forecasts: the code that trains, on tensors without values, with a CPU's kernels "
-        "and autocast (`train/forecast.py`); `tests/test_forecast.py` holds them within 2 % of real "
+        "and autocast (`train/memory/forecast.py`); `tests/test_forecast.py` holds them within 2 % of real "
         "steps of small models."
     )
     words_of_tables = (

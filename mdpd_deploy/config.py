@@ -17,8 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -176,6 +178,15 @@ class LossConfig(Section):
         return self
 
 
+NORM_GRADIENTS = ("recompute", "recompute-halves", "full", "auto", "local", "none")
+
+
+def _size_with_unit(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?\s*[kKMGT]i?B", value):
+        return value
+    raise ValueError("a size is a number with its unit, e.g. 4GB or 500MiB")
+
+
 class TrainConfig(Section):
     """Length, batches, precision and how the norms get their gradient."""
 
@@ -189,7 +200,12 @@ class TrainConfig(Section):
     # stop after this many evaluations without a gain
     patience: int | None = Field(default=None, ge=1)
     keep: Literal["best", "last"] = "best"  # which weights become RUN/model
-    norm_grad: str = "recompute"  # recompute | full | late:K | local | none
+    # recompute | recompute-halves | full | auto (the fastest exact one that fits) | late:K | local |
+    # none
+    norm_grad: str = "recompute"
+    # what a step may need, e.g. 4GB; a run that needs more is refused. norm_grad=auto without it: the
+    # card's free memory, or four fifths of the machine's
+    memory: Annotated[str, BeforeValidator(_size_with_unit)] | None = YOUNGER
     # let the side pass also move norms it runs through (literal joint)
     late_norm_grad: bool = False
     # task loss on the backbone's own head; the paper has none, and at 1 its logits loss is hardly felt
@@ -202,14 +218,18 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _norm_grad_is_known(self) -> Self:
         mode, _, blocks = self.norm_grad.partition(":")
-        plain = mode in ("recompute", "full", "local", "none") and not blocks
         late = mode == "late" and blocks.isdigit() and int(blocks) >= 1
-        if not (plain or late):
+        if not (late or self.norm_grad in NORM_GRADIENTS):
             raise ValueError(
                 f"train.norm_grad={self.norm_grad!r} is not one of "
-                "recompute, full, late:K (K a number of blocks), local, none"
+                f"{', '.join(NORM_GRADIENTS)}, late:K (K a number of blocks)"
             )
         return self
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes."""
+        return TypeAdapter(ByteSize | None).validate_python(self.memory)
 
 
 class OptimConfig(Section):

@@ -113,6 +113,18 @@ def _memory_bytes() -> int | None:
     return min(sizes) if sizes else None
 
 
+def free_memory_bytes() -> int:
+    """Memory that is free now, of the machine or of the container, whichever is less."""
+    import psutil
+
+    free = [psutil.virtual_memory().available]
+    for folder in _cgroup_folders(""):
+        limit, used = (_read(folder / f"memory.{name}").strip() for name in ("max", "current"))
+        if limit.isdigit() and used.isdigit():
+            free.append(max(0, int(limit) - int(used)))
+    return min(free)
+
+
 def _cpu_model() -> str:
     for line in _read("/proc/cpuinfo").splitlines():
         if line.startswith("model name"):

@@ -293,7 +293,7 @@ def real_peak():
     """Measure the memory of the second step of real training on CPU."""
     from mdpd_deploy.backbones import load_backbone
     from mdpd_deploy.tasks import Classify
-    from mdpd_deploy.train.forecast import (
+    from mdpd_deploy.train.memory.forecast import (
         _step,
         example_batches,
         measured_step,

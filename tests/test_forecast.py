@@ -18,8 +18,8 @@ from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import check_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks import Classify, Regress
-from mdpd_deploy.train.forecast import forecast, reason_against
-from mdpd_deploy.train.memory import storage_bytes
+from mdpd_deploy.train.memory.forecast import forecast, reason_against
+from mdpd_deploy.train.memory.live import storage_bytes
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}
 VIT_B = {"name": "timm:vit_base_patch16_224", "pretrained": False}
@@ -74,6 +74,8 @@ def config_of(folder, method="mdpd", side=None, data=None, **train):
 # Options and families; every method as it is by default is in test_methods.py.
 ROWS = [
     ("vit", "mdpd", {"norm_grad": "full"}, {}),
+    ("vit", "norms", {"norm_grad": "recompute-halves"}, {}),
+    ("bert", "norms", {"norm_grad": "recompute-halves"}, {}),
     ("vit", "mdpd", {"norm_grad": "late:1", "accumulate": 2}, {}),
     ("vit", "mdpd", {"precision": "bf16"}, {"name": "sherl"}),
     ("vit", "mdpd", {}, {"name": "sherl", "late_layers": 2}),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mdpd_deploy.train.memory import (
+from mdpd_deploy.train.memory.live import (
     ACTIVATIONS,
     LiveBytes,
     fake_tensors,
@@ -59,18 +59,6 @@ def test_counting_goes_on_after_the_block(tensors):
         x = square()
     del x
     assert live.now == 0
-
-
-def test_reset_peak(tensors):
-    with LiveBytes() as live:
-        x = square()
-        y = x + 1
-        del y
-        live.reset_peak()
-        assert live.peak == MB
-        x = x + 1  # both live until the name is bound anew
-        assert live.peak == 2 * MB
-        assert live.now == MB
 
 
 def test_storages_held_by_autograd_alone(tensors):

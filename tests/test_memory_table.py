@@ -12,8 +12,8 @@ from mdpd_deploy.config import check_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks import Classify
 from mdpd_deploy.train import default_entries, entry_configs, forecast_methods
-from mdpd_deploy.train.forecast import forecast
-from mdpd_deploy.train.papers import paper_figure
+from mdpd_deploy.train.memory.forecast import forecast
+from mdpd_deploy.train.memory.table import paper_figure
 
 ROOT = Path(__file__).parents[1]
 LABELS = [entry.label for entry in default_entries()]

@@ -26,9 +26,9 @@ from mdpd_deploy.sides import SIDES, SideNetwork, SideOutput
 from mdpd_deploy.tasks import Classify
 from mdpd_deploy.train import apply_entry, default_entries, parse_entry
 from mdpd_deploy.train.checkpoint import load_best
-from mdpd_deploy.train.forecast import forecast
+from mdpd_deploy.train.memory.forecast import forecast
 from mdpd_deploy.train.methods import METHODS, Batch, build_method
-from mdpd_deploy.train.methods.adapters import method_of
+from mdpd_deploy.train.methods.peft import adapter_method
 from mdpd_deploy.train.optim import build_optimizer
 from mdpd_deploy.train.setup import prepare
 
@@ -288,6 +288,6 @@ def test_a_new_adapter_is_one_class_one_registry_line_and_one_row(
     monkeypatch, folders, options_of, real_peak, tmp_path
 ):
     monkeypatch.setitem(LAYERS, "toy", ToyAdapter)
-    monkeypatch.setitem(METHODS, "toy", method_of(ToyAdapter))  # as is done with all of LAYERS
+    monkeypatch.setitem(METHODS, "toy", adapter_method(ToyAdapter))  # as is done with all of LAYERS
     monkeypatch.setitem(ROWS, "toy", LOW_RANK)
     check_everything("toy", folders, options_of, real_peak, tmp_path)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from timm.layers.drop import DropPath
 
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import BackboneConfig, load_config
@@ -80,6 +81,25 @@ def test_recompute_equals_full_for_every_trained_tensor(backbone, side, dropout)
         torch.testing.assert_close(losses[name], value)
 
 
+@pytest.mark.parametrize("side", ["unipt", "none"])
+def test_halves_run_again_give_the_very_gradient_of_plain_back_propagation(backbone, side):
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+        elif "drop_path1" in dict(module.named_children()):
+            module.drop_path1, module.drop_path2 = DropPath(0.3), DropPath(0.3)
+    method = "norms" if side == "none" else "mdpd"
+    batch = batch_for(backbone)
+    plain, _ = gradients(make(backbone, method, side, "train.norm_grad=full"), batch)
+    halved, _ = gradients(make(backbone, method, side, "train.norm_grad=recompute-halves"), batch)
+    assert plain.keys() == halved.keys()
+    assert all(torch.equal(halved[name], gradient) for name, gradient in plain.items())
+    other, _ = gradients(
+        make(backbone, method, side, "train.norm_grad=recompute-halves"), batch, seed=6
+    )
+    assert any(not torch.equal(halved[name], other[name]) for name in plain)  # dropout is on
+
+
 def test_dropout_is_replayed_not_drawn_again(backbone):
     """With dropout on, a walk that drew anew would give another gradient for another seed."""
     if backbone.grid is not None:
@@ -108,7 +128,9 @@ def test_the_walk_leaves_the_random_state_as_the_forward_left_it(backbone):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("mode", ["recompute", "full", "late:1", "late:2", "local", "none"])
+@pytest.mark.parametrize(
+    "mode", ["recompute", "recompute-halves", "full", "late:1", "late:2", "local", "none"]
+)
 @pytest.mark.parametrize("side", TEACHERS)
 def test_every_declared_tensor_has_a_gradient_and_no_other_has(backbone, side, mode):
     method = make(backbone, "mdpd", side, f"train.norm_grad={mode}")

@@ -11,7 +11,7 @@ from mdpd_deploy.data import lengths
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.data.lengths import TextLengths, text_lengths
 from mdpd_deploy.tasks import Classify
-from mdpd_deploy.train.forecast import forecast
+from mdpd_deploy.train.memory.forecast import forecast
 from mdpd_deploy.train.setup import prepare
 
 

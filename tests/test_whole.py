@@ -10,6 +10,7 @@ from transformers import DebertaV2Config, ElectraConfig, ModernBertConfig, MPNet
 
 from mdpd_deploy import bench_latency, export_run, load_bundle
 from mdpd_deploy.backbones import load_backbone
+from mdpd_deploy.backbones.wrap import halves_of
 from mdpd_deploy.checks.parity import shape_batches
 from mdpd_deploy.config import BackboneConfig, load_config
 from mdpd_deploy.errors import UserError
@@ -18,7 +19,7 @@ from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed
 from mdpd_deploy.tasks import Classify
 from mdpd_deploy.tasks.head import Head
-from mdpd_deploy.train.forecast import forecast
+from mdpd_deploy.train.memory.forecast import forecast
 from mdpd_deploy.train.methods import Batch, build_method
 
 # timm name, picture size, blocks, tuned norms: per block and between or behind the blocks
@@ -88,6 +89,9 @@ def test_the_gradient_of_every_norm_is_that_of_plain_back_propagation(backbone):
         "head.linear.weight",
         "head.linear.bias",
     }
+    if any(len(halves_of(block)) > 1 for block in backbone.blocks()):
+        halved, _ = gradients(backbone, "recompute-halves")
+        assert all(torch.equal(halved[name], gradient) for name, gradient in plain.items())
     late, _ = gradients(backbone, "late:1")
     assert 2 < len(late) < len(exact)
     assert all(torch.equal(exact[name], gradient) for name, gradient in late.items())

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
         parse_entry,
     )
     from mdpd_deploy.train.fit import Plan, fit_run, make_plan, resume_run
-    from mdpd_deploy.train.forecast import reason_against
-    from mdpd_deploy.train.memory_table import MemoryRow, forecast_methods
+    from mdpd_deploy.train.memory.forecast import reason_against
+    from mdpd_deploy.train.memory.table import MemoryRow, forecast_methods
 
 _HOME = {
     "entries": (
@@ -32,8 +32,8 @@ _HOME = {
         "parse_entry",
     ),
     "fit": ("Plan", "fit_run", "make_plan", "resume_run"),
-    "forecast": ("reason_against",),
-    "memory_table": ("MemoryRow", "forecast_methods"),
+    "memory.forecast": ("reason_against",),
+    "memory.table": ("MemoryRow", "forecast_methods"),
 }
 
 __all__ = [

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mdpd_deploy.artifacts.folders import atomic_folder
 from mdpd_deploy.errors import UserError
@@ -71,116 +72,92 @@ def random_tensors() -> dict[str, Tensor]:
     return states
 
 
-def save_checkpoint(
-    folder: Path,
-    method: Method,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    config: str,
-    data: str,
-) -> None:
-    """Write `folder/step-N` and delete those older than the one before it.
+class Checkpoints:
+    """The checkpoints of one run.
 
     Args:
         folder: RUN/checkpoints.
-        method: Gives the trained tensors, and what else it must know to go on.
-        optimizer: Gives its state.
-        progress: Goes into state.json.
-        config: The run's config as YAML; a resume refuses another one.
-        data: The fingerprint of its examples; a resume refuses others.
+        method: Gives and takes the trained tensors, and what else it must know to go on.
+        optimizer: Gives and takes its state.
+        config: The run's config as YAML; a checkpoint of another one is refused.
+        data: The fingerprint of its examples; a checkpoint of others is refused.
     """
-    tensors = {f"trained/{k}": t for k, t in method.trained_state().items()}
-    tensors |= {f"optimiser/{k}": t for k, t in optimizer_tensors(optimizer).items()}
-    tensors |= {f"method/{k}": t for k, t in method.extra_state().items()}
-    tensors |= random_tensors()
-    target = folder / f"step-{progress.step:08d}"
-    with atomic_folder(target, overwrite=True) as temporary:
-        save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary / TENSORS)
-        state = {
-            "schema": SCHEMA,
-            "config": config,
-            "data": data,
-            "sha256": sha256_file(temporary / TENSORS),
-            "progress": asdict(progress),
-        }
-        write_json(temporary / "state.json", {**state, "digest": _digest(state)})
-    for old in complete_checkpoints(folder)[:-KEPT]:
-        shutil.rmtree(old)
+
+    def __init__(
+        self, folder: Path, method: Method, optimizer: Optimizer, config: str, data: str
+    ) -> None:
+        self.folder, self.method, self.optimizer = folder, method, optimizer
+        self.config, self.data = config, data
+
+    def save(self, progress: Progress) -> None:
+        """Write `step-N`, with `progress` in its state.json; delete those before the last one."""
+        tensors = {f"trained/{k}": t for k, t in self.method.trained_state().items()}
+        tensors |= {f"optimiser/{k}": t for k, t in optimizer_tensors(self.optimizer).items()}
+        tensors |= {f"method/{k}": t for k, t in self.method.extra_state().items()}
+        tensors |= random_tensors()
+        with atomic_folder(self.folder / f"step-{progress.step:08d}", overwrite=True) as folder:
+            save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, folder / TENSORS)
+            state = {
+                "schema": SCHEMA,
+                "config": self.config,
+                "data": self.data,
+                "sha256": sha256_file(folder / TENSORS),
+                "progress": asdict(progress),
+            }
+            write_json(folder / "state.json", {**state, "digest": _digest(state)})
+        for old in self._complete()[:-KEPT]:
+            shutil.rmtree(old)
+
+    def load_newest(self, say: Callable[[str], None]) -> Progress | None:
+        """Restore the newest sound checkpoint in place; None where there is none at all.
+
+        Args:
+            say: Told which one is damaged, where an older one takes its place.
+
+        Raises:
+            UserError: If all are damaged, or it is of another version, config or data.
+        """
+        found = self._complete()
+        while found:
+            path = found.pop()
+            try:
+                return self._load(path)
+            except DamagedCheckpoint as err:
+                if not found:
+                    raise
+                say(f"{str(err).partition(';')[0]}; going on from {found[-1].name}")
+        return None
+
+    def _complete(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+    def _load(self, path: Path) -> Progress:
+        mend = f"delete {path} to start from the beginning"
+        state = _read_state(path, mend)
+        if state["config"] != self.config:
+            raise UserError(f"checkpoint {path} belongs to another config.yaml; {mend}.")
+        if state["data"] != self.data:
+            raise UserError(
+                f"the run's data are not the examples that checkpoint {path} was trained on: "
+                f"restore them, or {mend}."
+            )
+        tensors = _read_tensors(path, state["sha256"], mend)
+        try:
+            self.method.load_trained_state(_below(tensors, "trained/"))
+            load_optimizer_tensors(self.optimizer, _below(tensors, "optimiser/"))
+            self.method.load_extra_state(_below(tensors, "method/"))
+            torch.set_rng_state(tensors["random/cpu"])
+        except (KeyError, RuntimeError, TypeError) as err:
+            raise UserError(f"checkpoint {path} does not fit this run ({err}); {mend}.") from err
+        if "random/cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random/cuda"])
+        return Progress(**state["progress"])
 
 
 def _digest(state: Mapping[str, Any]) -> str:
     """Return the hex SHA-256 of what a state.json holds beside it."""
     plain = {name: value for name, value in state.items() if name != "digest"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
-
-
-def load_newest(
-    folder: Path,
-    method: Method,
-    optimizer: torch.optim.Optimizer,
-    config: str,
-    data: str,
-    say: Callable[[str], None],
-) -> Progress | None:
-    """Restore the newest sound checkpoint in place; None where there is none at all.
-
-    Args:
-        folder: RUN/checkpoints.
-        method: Takes the trained tensors.
-        optimizer: Takes its state.
-        config: The run's config as YAML.
-        data: The fingerprint of its examples.
-        say: Told which one is damaged, where an older one takes its place.
-
-    Raises:
-        UserError: If all are damaged, or it is of another version, config or data.
-    """
-    found = complete_checkpoints(folder)
-    while found:
-        path = found.pop()
-        try:
-            return load_checkpoint(path, method, optimizer, config, data)
-        except DamagedCheckpoint as err:
-            if not found:
-                raise
-            say(f"{str(err).partition(';')[0]}; going on from {found[-1].name}")
-    return None
-
-
-def load_checkpoint(
-    path: Path, method: Method, optimizer: torch.optim.Optimizer, config: str, data: str
-) -> Progress:
-    """Restore a checkpoint in place and return where it stood.
-
-    Raises:
-        DamagedCheckpoint: If it is not as it was written; nothing is restored then.
-        UserError: If it is of another version or of another config.
-    """
-    mend = f"delete {path} to start from the beginning"
-    state = _read_state(path, mend)
-    if state["config"] != config:
-        raise UserError(f"checkpoint {path} belongs to another config.yaml; {mend}.")
-    if state["data"] != data:
-        raise UserError(
-            f"the run's data are not the examples that checkpoint {path} was trained on: restore "
-            f"them, or {mend}."
-        )
-    tensors = _read_tensors(path, state["sha256"], mend)
-    try:
-        method.load_trained_state(_below(tensors, "trained/"))
-        load_optimizer_tensors(optimizer, _below(tensors, "optimiser/"))
-        method.load_extra_state(_below(tensors, "method/"))
-        torch.set_rng_state(tensors["random/cpu"])
-    except (KeyError, RuntimeError, TypeError) as err:
-        raise UserError(f"checkpoint {path} does not fit this run ({err}); {mend}.") from err
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
-    return Progress(**state["progress"])
 
 
 def _read_state(path: Path, mend: str) -> dict[str, Any]:

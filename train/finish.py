@@ -26,19 +26,18 @@ from mdpd_deploy.tasks.metrics import Values, compute
 from mdpd_deploy.train.cautions import result_cautions
 from mdpd_deploy.train.checkpoint import Progress, load_best
 from mdpd_deploy.train.evaluate import Outputs, run_over
-from mdpd_deploy.train.loop import require_folder
+from mdpd_deploy.train.log import require_folder
 from mdpd_deploy.train.report import write_report
 from mdpd_deploy.train.setup import Setup
 
 
-def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]) -> Run:
+def finish(setup: Setup, out: Path, progress: Progress) -> Run:
     """Turn a trained method into a completed run directory.
 
     Args:
         setup: From `prepare`; its method holds the last weights.
         out: The run folder.
         progress: From `train`.
-        forecast: `memory.forecast_bytes` and its parts.
     """
     if setup.state.is_main_process:
         require_folder(out)
@@ -49,7 +48,7 @@ def finish(setup: Setup, out: Path, progress: Progress, forecast: dict[str, Any]
         with atomic_folder(out / "model") as folder:
             write_model(setup, folder)
     setup.state.wait_for_everyone()
-    summary = describe(setup, progress, forecast)
+    summary = describe(setup, progress)
     summary["files"] = {p.name: sha256_file(p) for p in sorted((out / "model").iterdir())}
     run = Run(out, setup.config, summary, setup.data.task)
     deployed = run.load_deployed().to(setup.state.device)
@@ -114,11 +113,18 @@ def metrics_of(setup: Setup, outputs: dict[str, Outputs], split: str) -> Values:
     return compute(setup.data.metrics, outputs[split]["output"], labels)
 
 
-def describe(setup: Setup, progress: Progress, forecast: dict[str, Any]) -> dict[str, Any]:
+def describe(setup: Setup, progress: Progress) -> dict[str, Any]:
     """Return summary.json but for the metrics."""
     config, method, backbone = setup.config, setup.method, setup.backbone
     groups = method.parameter_counts
-    memory = {**(progress.memory or {}), **forecast}
+    need = setup.memory.forecast
+    memory = {
+        **(progress.memory or {}),
+        "forecast_bytes": need.peak_bytes,
+        "forecast_parts": need.parts,
+        "norm_grad": config.train.norm_grad if method.tunes_norms else None,
+        "precision": config.train.precision,
+    }
     memory["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cuda = setup.device.type == "cuda"
     memory["peak_cuda_bytes"] = torch.cuda.max_memory_allocated() if cuda else None

@@ -27,9 +27,9 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import write_text
 from mdpd_deploy.train.entries import default_entries, entry_configs
 from mdpd_deploy.train.finish import finish
-from mdpd_deploy.train.forecast import forecast
 from mdpd_deploy.train.loop import train
-from mdpd_deploy.train.memory_table import MemoryRow, forecast_methods
+from mdpd_deploy.train.memory.choice import MemoryChoice
+from mdpd_deploy.train.memory.table import MemoryRow, forecast_methods
 from mdpd_deploy.train.progress import ProgressBar
 from mdpd_deploy.train.setup import Setup, default_out, prepare, process_state, with_resize
 from mdpd_deploy.train.stopping import stop_requests
@@ -42,6 +42,8 @@ class Plan:
     """What a run would do, without running it.
 
     Attributes:
+        norm_grad: How the norms get their gradient, `auto` settled; None where none is tuned.
+        memory_choice: Why, where it was `auto`.
         sees: What the backbone makes of an input, e.g. `pictures of 32 × 32 pixels`.
         licence: Of its weights.
         memory_table: What every method would need in this run's place, this one's included; empty
@@ -62,8 +64,11 @@ class Plan:
     steps_per_epoch: int
     batch: int
     params: dict[str, int]
+    norm_grad: str | None
+    precision: str
     forecast_bytes: int
     forecast_parts: dict[str, int]
+    memory_choice: MemoryChoice | None
     memory_table: tuple[MemoryRow, ...]
     tokens: dict[str, TextLengths]
     text_length: int | None
@@ -91,7 +96,7 @@ def make_plan(config: Config, *, all_methods: bool = False) -> Plan:
 
 def _plan(setup: Setup, memory_table: tuple[MemoryRow, ...]) -> Plan:
     config, method = setup.config, setup.method
-    memory = _forecast(setup)
+    memory = setup.memory
     groups = method.parameter_counts
     return Plan(
         task=config.task,
@@ -113,8 +118,11 @@ def _plan(setup: Setup, memory_table: tuple[MemoryRow, ...]) -> Plan:
             "trained": sum(groups.values()),
             **groups,
         },
-        forecast_bytes=memory["forecast_bytes"],
-        forecast_parts=memory["forecast_parts"],
+        norm_grad=config.train.norm_grad if method.tunes_norms else None,
+        precision=config.train.precision,
+        forecast_bytes=memory.forecast.peak_bytes,
+        forecast_parts=memory.forecast.parts,
+        memory_choice=memory.choice,
         memory_table=memory_table,
         tokens=setup.lengths,
         text_length=setup.text_length,
@@ -131,11 +139,6 @@ def _every_method(setup: Setup) -> tuple[MemoryRow, ...]:
         setup.data.task,
         text_length=setup.text_length,
     )
-
-
-def _forecast(setup: Setup) -> dict[str, Any]:
-    found = forecast(setup.config, setup.data.task, text_length=setup.text_length)
-    return {"forecast_bytes": found.peak_bytes, "forecast_parts": found.parts}
 
 
 def fit_run(config: Config, *, overwrite: bool = False, quiet: bool = False) -> Run:
@@ -159,7 +162,7 @@ def fit_run(config: Config, *, overwrite: bool = False, quiet: bool = False) -> 
         if setup.state.is_main_process:
             if overwrite:
                 _clear(out)
-            write_text(out / "config.yaml", config.to_yaml())
+            write_text(out / "config.yaml", setup.config.to_yaml())
         setup.state.wait_for_everyone()
         return _go(setup, out, quiet=quiet)
 
@@ -223,7 +226,7 @@ def _go(setup: Setup, out: Path, *, quiet: bool) -> Run:
                         say(line)
                 progress = train(setup, out, bar, stop)
             setup.state.wait_for_everyone()
-            run = finish(setup, out, progress, _forecast(setup))
+            run = finish(setup, out, progress)
     except (KeyboardInterrupt, SystemExit):
         if main:
             _LOGGER.info("stopped: `mdpd train --resume %s` goes on from its last checkpoint", out)

@@ -1,10 +1,9 @@
 """The training loop: one page for every method, interruptible at any moment."""
 
-import json
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,20 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
-from mdpd_deploy.artifacts.run import read_metrics
 from mdpd_deploy.config import Config
 from mdpd_deploy.data.examples import data_fingerprint
 from mdpd_deploy.errors import WorkFailed
-from mdpd_deploy.files import saying_disk_full, write_text
 from mdpd_deploy.tasks.metrics import compute, is_better
 from mdpd_deploy.train.batches import StepDataset, step_loader
 from mdpd_deploy.train.checkpoint import (
+    Checkpoints,
     Progress,
-    load_newest,
     save_best,
-    save_checkpoint,
 )
 from mdpd_deploy.train.evaluate import run_over
 from mdpd_deploy.train.fisher import inherit_important
-from mdpd_deploy.train.forecast import measured_step
+from mdpd_deploy.train.log import MetricsLog, require_folder
+from mdpd_deploy.train.memory.forecast import measured_step
 from mdpd_deploy.train.methods import Batch, Method
 from mdpd_deploy.train.optim import (
     build_optimizer,
@@ -37,7 +34,6 @@ from mdpd_deploy.train.optim import (
 from mdpd_deploy.train.progress import ProgressBar
 from mdpd_deploy.train.setup import Setup
 from mdpd_deploy.train.stopping import StopRequest
-from mdpd_deploy.train.trackers import Trackers
 
 LOG_EVERY = 10  # steps
 MEASURED_STEPS = 2  # live bytes are counted on these; they are left out of timings
@@ -59,11 +55,12 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
         WorkFailed: If the run diverges, or its folder is gone.
     """
     config, method, state = setup.config, setup.method, setup.state
-    checkpoints = out / "checkpoints"
     optimizer = build_optimizer(method)
     torch.manual_seed(config.train.seed + 1 + state.process_index)
-    fingerprint, examples = config.to_yaml(), data_fingerprint(setup.data)
-    found = load_newest(checkpoints, method, optimizer, fingerprint, examples, bar.say)
+    checkpoints = Checkpoints(
+        out / "checkpoints", method, optimizer, config.to_yaml(), data_fingerprint(setup.data)
+    )
+    found = checkpoints.load_newest(bar.say)
     progress = found or Progress()
     if found:
         if state.process_index:  # the checkpoint holds the first process's random state
@@ -71,7 +68,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
         bar.say(f"resuming {out} at step {progress.step} of {setup.steps}")
     else:
         inherit_important(setup, bar.say)
-    log = MetricsLog(setup, out, progress.step)
+    log = MetricsLog(out, progress.step, config.track.to, enabled=state.is_main_process)
     dataset = StepDataset(
         setup.data.train,
         setup.backbone.preprocess,
@@ -82,7 +79,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
     )
     loader = step_loader(dataset, progress.step, setup.steps, config.data.workers)
     method.train_mode()
-    window = Window()
+    choice, logged = setup.memory.choice, (progress.samples, progress.train_s)
     ended = stops_early(progress, config)  # of a run that was interrupted after its last step
     for step in range(progress.step, progress.step if ended else setup.steps):
         started = time.perf_counter()
@@ -92,13 +89,13 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
             with measured_step(method, optimizer, parts) as peak:
                 losses, norms = one_step(setup, optimizer, parts, step)
             progress.memory = {"peak_live_bytes": peak.peak_bytes, "parts": dict(peak.parts)}
+            progress.memory |= {"choice": asdict(choice)} if choice else {}
         else:
             losses, norms = one_step(setup, optimizer, parts, step)
             if setup.device.type == "cuda":
                 torch.cuda.synchronize()
-            window.add(len(setup.schedule.members(step)), time.perf_counter() - started)
-            progress.train_s += window.last_s
-            progress.samples += window.last_n
+            progress.train_s += time.perf_counter() - started
+            progress.samples += len(setup.schedule.members(step))
         progress.step = step + 1
         last = progress.step == setup.steps
         if step == 0:
@@ -106,16 +103,18 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
         optimizer.zero_grad(set_to_none=True)
         bar.update(progress.step, float(losses["loss"]), progress.samples_per_s)
         if progress.step % LOG_EVERY == 0 or last or step == 0:
-            line = log_line(setup, progress.step, losses, norms, optimizer, window)
+            lr = optimizer.param_groups[0]["lr"]
+            line = log_line(setup, progress, losses, norms, lr, logged)
+            logged = progress.samples, progress.train_s
             check_finite(line, method.lr)
             log.write(line)
         stop = False
         if progress.step % setup.eval_every == 0 or last:
-            stop = evaluate(setup, progress, log, checkpoints, bar)
+            stop = evaluate(setup, progress, log, checkpoints.folder, bar)
         due = progress.step % setup.checkpoint_every == 0 and not last
         if (due or stop_request.came) and state.is_main_process:
             require_folder(out)
-            save_checkpoint(checkpoints, method, optimizer, progress, fingerprint, examples)
+            checkpoints.save(progress)
             stop_request.obey()
         if stop:
             bar.say(f"stopped at step {progress.step}: no gain in {progress.stale} evaluations")
@@ -166,7 +165,7 @@ def sum_over_processes(setup: Setup, losses: dict[str, Tensor]) -> dict[str, Ten
 
 
 def evaluate(
-    setup: Setup, progress: Progress, log: "MetricsLog", checkpoints: Path, bar: ProgressBar
+    setup: Setup, progress: Progress, log: MetricsLog, checkpoints: Path, bar: ProgressBar
 ) -> bool:
     """Measure the validation split, keep the best weights; return whether to stop early."""
     method, data, config = setup.method, setup.data, setup.config
@@ -204,15 +203,6 @@ def stops_early(progress: Progress, config: Config) -> bool:
     return config.train.patience is not None and progress.stale >= config.train.patience
 
 
-def require_folder(out: Path) -> None:
-    """Stop a run whose folder was deleted, before anything is written to another one of its name."""
-    if not (out / "config.yaml").is_file():
-        raise WorkFailed(
-            f"the run folder {out} was deleted or moved while training: put it back and go on with "
-            "--resume, or start the run again."
-        )
-
-
 def check_gradients(method: Method) -> None:
     """Assert after the first step that every trained tensor has a gradient."""
     for group in method.groups.values():
@@ -232,65 +222,31 @@ def check_finite(line: dict[str, Any], lr: float) -> None:
 
 def log_line(
     setup: Setup,
-    step: int,
+    progress: Progress,
     losses: dict[str, Tensor],
     norms: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    window: "Window",
+    lr: float,
+    logged: tuple[int, float],
 ) -> dict[str, Any]:
-    """Return one `train` line of metrics.jsonl."""
+    """Return one `train` line of metrics.jsonl.
+
+    Args:
+        setup: The run.
+        progress: Where it stands.
+        losses: Of the last step.
+        norms: Its gradient norms by group.
+        lr: Of the first group.
+        logged: Samples and seconds at the line before.
+    """
     line: dict[str, Any] = {
-        "step": step,
-        "epoch": step / setup.schedule.steps_per_epoch,
+        "step": progress.step,
+        "epoch": progress.step / setup.schedule.steps_per_epoch,
         "split": "train",
     }
     line |= {name: float(value) for name, value in losses.items()}
     line |= {f"grad_norm_{name}": float(value) for name, value in norms.items()}
-    line["lr"] = optimizer.param_groups[0]["lr"]
-    if window.seconds:
-        line["samples_per_s"] = round(window.samples / window.seconds, 2)
-    window.clear()
+    line["lr"] = lr
+    samples, seconds = progress.samples - logged[0], progress.train_s - logged[1]
+    if seconds:
+        line["samples_per_s"] = round(samples / seconds, 2)
     return line
-
-
-class Window:
-    """Throughput since the last log line."""
-
-    def __init__(self) -> None:
-        self.last_n, self.last_s = 0, 0.0
-        self.clear()
-
-    def add(self, samples: int, seconds: float) -> None:
-        self.last_n, self.last_s = samples, seconds
-        self.samples += samples
-        self.seconds += seconds
-
-    def clear(self) -> None:
-        self.samples, self.seconds = 0, 0.0
-
-
-class MetricsLog:
-    """Appends lines to metrics.jsonl and sends them to the trackers that were asked for.
-
-    On a resume, lines after the checkpoint are dropped. Only the main process writes.
-    """
-
-    def __init__(self, setup: Setup, out: Path, step: int) -> None:
-        self.path = out / "metrics.jsonl"
-        self.enabled = setup.state.is_main_process
-        if self.enabled:
-            kept = read_metrics(self.path) if self.path.is_file() else []
-            text = "".join(json.dumps(line) + "\n" for line in kept if line["step"] <= step)
-            write_text(self.path, text)
-            self.trackers = Trackers(setup.config.track.to, out)
-
-    def write(self, line: dict[str, Any]) -> None:
-        if self.enabled:
-            require_folder(self.path.parent)
-            with saying_disk_full(self.path), self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
-            self.trackers.write(line)
-
-    def close(self) -> None:
-        if self.enabled:
-            self.trackers.close()

@@ -1,41 +1,28 @@
 """The run report: one self-contained HTML page that says what a run did.
 
 It needs no network, runs no script and escapes every text that came from a user. Equal input
-gives an equal page. The looks are in `page.py`, curves in `charts.py`, everything about single
-predictions in `predictions.py`.
+gives an equal page. Its form is `report.html`; what a model said about single examples comes from
+the task's page, curves from `charts.py`, the looks from `page.py`.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, Template
 
 from mdpd_deploy.artifacts.scores import scores_of
 from mdpd_deploy.files import write_text
 from mdpd_deploy.report.charts import SERIES_COLOURS, Series, line_chart
-from mdpd_deploy.report.page import (
-    Html,
-    count,
-    document,
-    duration,
-    figure,
-    percent,
-    section,
-    size,
-    table,
-    tag,
-)
-from mdpd_deploy.report.predictions import (
-    Predictions,
-    Sample,
-    comparison,
-    pick_samples,
-    samples,
-)
-
-__all__ = ["Predictions", "Sample", "pick_samples", "write_report"]
+from mdpd_deploy.report.page import Html, count, document, duration, percent, size
+from mdpd_deploy.report.predictions import Predictions, comparison, samples
+from mdpd_deploy.text import shown
 
 Line = Mapping[str, Any]
+Card = tuple[str, str, str]  # what it is, the figure, and more of it
+Chart = tuple[str, str, list[tuple[str, int]]]  # title, SVG, names and colours of its lines
 
 LOSSES = {
     "loss": "Total loss",
@@ -46,13 +33,7 @@ LOSSES = {
     "loss_student": "Task loss of the backbone's own head",
     "loss_orthogonal": "AdaLoRA's orthogonality",
 }
-GRADIENT_NORMS = {
-    "grad_norm_side": ("side", 2),
-    "grad_norm_adapter": ("adapter", 2),
-    "grad_norm_norms": ("norms", 1),
-    "grad_norm_backbone": ("backbone", 1),
-    "grad_norm_head": ("head", 3),
-}
+GRADIENT_NORMS = {"side": 2, "adapter": 2, "norms": 1, "backbone": 1, "head": 3}  # their colours
 WHO = {"deployed": "Deployed model", "side": "Side network"}
 METRIC_WORDS = {
     "f1": "F1",
@@ -66,6 +47,18 @@ METRIC_WORDS = {
     "mae": "MAE",
 }
 IN_PERCENT = frozenset({"accuracy", "balanced_accuracy", "f1", "f1_macro", "accuracy_f1"})
+
+
+@cache
+def _template() -> Template:
+    """Return the page's form: it escapes what it is given, and spells out what is not visible."""
+    environment = Environment(
+        loader=PackageLoader("mdpd_deploy.train", "."),
+        autoescape=True,
+        trim_blocks=True,
+        finalize=lambda value: value if hasattr(value, "__html__") else shown(str(value)),
+    )
+    return environment.get_template("report.html")
 
 
 def write_report(
@@ -83,102 +76,62 @@ def write_report(
         WorkFailed: If the page cannot be written.
     """
     config = path.parent / "config.yaml"
-    page = document(
-        f"{summary['task']} · {_method(summary)}",
-        _heading(summary),
-        _headline(summary),
-        _scores(summary),
-        _curves(metrics),
-        comparison(predictions),
-        samples(predictions),
-        _data(summary),
-        _memory(summary),
-        _reproduce(summary, config.read_text(encoding="utf-8") if config.is_file() else None),
-        tag("footer", "Written by mdpd-deploy. GB = 1,000,000,000 bytes."),
+    side = f" over {summary['side']}" if summary.get("side") else ""
+    title = f"{summary['task']} · {summary['method']}{side}"
+    body = _template().render(
+        title=title,
+        told=" · ".join(_told(summary)),
+        notes=summary.get("notes") or (),
+        cards=[*_score_cards(summary), _parameter_card(summary), *_cost_cards(summary)],
+        **_scores(summary),
+        charts=list(_charts(metrics)),
+        comparison=comparison(predictions),
+        samples=samples(predictions),
+        found=list(_found(summary)),
+        **_memory(summary.get("memory") or {}),
+        config=config.read_text(encoding="utf-8") if config.is_file() else None,
+        versions=summary.get("versions") or {},
+        sha256=summary["backbone"].get("sha256"),
+        count=count,
+        percent=percent,
+        size=size,
     )
-    write_text(path, page)
+    write_text(path, document(title, Html(body)))
 
 
-def _method(summary: Line) -> str:
-    side = summary.get("side")
-    name = side.get("name") if isinstance(side, Mapping) else side
-    return f"{summary['method']} over {name}" if name else str(summary["method"])
+def _told(summary: Line) -> Iterable[str]:
+    backbone = summary["backbone"]
+    yield f"backbone {backbone['name']}"
+    for name, form in (("sees", "sees {}"), ("licence", "weights: {}")):
+        if name in backbone:
+            yield form.format(backbone[name])
+    yield f"seed {summary['seed']}"
+    yield f"on {summary['device']}"
+    if summary["status"] != "completed":
+        yield f"status: {summary['status']}"
 
 
-def _backbone(summary: Line) -> str:
-    backbone = summary.get("backbone")
-    return str(backbone.get("name", "")) if isinstance(backbone, Mapping) else str(backbone or "")
+# --- scores and costs -------------------------------------------------------------------------
 
 
-def _card_words(summary: Line) -> list[str]:
-    """Say what the backbone sees and under which licence its weights are."""
-    backbone = summary.get("backbone")
-    known = backbone if isinstance(backbone, Mapping) else {}
-    words = (("sees", "sees {}"), ("licence", "weights: {}"))
-    return [form.format(known[name]) for name, form in words if name in known]
-
-
-def _heading(summary: Line) -> Html:
-    told = [
-        f"backbone {_backbone(summary)}",
-        *_card_words(summary),
-        f"seed {summary.get('seed', '?')}",
-    ]
-    if summary.get("device"):
-        told.append(f"on {_device(summary['device'])}")
-    if summary.get("status") not in (None, "completed"):
-        told.append(f"status: {summary['status']}")
-    title = tag("h1", f"{summary['task']} · {_method(summary)}")
-    notes = [tag("p", note) for note in summary.get("notes") or ()]
-    return tag("header", title, tag("p", " · ".join(told)), notes)
-
-
-def _device(device: object) -> str:
-    if isinstance(device, Mapping):
-        return ", ".join(str(value) for value in device.values() if value)
-    return str(device)
-
-
-# --- headline ---------------------------------------------------------------------------------
-
-
-def _headline(summary: Line) -> Html:
-    cards = [
-        *_metric_cards(summary),
-        *_floor_card(summary),
-        _parameter_card(summary),
-        *_cost_cards(summary),
-    ]
-    return tag("div", cards, class_="cards")
-
-
-def _card(title: str, figure: str, said: str | None = None) -> Html:
-    return tag("div", tag("small", title), tag("strong", figure), tag("small", said or " "))
-
-
-def _metric_cards(summary: Line) -> Iterable[Html]:
+def _score_cards(summary: Line) -> Iterable[Card]:
     primary, measured = summary["primary_metric"], scores_of(summary)[0]
     for who, name in WHO.items():
-        values, title = measured.models.get(who), f"{name}, {measured.words}"
+        values = measured.models.get(who)
         if values and primary in values:
             others = [
                 f"{_words(k)} {format_metric(k, v)}" for k, v in values.items() if k != primary
             ]
-            said = " · ".join([_words(primary), *others])
-            yield _card(title, format_metric(primary, values[primary]), said)
-
-
-def _floor_card(summary: Line) -> Iterable[Html]:
-    measured = scores_of(summary)[0]
+            figure = format_metric(primary, values[primary])
+            yield f"{name}, {measured.words}", figure, " · ".join([_words(primary), *others])
     if floor := measured.majority:
-        primary = summary["primary_metric"]
         said = f"{_words(primary)} of always answering the most frequent class"
-        title = f"Without learning, {measured.words}"
-        yield _card(title, format_metric(primary, floor[primary]), said)
+        figure = format_metric(primary, floor[primary])
+        yield f"Without learning, {measured.words}", figure, said
 
 
-def _scores(summary: Line) -> Html:
-    """Show every score with its split, the one that chose nothing first."""
+def _scores(summary: Line) -> dict[str, Any]:
+    """Return every score with its split, the one that chose nothing first."""
     found = scores_of(summary)
     names = list(found[0].models["deployed"])
     rows = [
@@ -190,13 +143,11 @@ def _scores(summary: Line) -> Html:
         for scores in found
         for who, values in scores.models.items()
     ]
-    chose = any(scores.chose for scores in found)
-    note = "The kept weights are the best of several evaluations on validation, so that its score "
-    return section(
-        "Scores",
-        table(["split", "model", *map(_words, names)], rows),
-        note=f"{note}is optimistic." if chose else None,
-    )
+    return {
+        "scores": rows,
+        "measures": list(map(_words, names)),
+        "chosen": any(scores.chose for scores in found),
+    }
 
 
 def format_metric(name: str, value: float | None) -> str:
@@ -210,42 +161,71 @@ def _words(name: str) -> str:
     return METRIC_WORDS.get(name, name.replace("_", " "))
 
 
-def _parameter_card(summary: Line) -> Html:
+def _parameter_card(summary: Line) -> Card:
     params = summary["params"]
-    said = f"{percent(params['trained'] / params['backbone'], 2)} of the backbone's"
-    delta = params.get("deployed_delta")
-    if delta is not None:
-        said += f"; {count(delta)} stay in the deployed model"
-    return _card("Trained parameters", count(params["trained"]), said)
+    share = percent(params["trained"] / params["backbone"], 2)
+    kept = f"{count(params['deployed_delta'])} stay in the deployed model"
+    return "Trained parameters", count(params["trained"]), f"{share} of the backbone's; {kept}"
 
 
-def _cost_cards(summary: Line) -> Iterable[Html]:
-    memory, time = summary.get("memory", {}), summary.get("time", {})
+def _cost_cards(summary: Line) -> Iterable[Card]:
+    memory, time = summary["memory"], summary["time"]
     peak, forecast = memory.get("peak_live_bytes"), memory.get("forecast_bytes")
     if peak:
-        yield _card("Peak memory", size(peak), f"{size(forecast)} forecast" if forecast else None)
+        yield "Peak memory", size(peak), f"{size(forecast)} forecast" if forecast else ""
     elif forecast:
-        yield _card("Peak memory, forecast", size(forecast))
+        yield "Peak memory, forecast", size(forecast), ""
     if time.get("train_s") is not None:
         speed = time.get("samples_per_s")
-        said = f"{speed:,.1f} examples per second" if speed else None
-        yield _card("Training time", duration(time["train_s"]), said)
+        said = f"{speed:,.1f} examples per second" if speed else ""
+        yield "Training time", duration(time["train_s"]), said
+
+
+def _found(summary: Line) -> Iterable[tuple[str, str, str]]:
+    """Return what was found where the data lie: used by split, and left out by reason."""
+    inventory = summary.get("inventory") or {"used": {}, "left_out": []}
+    for split, number in inventory["used"].items():
+        yield f"used: {split}", count(number), ""
+    for entry in inventory["left_out"]:
+        reason = f"left out: {entry['reason']}"
+        yield reason, count(entry["count"]), ", ".join(entry["examples"])
+
+
+def _memory(memory: Line) -> dict[str, Any]:
+    totals = {
+        "measured, live tensors": memory.get("peak_live_bytes"),
+        "forecast": memory.get("forecast_bytes"),
+        "measured, CUDA allocator": memory.get("peak_cuda_bytes"),
+    }
+    parts = sorted((memory.get("parts") or {}).items(), key=lambda part: -part[1])
+    coloured = [
+        (name.replace("_", " "), value, index if index <= SERIES_COLOURS else 0)
+        for index, (name, value) in enumerate(parts, start=1)
+        if value
+    ]
+    totals = {name: value for name, value in totals.items() if value}
+    return {"peaks": totals, "parts": coloured, "resident": memory.get("peak_rss_bytes")}
 
 
 # --- curves -----------------------------------------------------------------------------------
 
 
-def _curves(metrics: Sequence[Line]) -> Html | None:
-    train = [line for line in metrics if line.get("split") == "train"]
-    validation = [line for line in metrics if line.get("split") == "validation"]
-    charts = [*_metric_charts(validation), *_loss_charts(train), *_optimiser_charts(train)]
-    if not charts:
-        return None
-    return section(
-        "Training",
-        tag("div", charts, class_="charts"),
-        note="Losses and gradient norms that span a factor of ten have a logarithmic scale.",
-    )
+def _charts(metrics: Sequence[Line]) -> Iterable[Chart]:
+    train = [line for line in metrics if line["split"] == "train"]
+    validation = [line for line in metrics if line["split"] == "validation"]
+    for name in dict.fromkeys(name for line in validation for name in line["deployed"]):
+        flat = [
+            {"step": line["step"], **{who: (line.get(who) or {}).get(name) for who in WHO}}
+            for line in validation
+        ]
+        both = [_points(flat, who, who, colour) for colour, who in enumerate(WHO, start=1)]
+        yield from _chart(f"Validation {_words(name)}", both)
+    for key, title in LOSSES.items():
+        yield from _chart(title, [_points(train, "", key, 1)], log=True)
+    yield from _chart("Learning rate", _rates(train))
+    norms = [_points(train, n, f"grad_norm_{n}", colour) for n, colour in GRADIENT_NORMS.items()]
+    yield from _chart("Gradient norm", norms, log=True)
+    yield from _chart("Examples per second", [_points(train, "", "samples_per_s", 3)])
 
 
 def _points(lines: Sequence[Line], name: str, key: str, colour: int) -> Series | None:
@@ -254,137 +234,18 @@ def _points(lines: Sequence[Line], name: str, key: str, colour: int) -> Series |
     return Series(name, [x for x, _ in kept], [y for _, y in kept], colour) if kept else None
 
 
-def _chart(title: str, lines: Iterable[Series | None], *, log: bool = False) -> Iterable[Html]:
+def _chart(title: str, lines: Iterable[Series | None], *, log: bool = False) -> Iterable[Chart]:
     series = [line for line in lines if line is not None]
     if series:
         keys = [(line.name, line.colour) for line in series if line.name]
-        yield figure(title, line_chart(series, log=log), keys)
-
-
-def _metric_charts(validation: Sequence[Line]) -> Iterable[Html]:
-    names = dict.fromkeys(name for line in validation for name in line.get("deployed") or {})
-    for name in names:
-        flat = [
-            {
-                "step": line["step"],
-                **{w: (line.get(w) or {}).get(name) for w in ("deployed", "side")},
-            }
-            for line in validation
-        ]
-        both = [_points(flat, "deployed", "deployed", 1), _points(flat, "side", "side", 2)]
-        yield from _chart(f"Validation {_words(name)}", both)
-
-
-def _loss_charts(train: Sequence[Line]) -> Iterable[Html]:
-    for key, title in LOSSES.items():
-        yield from _chart(title, [_points(train, "", key, 1)], log=True)
-
-
-def _optimiser_charts(train: Sequence[Line]) -> Iterable[Html]:
-    yield from _chart("Learning rate", _rates(train))
-    norms = [_points(train, name, key, colour) for key, (name, colour) in GRADIENT_NORMS.items()]
-    yield from _chart("Gradient norm", norms, log=True)
-    yield from _chart("Examples per second", [_points(train, "", "samples_per_s", 3)])
+        yield title, line_chart(series, log=log), keys
 
 
 def _rates(train: Sequence[Line]) -> list[Series | None]:
     """Return the learning rate: one number per line, or one per group of parameters."""
-    groups = dict.fromkeys(
-        group for line in train if isinstance(line.get("lr"), Mapping) for group in line["lr"]
-    )
-    if not groups:
+    flat = [{"step": line["step"], **line["lr"]} for line in train if isinstance(line["lr"], dict)]
+    if not flat:
         return [_points(train, "", "lr", 4)]
-    flat = [{"step": line["step"], **line["lr"]} for line in train if "lr" in line]
-    named = list(groups)[:SERIES_COLOURS]
-    return [_points(flat, name, name, colour) for colour, name in enumerate(named, start=1)]
-
-
-# --- data -------------------------------------------------------------------------------------
-
-
-def _data(summary: Line) -> Html | None:
-    """Show what was found where the data lie: used by split, and left out by reason."""
-    inventory = summary.get("inventory")
-    if not inventory:
-        return None
-    used = [(f"used: {split}", count(n), "") for split, n in inventory["used"].items()]
-    left = [
-        (f"left out: {entry['reason']}", count(entry["count"]), ", ".join(entry["examples"]))
-        for entry in inventory["left_out"]
-    ]
-    return section("Data", table(["what was found", "number", "for example"], [*used, *left]))
-
-
-# --- memory and reproduction ------------------------------------------------------------------
-
-
-def _memory(summary: Line) -> Html | None:
-    memory = summary.get("memory", {})
-    totals = {
-        "measured, live tensors": memory.get("peak_live_bytes"),
-        "forecast": memory.get("forecast_bytes"),
-        "measured, CUDA allocator": memory.get("peak_cuda_bytes"),
-    }
-    known = {name: value for name, value in totals.items() if value}
-    if not known:
-        return None
-    parts = memory.get("parts") or {}
-    longest = max(known.values())
-    resident = memory.get("peak_rss_bytes")
-    process = f" The whole process, libraries included, held {size(resident)}." if resident else ""
-    rows = [_bar(name, [(value, 1)], value, longest) for name, value in known.items()]
-    return section(
-        "Peak memory of a training step",
-        tag("div", rows, class_="bars"),
-        _part_bar(parts) if parts else None,
-        note="Live tensors are what the method needs: weights, batch, activations, gradients and "
-        f"optimiser state.{process}",
-    )
-
-
-def _part_bar(parts: Mapping[str, int]) -> list[Html]:
-    ordered = sorted(((n, b) for n, b in parts.items() if b), key=lambda item: -item[1])
-    total = sum(value for _, value in ordered)
-    coloured = [
-        (value, index if index <= SERIES_COLOURS else 0)
-        for index, (_, value) in enumerate(ordered, start=1)
-    ]
-    rows = [
-        (
-            tag("span", name.replace("_", " "), class_=f"key c{colour}"),
-            size(value),
-            percent(value / total),
-        )
-        for (name, value), (_, colour) in zip(ordered, coloured, strict=True)
-    ]
-    bar = tag("div", _bar("at the peak", coloured, total, total), class_="bars")
-    return [tag("h3", "What lived at the peak"), bar, table(["part", "bytes", "share"], rows)]
-
-
-def _bar(name: str, pieces: Sequence[tuple[int, int]], value: int, longest: int) -> list[Html]:
-    fill = [
-        tag("i", class_=f"c{colour}", style=f"width: {100 * piece / longest:.2f}%")
-        for piece, colour in pieces
-    ]
-    return [tag("span", name), tag("div", fill, class_="bar"), tag("b", size(value))]
-
-
-def _reproduce(summary: Line, config: str | None) -> Html:
-    command = summary.get("command") or "mdpd train config.yaml --out AGAIN"
-    shown = [
-        tag("p", "From the run's folder:") if "command" not in summary else None,
-        tag("pre", tag("code", command)),
-    ]
-    if config is not None:
-        opened = tag("summary", "config.yaml, every resolved option")
-        shown.append(tag("details", opened, tag("pre", tag("code", config))))
-    versions = summary.get("versions") or {}
-    if versions:
-        rows = [(name, str(version)) for name, version in versions.items()]
-        shown += [tag("details", tag("summary", "Versions"), table(["package", "version"], rows))]
-    source = summary.get("backbone")
-    if isinstance(source, Mapping) and source.get("sha256"):
-        shown.append(
-            tag("p", tag("small", "backbone weights sha256 "), tag("code", source["sha256"]))
-        )
-    return section("Run it again", *shown)
+    groups = list(dict.fromkeys(name for line in flat for name in line if name != "step"))
+    named = enumerate(groups[:SERIES_COLOURS], start=1)
+    return [_points(flat, name, name, colour) for colour, name in named]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from mdpd_deploy.backbones import Backbone, Card, card_of, check_backbone, load_backbone
@@ -19,8 +20,9 @@ from mdpd_deploy.data.registry import default_resize
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks import Task
 from mdpd_deploy.train.batches import Schedule
+from mdpd_deploy.train.log import check_trackers
+from mdpd_deploy.train.memory.choice import SettledMemory, free_bytes, settle_memory
 from mdpd_deploy.train.methods import Method, build_method
-from mdpd_deploy.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Setup:
     state: PartialState
     original: dict[str, Tensor] | None  # a backbone that cannot be loaded again
     lengths: dict[str, TextLengths]  # tokens of the texts by split; empty for images
+    memory: SettledMemory  # what a step needs
 
     @property
     def device(self) -> torch.device:
@@ -46,10 +49,7 @@ class Setup:
     @property
     def text_length(self) -> int | None:
         """Tokens of a batch with the longest training text, padded; None for images."""
-        if not self.lengths:
-            return None
-        most = self.config.data.max_length
-        return most if self.config.data.pad == "max" else min(most, self.lengths["train"].longest)
+        return batch_length(self.config, self.lengths)
 
     @property
     def eval_every(self) -> int:
@@ -82,6 +82,8 @@ class Setup:
 def prepare(config: Config) -> Setup:
     """Read the data, load the backbone and build the method, all from the seed.
 
+    The config of what is returned has a settled `train.norm_grad`, never `auto`.
+
     Raises:
         UserError: For anything the user gave that cannot work.
     """
@@ -99,6 +101,9 @@ def prepare(config: Config) -> Setup:
     set_resize(backbone, config)
     lengths = measure_lengths(backbone, data)
     told = [lengths_note(lengths)] if lengths else []
+    memory = measure_need(config, data, lengths, state)
+    config = memory.config
+    told += [memory.choice.words] if memory.choice else []
     data = replace(data, notes=(*data.notes, *told, *data_cautions(data)))
     original = None
     if not config.backbone.pretrained:
@@ -115,7 +120,9 @@ def prepare(config: Config) -> Setup:
         state.num_processes,
     )
     steps = total_steps(config, schedule)
-    return Setup(config, data, task, backbone, method, schedule, steps, state, original, lengths)
+    return Setup(
+        config, data, task, backbone, method, schedule, steps, state, original, lengths, memory
+    )
 
 
 def measure_lengths(backbone: Backbone, data: TaskData) -> dict[str, TextLengths]:
@@ -125,6 +132,27 @@ def measure_lengths(backbone: Backbone, data: TaskData) -> dict[str, TextLengths
         return {}
     splits = {"train": data.train, **data.evaluation}
     return {name: text_lengths(split, preprocess) for name, split in splits.items()}
+
+
+def batch_length(config: Config, lengths: dict[str, TextLengths]) -> int | None:
+    """Return the tokens of a batch with the longest training text, padded; None for images."""
+    if not lengths:
+        return None
+    most = config.data.max_length
+    return most if config.data.pad == "max" else min(most, lengths["train"].longest)
+
+
+def measure_need(
+    config: Config, data: TaskData, lengths: dict[str, TextLengths], state: PartialState
+) -> SettledMemory:
+    """Forecast what a step needs, the same in every process of a launch."""
+    free = [free_bytes(config.train.device, state.num_processes)]
+    return settle_memory(
+        config,
+        data.task,
+        text_length=batch_length(config, lengths),
+        free=broadcast_object_list(free)[0],
+    )
 
 
 def total_steps(config: Config, schedule: Schedule) -> int:

@@ -42,9 +42,18 @@ class Call:
 
     def of(self, function: Forward, x: Tensor) -> Any:
         """Call `function` with this call's arguments and another state."""
-        if self.named is not None:
-            return function(*self.args, **{self.named: x}, **self.kwargs)
-        return function(x, *self.args, **self.kwargs)
+        return self.on(function)(x, *self.args)
+
+    def on(self, function: Forward) -> Forward:
+        """Return `function` of the state and of `args`; it holds neither of them."""
+        kwargs, named = self.kwargs, self.named
+
+        def bound(x: Tensor, *args: Any) -> Any:
+            if named is not None:
+                return function(*args, **{named: x}, **kwargs)
+            return function(x, *args, **kwargs)
+
+        return bound
 
     def replaced(self, forward: Forward, **values: Any) -> "Call":
         """Return this call with arguments of `forward` replaced by name."""
@@ -93,12 +102,39 @@ def plainly(index: int, forward: Forward, call: Call) -> Any:
 
 def recomputed(index: int, forward: Forward, call: Call) -> Any:
     """Run a block and keep its input only; the backward pass runs it again, dropout replayed."""
-    return checkpoint(call.of, forward, call.x, use_reentrant=False)
+    return checkpoint(call.on(forward), call.x, *call.args, use_reentrant=False)
+
+
+def recomputed_halves(halves: Sequence[Sequence[nn.Module]]) -> Run:
+    """Return a way as `recomputed` that, when a block runs again, keeps one half of it at a time.
+
+    Args:
+        halves: Parts of each block, in the order in which they run. The last one's gradient is
+            wanted at once, so only those before it are run a third time.
+    """
+
+    def run(index: int, forward: Forward, call: Call) -> Any:
+        def block(x: Tensor, *args: Any) -> Any:
+            with wrapped(halves[index][:-1], recomputed):
+                return call.on(forward)(x, *args)
+
+        return checkpoint(block, call.x, *call.args, use_reentrant=False)
+
+    return run
+
+
+def halves_of(block: nn.Module) -> list[nn.Module]:
+    """Return the parts of a block that have maps of their own, such as attention and MLP."""
+    return [
+        child
+        for child in block.children()
+        if any(True for _ in child.children()) and any(p.ndim > 1 for p in child.parameters())
+    ]
 
 
 def apart(index: int, forward: Forward, call: Call) -> Any:
     """As `recomputed`, but no gradient passes from a block to the one below it."""
-    return checkpoint(call.of, forward, call.x.detach(), use_reentrant=False)
+    return recomputed(index, forward, replace(call, x=call.x.detach()))
 
 
 class _ReachedError(Exception):

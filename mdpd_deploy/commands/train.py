@@ -371,6 +371,8 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
         "memory forecast",
         f"{plan.forecast_bytes / 1e6:,.1f} MB (live tensors, one process{for_what})",
     )
+    if plan.norm_grad is not None:
+        table.add_row("gradient of the norms", f"{plan.norm_grad}, {plan.precision}")
     table.add_row("device", plan.device)
     for note in plan.notes:
         table.add_row("note", note)

@@ -4,27 +4,17 @@ Adding a method is one file here and an import below; an adapter or virtual toke
 `mdpd_deploy.adapters` are a method already.
 """
 
-from mdpd_deploy.train.methods import (
-    adapters,
-    direct,
-    mdpd,
-    norms,
-    probe,
-    side,
-    tokens,
-)
+from mdpd_deploy.train.methods import direct, mdpd, norms, peft, side
 from mdpd_deploy.train.methods.base import METHODS, Batch, Method, build_method
 
 __all__ = [
     "METHODS",
     "Batch",
     "Method",
-    "adapters",
     "build_method",
     "direct",
     "mdpd",
     "norms",
-    "probe",
+    "peft",
     "side",
-    "tokens",
 ]

@@ -1,6 +1,5 @@
 """The interface of a training method, and what all of them share."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -54,10 +53,11 @@ Files = dict[str, dict[str, Tensor]]
 Weights = Callable[[], Mapping[str, Tensor]]
 
 
-class Method(ABC):
+class Method:
     """A way to fine-tune: which parameters move, and how one batch gives them gradients.
 
-    A method owns the backbone it is given: frozen but for the norms the method declares.
+    A method owns the backbone it is given: frozen but for the norms the method declares. As it is
+    here it trains a head on frozen features; each method says in what it differs.
     """
 
     uses_side: ClassVar[bool] = False
@@ -68,6 +68,7 @@ class Method(ABC):
     scales: ClassVar[tuple[str, ...]] = ()  # what is in the names of scales kept as columns
     peft_options: ClassVar[tuple[str, ...]] = ()  # those of the section `peft` that it reads
     backbone_group: ClassVar[str] = "norms"  # name of the group of the backbone's weights
+    deployed_head: ClassVar[str] = "head"
     added_group: ClassVar[str] = "side"  # name of the group of modules beside it, and of their file
     default_lr: ClassVar[float] = 1e-3
     student_factor: ClassVar[float] = 1.0  # × lr for norms and head where they have none
@@ -94,27 +95,31 @@ class Method(ABC):
 
     # --- what a method provides ---------------------------------------------------------------
 
-    @abstractmethod
     def build_modules(self) -> nn.ModuleDict:
-        """Return the trained modules by name; `head` is the deployed one, if any."""
+        """Return the trained modules by name, `deployed_head` among them; a head alone here."""
+        return nn.ModuleDict({self.deployed_head: self.new_head()})
 
-    @abstractmethod
     def tuned(self) -> Parameters:
-        """Return the backbone's trained parameters by full name."""
+        """Return the backbone's trained parameters by full name; none here."""
+        return {}
 
-    @abstractmethod
+    def pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return what the head reads [B, D], float32; the backbone's pooled features here."""
+        return self.backbone(self.cast(inputs)).float()
+
     def step(self, batch: Batch) -> Parts:
         """Accumulate the gradients of one batch and return its detached losses, `loss_names`.
 
         Losses are sums over the batch divided by `batch.count` (or `.weight`), so that adding
         up the parts of a step gives the step's mean.
         """
+        return self.learn(self.head(self.deployed_head).raw(self.pooled(batch.inputs)), batch)
 
-    @abstractmethod
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return {"deployed": [B, C]} and, where there is one, {"side": [B, C]}, for users."""
+        return {"deployed": self.modules[self.deployed_head](self.pooled(inputs))}
 
-    def after_step(self, step: int, steps: int) -> None:  # noqa: B027  # most do nothing
+    def after_step(self, step: int, steps: int) -> None:  # most do nothing
         """Do what follows an optimiser step (0-based, of `steps`); gradients are still in place."""
 
     def may_deploy(self, step: int, steps: int) -> bool:
@@ -125,7 +130,7 @@ class Method(ABC):
         """Return what training must know to go on and the model does not, by name."""
         return {}
 
-    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
         """Put `extra_state` of an equal method back."""
 
     @classmethod

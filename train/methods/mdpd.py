@@ -24,7 +24,7 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.model import pool_side
 from mdpd_deploy.sides import SIDES, SideNetwork, SideOutput, build_side
 from mdpd_deploy.tasks import Task
-from mdpd_deploy.train.memory import part
+from mdpd_deploy.train.memory.live import part
 from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts
 from mdpd_deploy.train.norm_grad import LayerLoss, build_norm_gradient
 

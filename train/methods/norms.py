@@ -4,9 +4,7 @@ The honest control of the method: same deployed model, no side network. With the
 engine it trains in the memory of one block.
 """
 
-from collections.abc import Mapping
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.config import Config
@@ -32,9 +30,6 @@ class Norms(Method):
             )
         super().__init__(backbone, task, config)
 
-    def build_modules(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"head": self.new_head()})
-
     def tuned(self) -> Parameters:
         return self.engine.trained(())
 
@@ -51,6 +46,3 @@ class Norms(Method):
 
         self.engine.backward(trace, top_loss, None)
         return losses
-
-    def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"deployed": self.modules["head"](self.backbone(self.cast(inputs)).float())}

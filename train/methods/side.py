@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mdpd_deploy.model import pool_side
 from mdpd_deploy.sides import build_side
-from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts
+from mdpd_deploy.train.methods.base import METHODS, Method
 
 
 @METHODS.register("side")
@@ -15,13 +15,11 @@ class Side(Method):
 
     uses_side = True
     deploys_added = True
+    deployed_head = "side_head"
 
     def build_modules(self) -> nn.ModuleDict:
         self.side = build_side(self.backbone, self.config.side)
-        return nn.ModuleDict({"side": self.side, "side_head": self.new_head()})
-
-    def tuned(self) -> Parameters:
-        return {}
+        return nn.ModuleDict({"side": self.side, **super().build_modules()})
 
     def pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the side network's pooled output [B, D]."""
@@ -29,9 +27,3 @@ class Side(Method):
         with self.autocast(trace.taps[0]):
             output = self.side(trace.taps, trace.mask, self.run_block(trace, blocked=True))
             return pool_side(self.backbone, output, trace.mask, blocked=True).float()
-
-    def step(self, batch: Batch) -> Parts:
-        return self.learn(self.head("side_head").raw(self.pooled(batch.inputs)), batch)
-
-    def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"deployed": self.modules["side_head"](self.pooled(inputs))}

@@ -1,7 +1,7 @@
 """What a training step will need in memory, before anything is computed or downloaded.
 
 The very code that trains runs on fake tensors: shapes and types, no memory, no values
-(`memory.fake_tensors`). It is a second step that counts, with the optimiser's state in place.
+(`live.fake_tensors`). It is a second step that counts, with the optimiser's state in place.
 `measured_step` is the same measurement around a real step; they agree within 2 %.
 """
 
@@ -16,8 +16,9 @@ from mdpd_deploy.backbones import Backbone, load_backbone
 from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks import Classify, Task
-from mdpd_deploy.train.memory import PeakBytes, fake_tensors, measure_peak
+from mdpd_deploy.train.memory.live import PeakBytes, fake_tensors, measure_peak
 from mdpd_deploy.train.methods import Batch, Method, build_method
+from mdpd_deploy.train.norm_grad import exact_ways
 from mdpd_deploy.train.optim import build_optimizer, clip_gradients
 
 
@@ -81,7 +82,7 @@ def reason_against(config: Config) -> str | None:
             config.backbone, max_length=config.data.max_length, pad=config.data.pad, fake=True
         )
         try:
-            build_method(backbone, Classify.numbered(2).example(config), config)
+            build_method(backbone, Classify.numbered(2).example(config), exact_ways(config)[0])
         except UserError as err:
             return str(err)
     return None

@@ -2,12 +2,12 @@
 
 A dispatch mode sees every tensor that an operator returns and counts its storage until the
 storage dies, whoever held it: Python, an autograd graph, a checkpoint, a custom walk. With fake
-tensors the same code forecasts a step without computing it (`train/forecast.py`). What an
+tensors the same code forecasts a step without computing it (`train/memory/forecast.py`). What an
 operator allocates and frees inside itself is not seen; the running sum of
 `torch.profiler(profile_memory=True)` agrees within 2 % (`tests/test_memory.py`).
 
 The private names of torch that this needs live here and nowhere else: `UntypedStorage._cdata`,
-`torch._subclasses.fake_tensor` and the operator `_local_scalar_dense`.
+`torch._subclasses.fake_tensor`, `torch.utils._pytree` and the operator `_local_scalar_dense`.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ACTIVATIONS = "activations"  # the part of everything that has no other name
 
@@ -84,7 +85,7 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now: Bytes alive now.
-        peak: The most that were alive since the start or the last `reset_peak`.
+        peak: The most that were alive since the start.
         peak_parts: Bytes by part (see `part`) when `peak` was reached; parts of 0 bytes left out.
     """
 
@@ -116,11 +117,6 @@ class LiveBytes(TorchDispatchMode):
         for key, storage in storages.items():
             if key not in self._live:
                 self._enter(storage, _covered(spans[key]), name)
-
-    def reset_peak(self) -> None:
-        """Start a new peak from what is alive now."""
-        self.peak = self.now
-        self._at_peak = dict(self._by_part)
 
     def __torch_dispatch__(
         self,
@@ -201,15 +197,9 @@ def tensors_of(*things: object) -> Iterator[Tensor]:
             yield from tensors_of(*thing)
 
 
-def _arguments(thing: object) -> Iterator[Tensor]:
-    """Yield the tensors that an operator takes or returns: alone, or in lists and keywords."""
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, list | tuple):
-        for part in thing:
-            yield from _arguments(part)
-    elif isinstance(thing, dict):
-        yield from _arguments(tuple(thing.values()))
+def _arguments(thing: object) -> list[Tensor]:
+    """Return the tensors that an operator takes or returns."""
+    return [leaf for leaf in tree_leaves(thing) if isinstance(leaf, Tensor)]
 
 
 def storage_bytes(*things: object) -> int:

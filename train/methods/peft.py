@@ -1,14 +1,24 @@
-"""Adapters of the library peft, merged into the backbone when training ends: a method for each.
+"""What the library peft trains: adapters and virtual tokens, a method for each of them.
 
-Trained by plain back-propagation, so with the activations of the whole backbone; what they deploy
-is backbone + head with other values.
+Both are trained by plain back-propagation, so with the activations of the whole backbone. Adapters
+are merged when training ends: what they deploy is backbone + head with other values. Virtual tokens
+stay, and are paid for at every inference.
 """
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from mdpd_deploy.adapters import LAYERS, Adapter, adapted_weights, inject, merged_weights
+from mdpd_deploy.adapters import (
+    LAYERS,
+    TOKENS,
+    Adapter,
+    VirtualTokens,
+    adapted_weights,
+    build_tokens,
+    inject,
+    merged_weights,
+)
 from mdpd_deploy.artifacts.run import ADAPTER, DELTA
 from mdpd_deploy.train.methods.base import METHODS, Batch, Files, Parameters, Parts, Weights
 from mdpd_deploy.train.methods.direct import Direct
@@ -63,7 +73,21 @@ class Adapted(Direct):
         return sum(weight.numel() for weight in merged) + self.parameter_counts["head"]
 
 
-def method_of(adapter: type[Adapter]) -> type[Adapted]:
+class Tokens(Direct):
+    """Trains virtual tokens and the head; the backbone stays exactly as it was."""
+
+    added_group = "adapter"
+    deploys_added = True
+
+    def build_modules(self) -> nn.ModuleDict:
+        self.tokens = build_tokens(self.backbone, self.config.method, self.config.peft)
+        return nn.ModuleDict({"tokens": self.tokens, **super().build_modules()})
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.tokens(self.backbone, inputs)
+
+
+def adapter_method(adapter: type[Adapter]) -> type[Adapted]:
     """Return the method that trains an adapter."""
 
     class Trained(Adapted):
@@ -75,5 +99,17 @@ def method_of(adapter: type[Adapter]) -> type[Adapted]:
     return Trained
 
 
+def tokens_method(tokens: type[VirtualTokens]) -> type[Tokens]:
+    """Return the method that trains virtual tokens."""
+
+    class Trained(Tokens):
+        default_lr = tokens.default_lr
+        peft_options = tokens.options
+
+    return Trained
+
+
 for name, adapter in LAYERS.items():
-    METHODS.register(name)(method_of(adapter))
+    METHODS.register(name)(adapter_method(adapter))
+for name, tokens in TOKENS.items():
+    METHODS.register(name)(tokens_method(tokens))
