@@ -26,6 +26,7 @@ from mdpd_deploy.backbones.family import (
     local_folder,
 )
 from mdpd_deploy.backbones.hub import cached_commit, check_hub
+from mdpd_deploy.backbones.stages import StagesBackbone, is_staged
 from mdpd_deploy.backbones.vit import VitBackbone, image_size, is_plain
 from mdpd_deploy.backbones.weights import load_exactly, read_state
 from mdpd_deploy.backbones.whole import WholeVision
@@ -79,6 +80,8 @@ class TimmFamily(Family):
 def _backbone(model: nn.Module, config: BackboneConfig) -> Backbone:
     if is_plain(model):
         return VitBackbone(cast("VisionTransformer", model))
+    if is_staged(model):
+        return StagesBackbone(model, config.name)
     return WholeVision(model, config.name)
 
 

@@ -23,7 +23,7 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides.base import (
     SIDES,
     Importance,
-    RunBlock,
+    FrozenBlocks,
     SideNetwork,
     SideOutput,
     SideShape,
@@ -74,7 +74,7 @@ class LST(SideNetwork):
             init_linears(part, 0.01)
 
     def forward(
-        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: RunBlock
+        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: FrozenBlocks
     ) -> SideOutput:
         h = self.first(taps[0])
         gates = torch.sigmoid(self.alpha / TEMPERATURE).unbind()
