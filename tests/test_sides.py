@@ -254,7 +254,9 @@ def test_tv4_v1(beta, out, state):
     layout = Layout(2, (2, 2), 1)
     conv = TokenConv(layout, 3)
     fusion = Plain(conv, Swish(beta))
-    side = DTLv1(SideShape((layout,) * 4, text=False), [1, 2, 3], {2: 0, 3: 0}, [fusion], 1).double()
+    side = DTLv1(
+        SideShape((layout,) * 4, text=False), [1, 2, 3], {2: 0, 3: 0}, [fusion], 1
+    ).double()
     for index, read in enumerate(side.reads.values()):
         read.a.weight.data = fill(2 * index + 1, 1, 2)
         read.c.weight.data = fill(2 * index + 2, 2, 1)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mdpd_deploy.backbones.base import Backbone, Inputs, Layer, WithoutGrad
 from mdpd_deploy.backbones.discover import is_norm, is_tuned
@@ -115,11 +116,11 @@ class StagesBackbone(Backbone):
         for part in model.modules():
             if hasattr(part, "qkv_bias_separate"):  # else the map's weight is read past adapters
                 part.qkv_bias_separate = True
-        self.set_attention("sdpa")
+        switch_fused(model, "eager")
         self._look()
 
     def _look(self) -> None:
-        """Run one picture and note the layout of every tap and entry."""
+        """Run the shapes of one picture and note the layout of every tap and entry."""
         seen: list[tuple[Layout, Layout]] = []
 
         def look(index: int, plain: Forward, call: Call) -> Any:
@@ -128,8 +129,11 @@ class StagesBackbone(Backbone):
             return out
 
         self.eval()
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        shapes = {name: tensor.to("meta") for name, tensor in tensors}
+        picture = torch.empty(1, 3, *image_size(self.model), device="meta")
         with torch.no_grad(), wrapped(self.blocks(), look):
-            features = self.run_library(self.example_inputs(1), None)
+            features = functional_call(self.model, shapes, (picture,))
         self.width = features.shape[-1]
         self._entries = tuple(entry for entry, _ in seen)
         self._layouts = (self._entries[0], *(end for _, end in seen))
@@ -218,19 +222,18 @@ class StagesBackbone(Backbone):
         return (norm1, qkv, proj, norm2, fc1, fc2)
 
     def thin_block(self, index: int, reduction: int) -> nn.Module:
-        """Raise: a ladder of thinner stages is not defined."""
-        raise UserError(
-            f"--side lst copies the blocks of one width, and {self.name} works in stages of "
-            "growing width: use --side unipt, sherl, dtlv1, dtlv2 or dtlv2-ls."
-        )
+        """Raise: ladders refuse networks in stages."""
+        raise NotImplementedError
 
     def embedding_weight(self) -> tuple[Tensor, int]:
-        """Raise: only ladders start from it; see `thin_block`."""
+        """Raise: only ladders start from it."""
         raise NotImplementedError
 
     def set_attention(self, kind: str, within: nn.Module | None = None) -> None:
-        """Choose "sdpa" or "eager" for this instance, or within a module, only."""
-        switch_fused(within or self.model, kind)
+        """Change nothing: in windows of a few tokens attention is spelled out in training too.
+
+        Fused, it keeps its output and a mask of its own: a tenth more memory (Swin-B, batch 32).
+        """
 
 
 class _Tail(nn.Module):

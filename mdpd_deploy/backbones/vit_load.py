@@ -225,7 +225,8 @@ def _checked(model: nn.Module, config: BackboneConfig) -> nn.Module:
         raise UserError(f"backbone.name: {config.name} takes {channels} channels instead of 3.")
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
     size = image_size(model)
-    if is_plain(model) and any(pixels % edge for pixels, edge in zip(size, patch, strict=True)):
+    known = is_plain(model) or is_staged(model)
+    if known and any(pixels % edge for pixels, edge in zip(size, patch, strict=True)):
         raise UserError(
             f"backbone.img_size={size[0]} is no multiple of the patch size {patch[0]}: choose "
             f"{max(size[0] // patch[0], 1) * patch[0]} or {(size[0] // patch[0] + 1) * patch[0]}."

@@ -97,6 +97,11 @@ class LST(SideNetwork):
         backbone = shape.backbone
         if backbone is None:
             raise UserError("side.name=lst is made of the backbone's own blocks: name a backbone.")
+        if len(shape.stages) > 1:
+            raise UserError(
+                "side.name=lst copies blocks of one width, and this backbone works in stages of "
+                "growing width: use unipt, sherl, dtlv1, dtlv2 or dtlv2-ls."
+            )
         default = 4 if shape.text else 8
         d = side_width(shape, config, default=default, heads=backbone.heads)
         blocks = [backbone.thin_block(index, shape.width // d) for index in range(shape.depth)]

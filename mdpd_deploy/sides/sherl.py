@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.sides.base import SIDES, FrozenBlocks, SideNetwork, SideOutput, SideShape, side_width
+from mdpd_deploy.sides.base import (
+    SIDES,
+    FrozenBlocks,
+    SideNetwork,
+    SideOutput,
+    SideShape,
+    side_width,
+)
 from mdpd_deploy.sides.unipt import init_linears
 
 TEMPERATURE = 0.1

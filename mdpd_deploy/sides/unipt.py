@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from mdpd_deploy.config import SideConfig
-from mdpd_deploy.sides.base import SIDES, FrozenBlocks, SideNetwork, SideOutput, SideShape, side_width
+from mdpd_deploy.sides.base import (
+    SIDES,
+    FrozenBlocks,
+    SideNetwork,
+    SideOutput,
+    SideShape,
+    side_width,
+)
 
 
 @SIDES.register("unipt")
