@@ -245,7 +245,7 @@ class Backbone(nn.Module, ABC):
         """
         if not self.has_taps:
             raise UserError(
-                f"{option} knows plain vision transformers and BERT-family encoders; "
+                f"{option} knows vision transformers, networks in stages and BERT-family encoders; "
                 f"{self.source.name} is tuned as a whole, use --method norms, bitfit, full or probe."
             )
 

@@ -115,7 +115,8 @@ class StagesBackbone(Backbone):
         self.preprocess = image_preprocess(model)
         for part in model.modules():
             if hasattr(part, "qkv_bias_separate"):  # else the map's weight is read past adapters
-                part.qkv_bias_separate = True
+                attention: Any = part
+                attention.qkv_bias_separate = True
         switch_fused(model, "eager")
         self._look()
 
@@ -263,12 +264,12 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for path in declared.stages:
         listed = model.get_submodule(path)
-        stages = {path: listed} if len(declared.stages) > 1 else dict(_children(path, listed))
-        for name, stage in stages.items():
-            inner = f"{name}.{declared.inner}" if declared.inner else name
-            found.update(_children(inner, model.get_submodule(inner)))
+        stages = [path] if len(declared.stages) > 1 else list(_children(path, listed))
+        for stage in stages:
+            inner = f"{stage}.{declared.inner}" if declared.inner else stage
+            found |= _children(inner, model.get_submodule(inner))
     return found
 
 
-def _children(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(f"{path}.{name}", child) for name, child in module.named_children()]
+def _children(path: str, module: nn.Module) -> dict[str, nn.Module]:
+    return {f"{path}.{name}": child for name, child in module.named_children()}

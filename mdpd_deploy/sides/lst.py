@@ -22,8 +22,8 @@ from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides.base import (
     SIDES,
-    Importance,
     FrozenBlocks,
+    Importance,
     SideNetwork,
     SideOutput,
     SideShape,
