@@ -73,7 +73,8 @@ def check_side_free(faded: Faded, graph: OnnxGraph) -> Gate:
         raise VerificationError(f"side_free: {(inside + named)[0]} belongs to the side network.")
     floats = [tensor for tensor in weights if tensor.data_type == onnx.TensorProto.FLOAT]
     numbers = sum(int(np.prod(tensor.dims)) for tensor in floats)
-    expected = sum(tensor.numel() for tensor in faded.model.state_dict().values())
+    own = (*faded.model.parameters(), *faded.model.buffers())  # masks of windows too
+    expected = sum(tensor.numel() for tensor in own)
     if numbers > expected + graph.nodes:  # the exporter adds a scalar constant here and there
         raise VerificationError(
             f"side_free: the graph holds {numbers} numbers, backbone and head only {expected}."

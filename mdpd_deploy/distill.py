@@ -16,11 +16,18 @@ the paper's 4e-5 commensurate with a cross-entropy (`distill.feature_mean` takes
 layers with an s_l are split in two halves, the first one rounded up. Initial values: PyTorch's
 defaults, f_mask ~ N(0, 0.02²).
 
+Where s_l lies on a coarser grid than b_l (networks in stages), its target is the mean of b_l in each
+cell: the gradient is then, up to the number of tokens in a cell, that of Eq. 4 against s_l repeated
+over the cell. φ, f_mask and G have the width of their layer, G the grid of its s_l, and layers of
+other grids share the mask of the coarsest one, repeated over its cells.
+
 Each layer's term is recomputed in the backward pass, otherwise its [B, N, D_B] tensors of all
 layers together would be the peak of the training step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
 
 import numpy as np
 import torch
@@ -29,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mdpd_deploy.backbones.layout import Layout, cells
 from mdpd_deploy.config import DistillConfig
 
 
@@ -48,18 +56,15 @@ class Generator(nn.Module):
     """G: depth-wise conv 3 → ReLU → depth-wise conv 3, on the patch grid or along the text.
 
     Args:
-        width: D_B.
-        grid: (rows, columns) of the patches; None for text.
-        prefix: Class and register tokens in front, which pass unchanged.
+        layout: Width D_B, grid, and prefix tokens, which pass unchanged.
     """
 
-    def __init__(self, width: int, grid: tuple[int, int] | None, prefix: int) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
-        conv = nn.Conv2d if grid else nn.Conv1d
+        width, self.grid, self.prefix = layout.width, layout.grid, layout.prefix
+        conv = nn.Conv2d if self.grid else nn.Conv1d
         self.first = conv(width, width, 3, padding=1, groups=width)
         self.second = conv(width, width, 3, padding=1, groups=width)
-        self.grid = grid
-        self.prefix = prefix
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, N, D_B], mask [B, N] (1 = real token) → [B, N, D_B]."""
@@ -82,11 +87,8 @@ class FeatureDistiller(nn.Module):
     """All of the backbone → side direction: φ, f_mask, G and the two losses.
 
     Args:
-        width: D_B.
-        side_width: D_S.
-        layers: The 1-based layers that have an s_l.
-        grid: Patch grid, None for text.
-        prefix: Class and register tokens in front of the patches.
+        layouts: How b_0..b_L lie.
+        features: How each s_l lies, by 1-based layer, ascending.
         protect_first: Never mask token 0 (the class token; text keeps its [CLS] in place).
         config: Mask ratio λ, bottleneck width d, sharing, split.
         imitate: Whether the shallow layers count; else they get no φ.
@@ -95,33 +97,58 @@ class FeatureDistiller(nn.Module):
 
     def __init__(
         self,
+        layouts: Sequence[Layout],
+        features: Mapping[int, Layout],
         *,
-        width: int,
-        side_width: int,
-        layers: Sequence[int],
-        grid: tuple[int, int] | None,
-        prefix: int,
         protect_first: bool,
         config: DistillConfig,
         imitate: bool = True,
         generate: bool = True,
     ) -> None:
         super().__init__()
+        layers = list(features)
         split = config.shallow_layers
         split = (len(layers) + 1) // 2 if split is None else min(split, len(layers))
         self.shallow = tuple(layers[:split]) if imitate else ()
         self.deep = tuple(layers[split:]) if generate else ()
-        layers = self.shallow + self.deep
         self.config = config
-        self.protected = max(prefix, int(protect_first))
-        d = config.bottleneck or min(12, side_width // 2)
-        phi_names = ["shared"] if config.share_phi else [str(layer) for layer in layers]
-        phi_names = phi_names if layers else []
-        gen_names = ["shared"] if config.share_gen else [str(layer) for layer in self.deep]
-        self.phi = nn.ModuleDict({name: Bottleneck(side_width, d, width) for name in phi_names})
+        self.features = dict(features)
+        self.grids = {layer: layouts[layer].grid for layer in features}
+        self.targets = {
+            layer: replace(layouts[layer], grid=lies.grid) for layer, lies in features.items()
+        }
+        self.coarse = min((g for n in self.deep if (g := features[n].grid)), default=None)
+        self.protected = max(layouts[-1].prefix, int(protect_first))
+        self.phi = nn.ModuleDict(_once(self._phi, self._bottleneck, self.shallow + self.deep))
         if self.deep:
-            self.gen = nn.ModuleDict({name: Generator(width, grid, prefix) for name in gen_names})
-            self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
+            self.gen = nn.ModuleDict(
+                _once(self._gen, lambda layer: Generator(self.targets[layer]), self.deep)
+            )
+            widths = dict.fromkeys(self.targets[layer].width for layer in self.deep)
+            self.mask_token = nn.ParameterDict(
+                {str(width): nn.Parameter(torch.randn(width) * 0.02) for width in widths}
+            )
+
+    def _bottleneck(self, layer: int) -> Bottleneck:
+        width = self.features[layer].width
+        d = self.config.bottleneck or min(12, width // 2)
+        return Bottleneck(width, d, self.targets[layer].width)
+
+    def _phi(self, layer: int) -> str:
+        """Return the name of a layer's φ; one of equal widths is shared, if any is."""
+        widths = f"shared {self.features[layer].width} {self.targets[layer].width}"
+        return widths if self.config.share_phi else str(layer)
+
+    def _gen(self, layer: int) -> str:
+        """Return the name of a layer's G; one of an equal grid and width is shared, if any is."""
+        target = self.targets[layer]
+        return f"shared {target.width} {target.grid}" if self.config.share_gen else str(layer)
+
+    def mask_tokens(self, taps: Sequence[Tensor]) -> int:
+        """Return the tokens of the mask: those of the coarsest grid, or N."""
+        if self.coarse is None:
+            return taps[0].shape[1]
+        return self.features[self.deep[0]].prefix + prod(self.coarse)
 
     def draw_mask(self, keys: NDArray[np.int64], tokens: int, seed: int, step: int) -> Tensor:
         """Draw m of Eq. 5: [B, N], 1 = hidden.
@@ -131,7 +158,7 @@ class FeatureDistiller(nn.Module):
 
         Args:
             keys: Position of each example in the training data [B].
-            tokens: N.
+            tokens: Those of `mask_tokens`.
             seed: The run's seed.
             step: The optimiser step.
         """
@@ -147,21 +174,35 @@ class FeatureDistiller(nn.Module):
         hidden[:, : self.protected] = False
         return torch.from_numpy(hidden.astype(np.float32))
 
+    def _spread(self, layer: int, hidden: Tensor) -> Tensor:
+        """Repeat the mask over the cells of a layer's finer grid: [B, n] → [B, N]."""
+        grid = self.features[layer].grid
+        if grid == self.coarse or grid is None or self.coarse is None:
+            return hidden
+        shown = hidden.unflatten(1, self.coarse).unsqueeze(1)
+        return F.interpolate(shown, size=grid, mode="nearest").flatten(1)
+
     def student(self, layer: int, feature: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Return φ_l(s_l) for a shallow layer, G_l(s̄_l) for a deep one: [B, N, D_B]."""
-        projected = self.phi["shared" if self.config.share_phi else str(layer)](feature)
+        projected = self.phi[self._phi(layer)](feature)
         if layer in self.shallow:
             return projected
-        masked = torch.where(
-            hidden.unsqueeze(-1).bool(), self.mask_token.to(projected.dtype), projected
-        )
-        return self.gen["shared" if self.config.share_gen else str(layer)](masked, mask)
+        token = self.mask_token[str(projected.shape[-1])].to(projected.dtype)
+        shown = self._spread(layer, hidden).unsqueeze(-1).bool()
+        return self.gen[self._gen(layer)](torch.where(shown, token, projected), mask)
+
+    def target(self, layer: int, tap: Tensor) -> Tensor:
+        """Return b_l [B, N, D_B] as its student sees it: the mean of each cell where that is coarser."""
+        grid, coarse = self.grids[layer], self.features[layer].grid
+        if grid == coarse or grid is None or coarse is None:
+            return tap
+        return cells(tap, grid, coarse).mean(dim=2)
 
     def weight(self, layer: int, tap: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Return the tokens that count in a layer's loss [B, N] (and the means, if asked for)."""
         counted = torch.ones(tap.shape[:2], device=tap.device) if mask is None else mask.float()
         if layer in self.deep:
-            counted = counted * hidden
+            counted = counted * self._spread(layer, hidden)
         if self.config.feature_mean:
             real = counted.sum(dim=1, keepdim=True).clamp_min(1)
             counted = counted / (real * tap.shape[-1])
@@ -171,8 +212,8 @@ class FeatureDistiller(nn.Module):
         self, layer: int, feature: Tensor, tap: Tensor, hidden: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Σ over batch, tokens and channels of one layer's squared distance to b_l."""
-        student = self.student(layer, feature, hidden, mask)
-        return weighted_distance(student, tap, self.weight(layer, tap, hidden, mask))
+        student, target = self.student(layer, feature, hidden, mask), self.target(layer, tap)
+        return weighted_distance(student, target, self.weight(layer, target, hidden, mask))
 
     def forward(
         self,
@@ -205,6 +246,17 @@ class FeatureDistiller(nn.Module):
                 )
             sums.append(total)
         return sums[0], sums[1]
+
+
+def _once(
+    name: Callable[[int], str], make: Callable[[int], nn.Module], layers: Sequence[int]
+) -> dict[str, nn.Module]:
+    """Make a module per name, in the order of the layers."""
+    made: dict[str, nn.Module] = {}
+    for layer in layers:
+        if name(layer) not in made:
+            made[name(layer)] = make(layer)
+    return made
 
 
 def weighted_distance(student: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -1,13 +1,11 @@
 """The models a run can be turned into: backbone and head, alone or with what stays beside them."""
 
-from functools import partial
-
 from torch import Tensor, nn
 
 from mdpd_deploy.adapters.tokens import VirtualTokens
 from mdpd_deploy.backbones.base import Backbone, Inputs
 from mdpd_deploy.backbones.wrap import Trace
-from mdpd_deploy.sides.base import SideNetwork, SideOutput
+from mdpd_deploy.sides.base import FrozenBlocks, SideNetwork, SideOutput
 from mdpd_deploy.tasks.head import Head
 
 
@@ -69,7 +67,7 @@ class WithSide(TaskModel):
     def answer(self, trace: Trace) -> Tensor:
         """Return the task's outputs [B, C] from a trace that reaches b_{side.last_tap}."""
         taps = trace.taps[: self.side.last_tap + 1]
-        output = self.side(taps, trace.mask, partial(self.backbone.run_block, trace))
+        output = self.side(taps, trace.mask, FrozenBlocks(self.backbone, trace))
         return self.head(
             pool_side(self.backbone, output, trace.mask, last_feature=self.last_feature)
         )

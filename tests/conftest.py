@@ -107,23 +107,38 @@ def write_encoder(folder: Path, kind, **options) -> Path:
 
 def write_tiny_vit(folder: Path, **options: int) -> Path:
     """Save a random three-block ViT of 16 × 16 images in our local-folder layout."""
+    kwargs = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4)
+    return write_timm(folder, "vit_tiny_patch16_224", 16, **(kwargs | options))
+
+
+def write_timm(folder: Path, name: str, size: int, **kwargs: object) -> Path:
+    """Save a random timm model for pictures of size × size in our local-folder layout."""
     import timm
     import torch
     from safetensors.torch import save_file
 
-    kwargs = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=0)
-    kwargs |= options
+    kwargs["num_classes"] = 0
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = timm.create_model("vit_tiny_patch16_224", **kwargs)
+        model = timm.create_model(name, **kwargs)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / "model.safetensors")
     plain = {
-        "timm_model": "vit_tiny_patch16_224", "timm_kwargs": kwargs, "input_size": [3, 16, 16],
+        "timm_model": name, "timm_kwargs": kwargs, "input_size": [3, size, size],
         "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(plain))
     return folder
+
+
+SWIN = dict(img_size=64, embed_dim=16, depths=[1, 2, 4, 2], num_heads=[1, 2, 4, 8], window_size=4)
+STAGED = {  # hierarchical networks of a few thousand to a few hundred thousand weights
+    "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "swinv2": ("swinv2_tiny_window8_256", SWIN),
+    "convnext": ("convnextv2_atto", dict(depths=[1, 2, 4, 2], dims=[8, 16, 24, 32])),
+    "resnet": ("test_resnet", dict(layers=[1, 2, 3, 2])),
+    "efficientnet": ("test_efficientnet", {}),
+}
 
 
 def start_python(
@@ -144,6 +159,18 @@ def run_python():
 @pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory) -> Path:
     return write_tiny_vit(tmp_path_factory.mktemp("tiny-vit"))
+
+
+@pytest.fixture(scope="session")
+def staged_folder(tmp_path_factory):
+    """Gives the folder of a model of STAGED by its name, for pictures of 64 × 64."""
+    from functools import cache
+
+    def write(name: str) -> Path:
+        model, kwargs = STAGED[name]
+        return write_timm(tmp_path_factory.mktemp(name), model, 64, **kwargs)
+
+    return cache(write)
 
 
 @pytest.fixture(scope="session")

@@ -546,7 +546,7 @@ def test_unknown_names_are_refused_with_the_choices(tmp_path):
         "vit_base_patch16_siglip_224",  # read out through an attention pool
         "eva02_tiny_patch14_224",
         "vit_base_r26_s32_224",  # over a ResNet
-        "swin_tiny_patch4_window7_224",
+        "test_maxvit",
         "vit_small_plus_patch16_dinov3",
         "vit_small_patch16_18x2_224",  # blocks with two attentions side by side
     ],

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mdpd_deploy.backbones.layout import Layout
 from mdpd_deploy.config import DistillConfig, LossConfig, load_config
 from mdpd_deploy.distill import Bottleneck, FeatureDistiller, Generator, weighted_distance
 from mdpd_deploy.errors import UserError
@@ -23,9 +24,11 @@ def tap(layer, *shape):
 
 
 def make(**options):
-    arguments = dict(width=4, side_width=2, layers=[1, 2], grid=None, prefix=0, protect_first=False)
+    layers = options.pop("layers", [1, 2])
     config = DistillConfig(**{"bottleneck": 2, **options.pop("config", {})})
-    return FeatureDistiller(**{**arguments, **options}, config=config)
+    features = dict.fromkeys(layers, Layout(2))
+    arguments = dict(protect_first=False) | options
+    return FeatureDistiller([Layout(4)] * (layers[-1] + 1), features, config=config, **arguments)
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def tv7():
     gen.first.bias.data = fill(6, 4)
     gen.second.weight.data = fill(7, 4, 3).unsqueeze(1)
     gen.second.bias.data = fill(8, 4)
-    distiller.mask_token.data = fill(4, 4)
+    distiller.mask_token["4"].data = fill(4, 4)
     return distiller
 
 
@@ -73,11 +76,8 @@ def test_mean_option_is_the_sum_over_tokens_and_channels_divided(tv7):
 @pytest.mark.parametrize(("side_width", "expected"), [(384, 306_576), (96, 265_104)])
 def test_budget_recipe_a(side_width, expected):
     distiller = FeatureDistiller(
-        width=768,
-        side_width=side_width,
-        layers=range(1, 13),
-        grid=(14, 14),
-        prefix=1,
+        [Layout(768, (14, 14), 1)] * 13,
+        dict.fromkeys(range(1, 13), Layout(side_width, (14, 14), 1)),
         protect_first=True,
         config=DistillConfig(),
     )
@@ -87,11 +87,8 @@ def test_budget_recipe_a(side_width, expected):
 
 def test_sherl_layers_split_six_and_five():
     layers = FeatureDistiller(
-        width=8,
-        side_width=8,
-        layers=range(1, 12),
-        grid=None,
-        prefix=0,
+        [Layout(8)] * 13,
+        dict.fromkeys(range(1, 12), Layout(8)),
         protect_first=True,
         config=DistillConfig(),
     )
@@ -134,7 +131,7 @@ def test_the_mask_is_a_function_of_seed_step_and_example_alone():
 
 def test_image_generator_keeps_prefix_tokens_and_equals_a_plain_convolution():
     torch.manual_seed(0)
-    gen = Generator(4, (2, 3), prefix=2)
+    gen = Generator(Layout(4, (2, 3), 2))
     x = torch.randn(1, 8, 4)
     out = gen(x, None)
     assert torch.equal(out[:, :2], x[:, :2])
@@ -159,7 +156,7 @@ def test_only_hidden_tokens_count_in_the_deep_loss_and_targets_get_no_gradient()
 
 def test_sharing_makes_one_module_of_each():
     distiller = make(layers=[1, 2, 3, 4], config={"share_phi": True, "share_gen": True})
-    assert list(distiller.phi) == ["shared"] and list(distiller.gen) == ["shared"]
+    assert len(distiller.phi) == len(distiller.gen) == 1
     bottleneck = Bottleneck(2, 2, 4)
     assert sum(p.numel() for p in bottleneck.parameters()) == (1 + 2 + 4) * 2 + 4
 

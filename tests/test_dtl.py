@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mdpd_deploy.backbones import load_backbone
+from mdpd_deploy.backbones.layout import Layout
 from mdpd_deploy.config import BackboneConfig, SideConfig, check_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.model import Deployed, WithSide
@@ -23,8 +24,8 @@ from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.train.methods import Batch, build_method
 
 NAMES = ["dtlv1", "dtlv2", "dtlv2-ls"]
-VIT_B = SideShape("vit", 768, 12, text=False, grid=(14, 14), prefix=1)
-VIT_G = SideShape("vit", 1536, 40, text=False, grid=(16, 16), prefix=1)
+VIT_B = SideShape((Layout(768, (14, 14), 1),) * 13, text=False)
+VIT_G = SideShape((Layout(1536, (16, 16), 1),) * 41, text=False)
 
 # Patterns of docs/guide.md that give ViT-B's reported sizes, and one for ViT-g.
 FOUR_FUSIONS = {
@@ -60,11 +61,11 @@ def test_budgets(shape, options, budget):
 
 
 def test_default_patterns():
-    assert default_reads(12) == [1, 5, 9, 12] and default_adds(7, 12) == [7, 9, 12]
-    assert default_reads(6) == [1, 5, 6] and default_adds(4, 6) == [4, 6]
-    # Swin's third stage as the paper lists it: blocks 13, 15, 17, 19 and 22 with readings at 13, 17
-    assert shared_state([5, 9, 13, 17, 22], [13, 15, 17, 19, 22]) == [15, 19]
-    assert shared_state(default_reads(12), default_adds(7, 12)) == []  # LS scales nothing there
+    assert default_reads(VIT_B, 12) == [1, 5, 9, 12] and default_adds(VIT_B, 7) == [7, 9, 12]
+    six = SideShape((Layout(8),) * 7, text=True)
+    assert default_reads(six, 6) == [1, 5, 6] and default_adds(six, 4) == [4, 6]
+    # LS scales nothing there
+    assert shared_state(VIT_B, default_reads(VIT_B, 12), default_adds(VIT_B, 7)) == []
 
 
 def test_fusions_alone_set_m_and_the_last_reading(backbone):

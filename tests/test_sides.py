@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mdpd_deploy.backbones import load_backbone
+from mdpd_deploy.backbones.layout import Layout
 from mdpd_deploy.config import BackboneConfig, SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides import SIDES, SideShape, build_side, other_side
@@ -18,7 +19,7 @@ from mdpd_deploy.sides.lst import LST
 from mdpd_deploy.sides.sherl import SHERL, Aggregation, GatedMap
 from mdpd_deploy.sides.unipt import UniPT
 
-VIT_B = SideShape("vit", 768, 12, text=False)
+VIT_B = SideShape((Layout(768),) * 13, text=False)
 
 
 def fill(t: float, *shape: int) -> Tensor:
@@ -53,7 +54,7 @@ def no_block(index: int, x: Tensor) -> Tensor:
 
 
 def test_tv1a_unipt_reference():
-    side = UniPT(4, 2, 3, out_width=6).double()
+    side = UniPT([4] * 3, 3, out_width=6).double()
     for index, down in enumerate(side.down):
         set_linear(down[0], 2 * index + 1, 2 * index + 2)
     set_linear(side.project[0], 21, 22)
@@ -74,7 +75,7 @@ def test_tv1a_unipt_reference():
 
 
 def test_tv1b_unipt_paper():
-    side = UniPT(4, 2, 3, out_width=4, paper=True).double()
+    side = UniPT([4] * 3, 3, out_width=4, paper=True).double()
     for index, down in enumerate(side.down):
         set_linear(down, 2 * index + 1, 2 * index + 2)
     set_linear(side.gate, 25, None)
@@ -250,9 +251,12 @@ def tanh_block(index: int, x: Tensor) -> Tensor:
     ],
 )
 def test_tv4_v1(beta, out, state):
-    conv = TokenConv(2, 3, (2, 2), 1)
+    layout = Layout(2, (2, 2), 1)
+    conv = TokenConv(layout, 3)
     fusion = Plain(conv, Swish(beta))
-    side = DTLv1(2, 3, 2, [1, 2, 3], {2: 0, 3: 0}, [fusion], 1).double()
+    side = DTLv1(
+        SideShape((layout,) * 4, text=False), [1, 2, 3], {2: 0, 3: 0}, [fusion], 1
+    ).double()
     for index, read in enumerate(side.reads.values()):
         read.a.weight.data = fill(2 * index + 1, 1, 2)
         read.c.weight.data = fill(2 * index + 2, 2, 1)
@@ -302,7 +306,7 @@ def test_tv4_v1(beta, out, state):
     ],
 )
 def test_tv5_v2_and_ls(beta, plain, scaled):
-    conv = TokenConv(2, 3, (2, 2), 0)
+    conv = TokenConv(Layout(2, (2, 2)), 3)
     fusion = Fusion(conv, Swish(beta), 1, 2).double()
     conv.conv.weight.data = fill(20, 2, 1, 3, 3)
     fusion.map.a.weight.data, fusion.map.c.weight.data = fill(11, 1, 2), fill(12, 2, 1)
@@ -323,7 +327,7 @@ def test_a_silent_aggregation_returns_the_guide():
 
 
 def test_budget_unipt_bert():
-    assert count(UniPT(768, 12, 512, out_width=1024)) == 5_921_281
+    assert count(UniPT([768] * 13, 512, out_width=1024)) == 5_921_281
 
 
 @pytest.mark.parametrize(("projection", "expected"), [("d-d", 4_293_505), ("auto", 4_736_641)])

@@ -24,10 +24,9 @@ from mdpd_deploy.train.methods import Batch, build_method
 
 # timm name, picture size, blocks, tuned norms: per block and between or behind the blocks
 VISION = {
-    "swin_tiny_patch4_window7_224": (None, 12 + 3, 12 * 2 + 3 + 1),
-    "convnext_atto": (None, 12 + 3 + 1, 12 + 3 + 1),
-    "resnet18": (64, 8, 8 * 2 + 3),
-    "tf_efficientnet_lite0": (64, 16, 16 * 3 - 1 + 1),
+    "test_mambaout": (64, 6 + 3 + 1, 6 + 3 + 1),
+    "test_byobnet": (64, 4, 3 * 2 + 3 + 4),
+    "test_maxvit": (None, 4 * 3, 4 * 7 + 1),
     "eva02_tiny_patch14_224": (None, 12, 12 * 2 + 1),
 }
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -110,7 +109,7 @@ def test_only_norms_of_blocks_and_behind_them_are_tuned(backbone):
 
 
 def test_statistics_of_batch_norms_stay_as_they_were_trained():
-    backbone = vision("resnet18")
+    backbone = vision("test_byobnet")
     before = {n: b.clone() for n, b in backbone.named_buffers() if "running" in n}
     assert before
     _, method = gradients(backbone, "recompute")
@@ -119,7 +118,7 @@ def test_statistics_of_batch_norms_stay_as_they_were_trained():
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "modernbert"])
+@pytest.mark.parametrize("name", ["test_byobnet", "modernbert"])
 def test_a_forecast_is_what_a_step_takes(name, encoder_folder, real_peak):
     options = {"method": "norms", "train.batch": 4}
     if name in VISION:
@@ -134,21 +133,23 @@ def test_a_forecast_is_what_a_step_takes(name, encoder_folder, real_peak):
 
 @pytest.mark.parametrize("method", ["side", "mdpd", "lora", "prompt", "prefix"])
 def test_what_needs_declared_taps_is_refused_in_a_sentence(method):
-    backbone = vision("resnet18")
+    backbone = vision("test_byobnet")
     config = load_config(None, {"method": method}, [])
-    with pytest.raises(UserError, match=r"resnet18.*use --method norms, bitfit"):
+    with pytest.raises(UserError, match=r"test_byobnet.*use --method norms, bitfit"):
         build_method(backbone, Classify.numbered(3), config)
 
 
 def test_bfloat16_holds_the_frozen_weights_and_leaves_norms_exact():
-    backbone = vision("resnet18")
+    backbone = vision("test_byobnet")
     config = load_config(None, {"method": "norms"}, ["train.precision=bf16"])
     method = build_method(backbone, Classify.numbered(3), config)
     norms = method.backbone.norms()
     for path, parameter in method.backbone.named_parameters():
         assert parameter.dtype == (torch.float32 if path in norms else torch.bfloat16), path
     statistics = [
-        b for n, b in method.backbone.named_buffers() if n.startswith("model.layer1.0.bn1")
+        b
+        for n, b in method.backbone.named_buffers()
+        if n.startswith("model.stages.0.0.conv1_kxk.bn")
     ]
     assert all(b.dtype != torch.bfloat16 for b in statistics)
     method.train_mode()
@@ -164,7 +165,7 @@ def test_a_model_without_norms_is_refused_where_norms_are_tuned():
     assert build_method(backbone, task, load_config(None, {"method": "probe"}, []))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "modernbert"])
+@pytest.mark.parametrize("name", ["test_byobnet", "modernbert"])
 def test_the_graph_is_the_bare_backbones_and_answers_as_torch(name, encoder_folder, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="runs exported graphs")
     if name in VISION:
@@ -193,7 +194,7 @@ def test_a_convolutional_network_goes_from_training_to_latency(digit_folder, fit
     """Real pictures through train, export with every gate, predict, and the benchmark."""
     pytest.importorskip("onnxruntime", reason="runs exported graphs")
     options = dict(
-        task="classify", data=digit_folder, backbone="timm:resnet10t", method="norms", steps=2,
+        task="classify", data=digit_folder, backbone="timm:test_byobnet", method="norms", steps=2,
         batch=8, set=["backbone.pretrained=false", "backbone.img_size=32"],
     )  # fmt: skip
     run = fit_in(tmp_path / "run", options)

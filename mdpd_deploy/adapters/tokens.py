@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone, Inputs
 from mdpd_deploy.config import PeftConfig
+from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
 
 
@@ -54,4 +55,9 @@ def build_tokens(backbone: Backbone, name: str, config: PeftConfig) -> VirtualTo
             have them.
     """
     backbone.require_taps(f"--method {name}")
+    if backbone.layouts[0].axes != "BND":
+        raise UserError(
+            f"--method {name} trains tokens beside those of a sequence (keys and values with "
+            f"prefix), and {backbone.source.name} works on maps: choose another method."
+        )
     return TOKENS.get_or_raise(name)(backbone, config)

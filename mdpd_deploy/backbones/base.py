@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mdpd_deploy.backbones.layout import Layout
 from mdpd_deploy.backbones.wrap import Run, Trace, first_of, plainly, record
 from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.errors import UserError
@@ -51,7 +52,7 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         family: The registry name of the family, e.g. "vit" or "bert".
-        width: D.
+        width: D of the pooled features [B, D].
         prefix_tokens: Leading tokens that are no patch (class and register tokens); 0 for text.
         has_cls: Whether token 0 is a class token.
         grid: (rows, columns) of the patch tokens, or None for text.
@@ -145,6 +146,20 @@ class Backbone(nn.Module, ABC):
         """L."""
         return len(self.blocks())
 
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """How the tokens of b_0..b_L lie; one and the same unless a family says otherwise."""
+        return (Layout(self.width, self.grid, self.prefix_tokens),) * (self.depth + 1)
+
+    @property
+    def entries(self) -> tuple[Layout, ...]:
+        """How the tokens lie that each block reads: those of the tap before it, or merged ones."""
+        return self.layouts[:-1]
+
+    def merges(self) -> Mapping[int, nn.Module]:
+        """Return what runs between two stages, by the index of the block behind it; no taps."""
+        return {}
+
     def trace(
         self,
         inputs: Inputs,
@@ -174,6 +189,8 @@ class Backbone(nn.Module, ABC):
             run,
             lambda: self.run_library(inputs, shown),
             keep_taps=keep_taps,
+            layouts=self.layouts,
+            merges=self.merges(),
         )
         return trace
 
@@ -191,7 +208,7 @@ class Backbone(nn.Module, ABC):
         Args:
             trace: Of the same inputs; its taps need not reach the block.
             index: 0-based.
-            x: The state [B, N, D].
+            x: The state that the block reads, [B, N, D].
             blocked: Use the current norm values without their gradient.
             block: A thinner copy to run in the block's place, with its gradients.
         """
@@ -199,7 +216,23 @@ class Backbone(nn.Module, ABC):
         if block is not None:
             return first_of(call.of(block, x))
         own: Any = self.blocks()[index]
-        return first_of(call.of(_WithoutGrad(own) if blocked else own, x))
+        state = self.entries[index].state(x)
+        out = first_of(call.of(WithoutGrad(own) if blocked else own, state))
+        return self.layouts[index + 1].tokens(out)
+
+    def enter(self, trace: Trace, index: int, x: Tensor, *, blocked: bool = False) -> Tensor:
+        """Return what block `index` reads, [B, N, D], where x is in the place of b_index.
+
+        That is x itself, but for the first block of a stage that begins with a merge.
+        """
+        merge = self.merges().get(index)
+        if merge is None:
+            return x
+        if index < len(trace.taps) and x is trace.taps[index]:
+            return self.entries[index].tokens(trace.calls[index].x)
+        own: Any = WithoutGrad(merge) if blocked else merge
+        merged: Tensor = own(self.layouts[index].state(x))
+        return self.entries[index].tokens(merged)
 
     def require_taps(self, option: str) -> None:
         """Refuse what needs to know how the tokens of the blocks lie, where nothing says so.
@@ -212,7 +245,7 @@ class Backbone(nn.Module, ABC):
         """
         if not self.has_taps:
             raise UserError(
-                f"{option} knows plain vision transformers and BERT-family encoders; "
+                f"{option} knows vision transformers, networks in stages and BERT-family encoders; "
                 f"{self.source.name} is tuned as a whole, use --method norms, bitfit, full or probe."
             )
 
@@ -225,7 +258,7 @@ class Backbone(nn.Module, ABC):
         norm = self.final_norm()
         if norm is None:
             return x
-        out: Tensor = (_WithoutGrad(norm) if blocked else norm)(x)
+        out: Tensor = (WithoutGrad(norm) if blocked else norm)(x)
         return out
 
     def pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -268,7 +301,7 @@ class Backbone(nn.Module, ABC):
         return {name: p for name, p in self.named_parameters() if id(p) in mine}
 
 
-class _WithoutGrad:
+class WithoutGrad:
     """A module that is called with detached parameters."""
 
     def __init__(self, module: nn.Module) -> None:

@@ -25,6 +25,7 @@ from mdpd_deploy.backbones.family import (
     folder_config,
     local_folder,
 )
+from mdpd_deploy.backbones.stages import StagesBackbone, is_staged
 from mdpd_deploy.backbones.vit import VitBackbone, image_size, is_plain
 from mdpd_deploy.backbones.weights import load_exactly, read_state
 from mdpd_deploy.backbones.whole import WholeVision
@@ -79,6 +80,8 @@ class TimmFamily(Family):
 def _backbone(model: nn.Module, config: BackboneConfig) -> Backbone:
     if is_plain(model):
         return VitBackbone(cast("VisionTransformer", model))
+    if is_staged(model):
+        return StagesBackbone(model, config.name)
     return WholeVision(model, config.name)
 
 
@@ -222,7 +225,8 @@ def _checked(model: nn.Module, config: BackboneConfig) -> nn.Module:
         raise UserError(f"backbone.name: {config.name} takes {channels} channels instead of 3.")
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
     size = image_size(model)
-    if is_plain(model) and any(pixels % edge for pixels, edge in zip(size, patch, strict=True)):
+    known = is_plain(model) or is_staged(model)
+    if known and any(pixels % edge for pixels, edge in zip(size, patch, strict=True)):
         raise UserError(
             f"backbone.img_size={size[0]} is no multiple of the patch size {patch[0]}: choose "
             f"{max(size[0] // patch[0], 1) * patch[0]} or {(size[0] // patch[0] + 1) * patch[0]}."

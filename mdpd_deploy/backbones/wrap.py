@@ -13,12 +13,14 @@ meet a wrapper. Shapes: the state x is the block's first argument, e.g. [B, N, D
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from mdpd_deploy.backbones.layout import Layout
 
 Forward = Callable[..., Any]
 Run = Callable[[int, Forward, "Call"], Any]  # (block index, the block's own forward, its call)
@@ -74,9 +76,10 @@ class Trace:
 
     Attributes:
         mask: Token mask [B, N], 1 = real token; None when nothing is padded.
-        taps: b_0..b_l as far as the forward ran, detached; empty where none are kept.
-        calls: What every block was called with, those beyond `taps` included; states are detached.
-        ends: b_1..b_l with their graphs; b_l alone where no taps are kept.
+        taps: b_0..b_l [B, N, D] as far as the forward ran, detached; empty where none are kept.
+        calls: What every block was called with, those beyond `taps` included; states are detached
+            and in the library's form.
+        ends: b_1..b_l [B, N, D] with their graphs; b_l alone where no taps are kept.
     """
 
     mask: Tensor | None
@@ -149,6 +152,8 @@ def record(
     forward: Forward,
     *,
     keep_taps: bool,
+    layouts: Sequence[Layout],
+    merges: Mapping[int, nn.Module],
 ) -> None:
     """Call `forward`, which runs `blocks` in order, and leave b_0..b_last in `trace`.
 
@@ -160,24 +165,37 @@ def record(
         forward: The library's own forward without arguments. Blocks from `last` on are entered, for
             the sake of their calls, and not run.
         keep_taps: Keep b_0..b_last and the calls, not only b_last.
+        layouts: Of b_0..b_L.
+        merges: Modules that run before a block, by its index; run as it is.
     """
 
     def recorded(index: int, plain: Forward, call: Call) -> Any:
         if keep_taps:
             trace.calls.append(replace(call, x=call.x.detach()))
-            trace.taps += [call.x.detach()] if index == 0 else []
+            trace.taps += [layouts[0].tokens(call.x.detach())] if index == 0 else []
         out: Any = call.x
         if index < last:
-            out = run(index, plain, call)
+            # a merge has cut the graph already, where it is to be cut
+            out = (recomputed if run is apart and index in merges else run)(index, plain, call)
+            end = layouts[index + 1].tokens(first_of(out))
             if keep_taps:
-                trace.taps.append(first_of(out).detach())
+                trace.taps.append(end.detach())
             if keep_taps or index == last - 1:
-                trace.ends.append(first_of(out))
+                trace.ends.append(end)
         if index == len(blocks) - 1:
             raise _ReachedError
         return out
 
-    with wrapped(blocks, recorded), contextlib.suppress(_ReachedError):
+    def merged(place: int, plain: Forward, call: Call) -> Any:
+        index = before[place]
+        return run(index, plain, call) if index < last else call.x
+
+    before = list(merges)
+    with (
+        wrapped(blocks, recorded),
+        wrapped(list(merges.values()), merged),
+        contextlib.suppress(_ReachedError),
+    ):
         forward()
 
 

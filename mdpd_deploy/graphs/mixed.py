@@ -14,6 +14,10 @@ explicit  LayerNormalization with a scale of ones, then Mul and Add: the fastest
 fused     each sample's scale and shift straight into LayerNormalization, whose ONNX definition
           lets them broadcast: six nodes more than the base graph, whatever its depth.
 tensorrt  as explicit, the ones as [D]: TensorRT's normalisation takes one scale for the batch.
+
+Batch norms take one scale and shift for the batch by definition: in every form they get ones and
+zeros, and Mul and Add follow. Maps have four axes, with channels last (Swin, ConvNeXt) or first
+(batch norms).
 """
 
 from collections import Counter
@@ -200,11 +204,13 @@ class _Surgery:
             return [node]
         if node.op_type == "LayerNormalization" and node.input[0] not in mine:
             return self._norm(node) if self.form == "fused" else self._explicit_norm(node)
+        if node.op_type == "BatchNormalization" and not {*mine} & {node.input[0], *node.input[3:]}:
+            return self._batch_norm(node)
         if node.op_type == "Gemm" and list(node.input[1:]) == [HEAD_WEIGHT, HEAD_BIAS]:
             return self._head(node)
         raise ExportError(
             f"--multi: {mine[0]} is read by {node.op_type}, and in one graph for several tasks only "
-            "layer norms and the head can take a value per sample: export each run alone."
+            "layer norms, batch norms and the head can take a value per sample: export each run alone."
         )
 
     def _norm(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -233,10 +239,32 @@ class _Surgery:
             known = name in self.row.shapes
             steps.append(("Add", self._shaped(name, rank, made) if known else name))
         made.append(twin)
+        return self._followed(made, steps)
+
+    def _batch_norm(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        made: list[onnx.NodeProto] = []
+        twin, steps = _copy(node), []
+        for index, (kind, value) in enumerate((("Mul", 1.0), ("Add", 0.0)), start=1):
+            name = node.input[index]
+            if name in self.row.shapes:
+                (width,) = self.row.shapes[name]
+                plain = np.full(width, value, dtype=np.float32)
+                twin.input[index] = self._constant(f"tasks.{value:.0f}s.{width}", plain)
+                steps.append(
+                    (kind, self._shaped(name, self._ranks[node.input[0]], made, first=True))
+                )
+        return self._followed([*made, twin], steps)
+
+    @staticmethod
+    def _followed(
+        made: list[onnx.NodeProto], steps: Sequence[tuple[str, str]]
+    ) -> list[onnx.NodeProto]:
+        """Let steps (operator, operand) follow the last node; the last one gives its output."""
+        out = made[-1].output[0]
         for kind, operand in steps:
-            before = made[-1].output[0] = f"tasks.before{kind}.{node.output[0]}"
-            name = f"tasks.{kind}.{node.output[0]}"
-            made.append(helper.make_node(kind, [before, operand], [node.output[0]], name=name))
+            before = made[-1].output[0] = f"tasks.before{kind}.{out}"
+            name = f"tasks.{kind}.{out}"
+            made.append(helper.make_node(kind, [before, operand], [out], name=name))
         return made
 
     def _head(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -256,18 +284,34 @@ class _Surgery:
             make("Squeeze", ["tasks.answer", axis], [node.output[0]], name="tasks.head.squeeze"),
         ]
 
-    def _shaped(self, name: str, rank: int, made: list[onnx.NodeProto]) -> str:
-        """Return the piece [B, 1, D] as it broadcasts against a value of `rank` axes."""
+    def _shaped(
+        self, name: str, rank: int, made: list[onnx.NodeProto], *, first: bool = False
+    ) -> str:
+        """Return the piece [B, 1, D] as it broadcasts against a value of `rank` axes.
+
+        Args:
+            name: The norm's tensor.
+            rank: 2, 3, or 4 for a map.
+            made: What is needed for it is appended.
+            first: The value's second axis is D, not its last.
+        """
         piece = _piece(name)
-        if rank == 3:
+        if rank == 3 and not first:
             return piece
-        if rank != 2:
+        if rank not in (2, 3, 4):
             raise ExportError(
-                f"the norm of {name} reads a value of {rank} axes; 2 or 3 can be mixed."
+                f"the norm of {name} reads a value of {rank} axes; 2 to 4 can be mixed."
             )
         flat = f"{piece}.flat"
-        inputs = [piece, self._constant("tasks.axis", [1])]
-        made.append(helper.make_node("Squeeze", inputs, [flat], name=flat))
+        if rank == 2:
+            inputs = [piece, self._constant("tasks.axis", [1])]
+            made.append(helper.make_node("Squeeze", inputs, [flat], name=flat))
+            return flat
+        (width,) = self.row.shapes[name]
+        ones = [1] * (rank - 2)
+        shape = [-1, width, *ones] if first else [-1, *ones, width]
+        inputs = [piece, self._constant(f"tasks.shape.{'.'.join(map(str, shape[1:]))}", shape)]
+        made.append(helper.make_node("Reshape", inputs, [flat], name=flat))
         return flat
 
     def _constant(self, name: str, value: NDArray[np.float32] | Sequence[int]) -> str:

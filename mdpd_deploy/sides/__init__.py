@@ -8,15 +8,21 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides import dtl, lst, sherl, unipt
 from mdpd_deploy.sides.base import (
     SIDES,
+    FrozenBlocks,
     SideNetwork,
     SideOutput,
     SideShape,
     check_options,
     other_side,
 )
+from mdpd_deploy.sides.sherl_maps import MapSHERL
+from mdpd_deploy.sides.unipt_maps import MapUniPT
+
+FOR_STAGES: dict[str, type[SideNetwork]] = {"sherl": MapSHERL, "unipt": MapUniPT}
 
 __all__ = [
     "SIDES",
+    "FrozenBlocks",
     "SideNetwork",
     "SideOutput",
     "SideShape",
@@ -44,17 +50,11 @@ def build_side(
         UserError: If the name is unknown, an option does not fit, or there is no s_L to read.
     """
     backbone.require_taps(f"--side {config.name}")
-    shape = SideShape(
-        backbone.family,
-        backbone.width,
-        backbone.depth,
-        text=backbone.takes == "text",
-        grid=backbone.grid,
-        prefix=backbone.prefix_tokens,
-        backbone=backbone,
-    )
+    shape = SideShape.of(backbone)
     kind = SIDES.get_or_raise(config.name)
     check_options(config)
+    if len(shape.stages) > 1:
+        kind = FOR_STAGES.get(config.name, kind)
     side = kind.build(shape, config)
     if last_feature:
         if side.feature_layers[-1] != backbone.depth or not hasattr(side, "up"):

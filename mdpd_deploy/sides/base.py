@@ -2,26 +2,48 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mdpd_deploy.backbones.base import Backbone
+from mdpd_deploy.backbones.layout import Layout
+from mdpd_deploy.backbones.wrap import Trace
 from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
 
 
-class RunBlock(Protocol):
-    """Runs backbone block `index` on x [B, N, D] with the arguments of the plain forward.
+class FrozenBlocks:
+    """The blocks of a backbone with what they were called with in a trace.
 
-    Norm gradients are blocked. `block` is a thinner copy to run in its place.
+    Args:
+        backbone: Whose blocks they are.
+        trace: Of the inputs at hand.
+        blocked: Keep gradients from the norms.
     """
 
-    def __call__(self, index: int, x: Tensor, *, block: nn.Module | None = None) -> Tensor: ...
+    def __init__(self, backbone: Backbone, trace: Trace, *, blocked: bool = False) -> None:
+        self.backbone = backbone
+        self.trace = trace
+        self.blocked = blocked
+
+    def __call__(self, index: int, x: Tensor, *, block: nn.Module | None = None) -> Tensor:
+        """Run block `index` on what it reads [B, N, D], or a thinner copy in its place."""
+        run = self.backbone.run_block
+        x = x if block is not None else x.to(self.trace.taps[0].dtype)
+        return run(self.trace, index, x, blocked=self.blocked, block=block)
+
+    def enter(self, index: int, x: Tensor) -> Tensor:
+        """Return what block `index` reads, where x [B, N, D] is in the place of b_index.
+
+        That is x, unless a merge of stages lies before the block.
+        """
+        x = x.to(self.trace.taps[0].dtype)
+        return self.backbone.enter(self.trace, index, x, blocked=self.blocked)
 
 
 Importance = Callable[[Tensor], Tensor]  # a weight → numbers ≥ 0 of its shape
@@ -32,22 +54,51 @@ class SideShape:
     """What a side network must know of the backbone it sits beside.
 
     Attributes:
-        family: The backbone's family.
-        width: D.
-        depth: L.
+        layouts: How b_0..b_L lie.
         text: Whether tokens are words.
-        grid: (rows, columns) of the patches, None for text.
-        prefix: Class and register tokens in front of the patches.
+        entries: How what each block reads lies; empty where it is the tap before it.
+        batch_norms: Whether the backbone's norms are batch norms.
         backbone: The backbone itself, for side networks made of thinner copies of its blocks.
     """
 
-    family: str
-    width: int
-    depth: int
+    layouts: tuple[Layout, ...]
     text: bool
-    grid: tuple[int, int] | None = None
-    prefix: int = 0
+    entries: tuple[Layout, ...] = ()
+    batch_norms: bool = False
     backbone: Backbone | None = None
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> "SideShape":
+        """Describe a backbone."""
+        kinds = nn.modules.batchnorm._BatchNorm
+        return cls(
+            backbone.layouts,
+            backbone.takes == "text",
+            backbone.entries,
+            any(isinstance(module, kinds) for module in backbone.modules()),
+            backbone,
+        )
+
+    @property
+    def width(self) -> int:
+        """D of the last tap."""
+        return self.layouts[-1].width
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        return len(self.layouts) - 1
+
+    def entry(self, index: int) -> Layout:
+        """How what block `index` reads lies."""
+        return (self.entries or self.layouts)[index]
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The last tap on each grid; (L,) where all taps are alike."""
+        after = (*self.layouts[1:], None)
+        pairs = zip(self.layouts, after, strict=True)
+        return tuple(i for i, (a, b) in enumerate(pairs) if b is None or a.grid != b.grid)
 
     @property
     def default_reduction(self) -> int:
@@ -61,7 +112,7 @@ class SideOutput:
 
     Attributes:
         tokens: The side output [B, N, D]; it goes where the backbone's last features would go.
-        features: s_l by 1-based layer [B, N, D_S]; only the layers that have one.
+        features: s_l by 1-based layer, as `feature_layout` says; only the layers that have one.
     """
 
     tokens: Tensor
@@ -99,16 +150,19 @@ class SideNetwork(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: RunBlock
+        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: FrozenBlocks
     ) -> SideOutput:
         """Run the side network.
 
         Args:
             taps: b_0..b_{last_tap}, each [B, N, D], detached.
             mask: [B, N], 1 = real token; None when nothing is padded.
-            run_block: Runs a backbone block with blocked norm gradients, for side networks whose
-                graph contains late blocks.
+            run_block: Runs backbone blocks, for side networks whose graph contains late ones.
         """
+
+    def feature_layout(self, layer: int, layouts: Sequence[Layout]) -> Layout:
+        """Return how s_l lies: as b_l, in the side network's width."""
+        return replace(layouts[layer], width=self.width)
 
     def inherit(self, backbone: Backbone, importance: Importance) -> None:
         """Take first weights from the backbone; most side networks start from their own."""

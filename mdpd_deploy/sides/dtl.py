@@ -11,6 +11,12 @@ code for v1; the journal extension for v2 and v2-LS, which have no code. Layers 
     v2   F_i(h) = θ(g_i(h)) w'_i + h on some blocks only; w_i on some blocks only
     LS   as v2 with one g and w' for all; blocks that read the same h get a scale and a shift each
 
+Between the stages of a hierarchical network the width changes, and h with it: v1 begins again at 0,
+in v2 and LS a bridge carries it on, a 2×2 convolution of stride 2 in groups of 4 channels. Hence v1
+reads only the blocks of stages in which others are adapted behind them (Swin-B: 5 to 24), and the
+pattern of v2 is that of every stage for itself (Swin-B: 2, 4, 5, 9, 13, 17, 22, 24 are read; 13,
+15, 17, 19, 22, 24 adapted; both as the paper lists them). There is one g per stage.
+
 At the start h = 0 and the logits are the frozen backbone's. Read-out is the deployed model's own,
 so that this holds exactly; the released code averages before the final norm. Prefix tokens
 skip g; texts, which the papers leave out, take a 1-D convolution along the words.
@@ -30,15 +36,18 @@ Under MDPD s_l is h_{l+1}, the state that is added to block l's output. Not h_l:
 would have nothing to teach, and what block l is read for would be missing from its own feature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from math import gcd
 
 import torch
 from torch import Tensor, nn
 
+from mdpd_deploy.backbones.layout import Layout
 from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.sides.base import SIDES, RunBlock, SideNetwork, SideOutput, SideShape
+from mdpd_deploy.sides.base import SIDES, FrozenBlocks, SideNetwork, SideOutput, SideShape
 
 BETA = 100.0
 
@@ -72,18 +81,15 @@ class TokenConv(nn.Module):
     """A depth-wise convolution over the patch grid, or along the words; no bias, same size.
 
     Args:
-        width: D.
+        layout: Width, grid and prefix tokens, which pass unchanged.
         kernel: k; an even one pads less before than behind.
-        grid: (rows, columns) of the patches; None for text.
-        prefix: Class and register tokens in front, which pass unchanged.
     """
 
-    def __init__(self, width: int, kernel: int, grid: tuple[int, int] | None, prefix: int) -> None:
+    def __init__(self, layout: Layout, kernel: int) -> None:
         super().__init__()
-        conv = nn.Conv2d if grid else nn.Conv1d
+        width, self.grid, self.prefix = layout.width, layout.grid, layout.prefix
+        conv = nn.Conv2d if self.grid else nn.Conv1d
         self.conv = conv(width, width, kernel, padding="same", groups=width, bias=False)
-        self.grid = grid
-        self.prefix = prefix
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, N, D], mask [B, N] (1 = real token) → [B, N, D]."""
@@ -136,18 +142,43 @@ class ScaleShift(nn.Module):
         return x * self.scale + self.shift
 
 
+class Bridge(nn.Module):
+    """Brings h [B, N, C] to the next stage: a grouped, strided convolution without bias.
+
+    Between grids that do not halve, kernel and stride are their ratio; a grid that was padded to
+    be halved is padded here too.
+    """
+
+    def __init__(self, before: Layout, after: Layout) -> None:
+        super().__init__()
+        assert before.grid is not None and after.grid is not None
+        self.grid = before.grid
+        pairs = list(zip(before.grid, after.grid, strict=True))
+        stride = max(round(a / b) for a, b in pairs)
+        (rows, columns) = (max(0, stride * b - a) for a, b in pairs)
+        self.padding = (0, columns, 0, rows)
+        groups = gcd(max(before.width // 4, 1), before.width, after.width)
+        self.conv = nn.Conv2d(
+            before.width, after.width, stride, stride=stride, groups=groups, bias=False
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        shown = nn.functional.pad(h.transpose(1, 2).unflatten(2, self.grid), self.padding)
+        out: Tensor = self.conv(shown)
+        return out.flatten(2).transpose(1, 2)
+
+
 class DTL(SideNetwork):
     """Taps b_0..b_M → own run of blocks M+1..L with h added → side output [B, N, D].
 
     Args:
-        width: D.
-        depth: L.
-        first: M, the first block whose output is adapted.
-        reads: Blocks i whose input feeds h through a w_i.
-        adds: {block i: index of its module in `fusions`}, for i ≥ M.
+        shape: The backbone.
+        reads: Blocks i whose input feeds h through a w_i, ascending.
+        adds: {block i: index of its module in `fusions`}; the first block is M.
         fusions: F_i by index.
         rank: d'.
         affine: Blocks whose F_i is scaled and shifted (LS).
+        bridged: Carry h from stage to stage (v2) instead of beginning again at 0.
     """
 
     has_features = False  # h is the same over several blocks, but in v1
@@ -155,38 +186,64 @@ class DTL(SideNetwork):
 
     def __init__(
         self,
-        width: int,
-        depth: int,
-        first: int,
+        shape: SideShape,
         reads: Sequence[int],
-        adds: dict[int, int],
+        adds: Mapping[int, int],
         fusions: Sequence[nn.Module],
         rank: int,
         *,
         affine: Sequence[int] = (),
+        bridged: bool = False,
     ) -> None:
         super().__init__()
-        self.width = width
-        self.depth = depth
-        self.last_tap = first
-        self.feature_layers = tuple(range(1, depth + 1)) if self.has_features else ()
-        self.reads = nn.ModuleDict({str(index): LowRank(width, rank) for index in reads})
+        self.depth = shape.depth
+        self.last_tap = min(adds)
+        self.width = shape.width
+        self.feature_layers = tuple(reads) if self.has_features else ()
+        self.reads = nn.ModuleDict(
+            {str(index): LowRank(shape.entry(index - 1).width, rank) for index in reads}
+        )
         self.fusions = nn.ModuleList(fusions)
         self.adds = adds
-        self.affine = nn.ModuleDict({str(index): ScaleShift(width) for index in affine})
+        self.affine = nn.ModuleDict(
+            {str(index): ScaleShift(shape.layouts[index].width) for index in affine}
+        )
+        self.turns = turns(shape)
+        last = max(adds) if bridged else 0
+        self.bridges = nn.ModuleDict(
+            {
+                name: Bridge(turn.before, turn.after)
+                for name, turn in self.turns.items()
+                if reads[0] < turn.first_reader and turn.layer <= last
+            }
+        )
+
+    def feature_layout(self, layer: int, layouts: Sequence[Layout]) -> Layout:
+        """Return how h lies, which is as the tap."""
+        return layouts[layer]
 
     def forward(
-        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: RunBlock
+        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: FrozenBlocks
     ) -> SideOutput:
-        h = torch.zeros_like(taps[0])
+        x = taps[0]
+        h = zeros_like(x)
         states = {}
-        for layer in range(1, self.last_tap + 1):
-            states[layer] = h = self._read(layer, taps[layer - 1], h)
-        x = self._add(self.last_tap, taps[self.last_tap], h, mask)
-        for layer in range(self.last_tap + 1, self.depth + 1):
-            states[layer] = h = self._read(layer, x, h)
-            x = self._add(layer, run_block(layer - 1, x), h, mask)
+        for layer in range(1, self.depth + 1):
+            if f"before {layer}" in self.turns:
+                x = run_block.enter(layer - 1, x)
+                h = self._turn(f"before {layer}", h, x)
+            h = self._read(layer, x, h)
+            states[layer] = h
+            x = taps[layer] if layer <= self.last_tap else run_block(layer - 1, x)
+            h = self._turn(f"in {layer}", h, x)
+            x = self._add(layer, x, h, mask)
         return SideOutput(x, {layer: states[layer] for layer in self.feature_layers})
+
+    def _turn(self, name: str, h: Tensor, x: Tensor) -> Tensor:
+        """Bring h to the layout of x where it changes."""
+        if name not in self.turns:
+            return h
+        return self.bridges[name](h) if name in self.bridges else zeros_like(x)
 
     def _read(self, layer: int, x: Tensor, h: Tensor) -> Tensor:
         name = str(layer)
@@ -202,24 +259,24 @@ class DTL(SideNetwork):
 
 @SIDES.register("dtlv1")
 class DTLv1(DTL):
-    """DTL as released ("DTL+"): every block is read, blocks M..L are adapted."""
+    """DTL as released ("DTL+"): every block is read, blocks M..L are adapted, where it has effect."""
 
     options = ("rank", "kernel", "dtl_first")
     has_features = True
 
     @classmethod
     def build(cls, shape: SideShape, config: SideConfig) -> "DTLv1":
-        first = first_adapted(shape, config)
-        layers = list(range(1, shape.depth + 1))
-        return cls(
-            shape.width,
-            shape.depth,
-            first,
-            layers,
-            dict.fromkeys(layers[first - 1 :], 0),
-            [Plain(token_conv(shape, config), Swish())],
-            config.rank,
-        )
+        late = range(first_adapted(shape, config), shape.depth + 1)
+        met = [(i, j) for i in range(1, shape.depth + 1) for j in late if reaches(shape, i, j)]
+        if not met:
+            raise UserError(
+                "side.name=dtlv1 begins again in every stage, and no stage here has a second block "
+                f"behind block {late[0]}; use dtlv2, or a smaller side.dtl_first."
+            )
+        reads, adds = (sorted(set(blocks)) for blocks in zip(*met, strict=True))
+        kinds, at = by_layout(shape, adds)
+        fusions = [Plain(token_conv(kind, shape, config), Swish()) for kind in kinds]
+        return cls(shape, reads, at, fusions, config.rank)
 
 
 @SIDES.register("dtlv2")
@@ -231,28 +288,59 @@ class DTLv2(DTL):
     @classmethod
     def build(cls, shape: SideShape, config: SideConfig) -> "DTLv2":
         reads, adds = pattern(shape, config)
-        fusions = [fusion(shape, config) for _ in adds]
+        fusions = [fusion(shape.layouts[block], shape, config) for block in adds]
         at = {block: index for index, block in enumerate(adds)}
-        return cls(shape.width, shape.depth, adds[0], reads, at, fusions, config.rank)
+        return cls(shape, reads, at, fusions, config.rank, bridged=True)
 
 
 @SIDES.register("dtlv2-ls")
 class DTLv2LS(DTLv2):
-    """One fusion for all adapted blocks, scaled and shifted where h is the same."""
+    """One fusion for all adapted blocks of a stage, scaled and shifted where h is the same."""
 
     @classmethod
     def build(cls, shape: SideShape, config: SideConfig) -> "DTLv2LS":
         reads, adds = pattern(shape, config)
-        return cls(
-            shape.width,
-            shape.depth,
-            adds[0],
-            reads,
-            dict.fromkeys(adds, 0),
-            [fusion(shape, config)],
-            config.rank,
-            affine=shared_state(reads, adds),
+        kinds, at = by_layout(shape, adds)
+        fusions = [fusion(kind, shape, config) for kind in kinds]
+        affine = shared_state(shape, reads, adds)
+        return cls(shape, reads, at, fusions, config.rank, affine=affine, bridged=True)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A place where the layout of the states changes, and h must follow.
+
+    Attributes:
+        layer: The block that it lies before or in.
+        before, after: The layouts.
+        first_reader: The first block whose reading comes behind it.
+    """
+
+    layer: int
+    before: Layout
+    after: Layout
+    first_reader: int
+
+
+def turns(shape: SideShape) -> dict[str, Turn]:
+    """Return the places by name: `before 5` for a merge before block 5, `in 5` for the block."""
+    found = {}
+    for layer in range(1, shape.depth + 1):
+        before, entry, after = (
+            shape.layouts[layer - 1],
+            shape.entry(layer - 1),
+            shape.layouts[layer],
         )
+        if before != entry:
+            found[f"before {layer}"] = Turn(layer, before, entry, layer)
+        if entry != after:
+            found[f"in {layer}"] = Turn(layer, entry, after, layer + 1)
+    return found
+
+
+def zeros_like(x: Tensor) -> Tensor:
+    """Return zeros of the shape of x that take no memory."""
+    return x.new_zeros(()).expand_as(x)
 
 
 def first_adapted(shape: SideShape, config: SideConfig) -> int:
@@ -273,8 +361,8 @@ def pattern(shape: SideShape, config: SideConfig) -> tuple[list[int], list[int]]
             f"side.dtl_first={config.dtl_first} does nothing beside side.dtl_adds, whose first "
             f"block is M: leave one of them out."
         )
-    adds = sorted(set(config.dtl_adds or default_adds(first_adapted(shape, config), shape.depth)))
-    reads = sorted(set(config.dtl_reads or default_reads(adds[-1])))
+    adds = sorted(set(config.dtl_adds or default_adds(shape, first_adapted(shape, config))))
+    reads = sorted(set(config.dtl_reads or default_reads(shape, adds[-1])))
     for name, blocks in (("dtl_reads", reads), ("dtl_adds", adds)):
         if blocks[0] < 1 or blocks[-1] > shape.depth:
             raise UserError(
@@ -289,30 +377,61 @@ def pattern(shape: SideShape, config: SideConfig) -> tuple[list[int], list[int]]
     return reads, adds
 
 
-def default_reads(last: int) -> list[int]:
-    """Return the blocks of v2 whose input is read: every fourth up to the last fusion's, and it."""
-    return sorted({*range(1, last + 1, 4), last})
+def default_reads(shape: SideShape, last: int) -> list[int]:
+    """Return the blocks of v2 whose input is read: of every stage every fourth, and its last.
+
+    None is read right before a stage's last one, as in the paper's list for Swin; a plain
+    transformer of 6 or 10 blocks keeps it.
+    """
+    found = [(a, min(b, last)) for a, b in spans(shape) if a <= last]
+    spare = 1 if len(found) > 1 else -1
+    return sorted({block for a, b in found for block in (*range(a, b - spare, 4), b)})
 
 
-def default_adds(first: int, depth: int) -> list[int]:
-    """Return the blocks of v2 whose output is adapted: every second from M, and the last."""
-    return sorted({*range(first, depth - 1, 2), depth})
+def default_adds(shape: SideShape, first: int) -> list[int]:
+    """Return the blocks of v2 whose output is adapted: from M every second of a stage, and its last."""
+    found = [(max(a, first), b) for a, b in spans(shape) if b >= first]
+    return sorted({block for a, b in found for block in (*range(a, b - 1, 2), b)})
 
 
-def shared_state(reads: Sequence[int], adds: Sequence[int]) -> list[int]:
+def spans(shape: SideShape) -> list[tuple[int, int]]:
+    """Return the first and the last block of every stage: of every run of equal outputs."""
+    ends = [
+        block
+        for block in range(1, shape.depth + 1)
+        if block == shape.depth or shape.layouts[block] != shape.layouts[block + 1]
+    ]
+    return list(zip([1, *(end + 1 for end in ends)], ends, strict=False))
+
+
+def reaches(shape: SideShape, read: int, add: int) -> bool:
+    """Tell whether what block `read` is read for is added behind block `add` in the same stage."""
+    changes = turns(shape).values()
+    return read <= add and not any(
+        read < turn.first_reader and turn.layer <= add for turn in changes
+    )
+
+
+def shared_state(shape: SideShape, reads: Sequence[int], adds: Sequence[int]) -> list[int]:
     """Return the adapted blocks that read the same h as an adapted block before them (LS)."""
     return [
         block
         for before, block in pairwise(adds)
-        if not any(before < read <= block for read in reads)
+        if shape.layouts[before] == shape.layouts[block]
+        and not any(before < read <= block for read in reads)
     ]
 
 
-def token_conv(shape: SideShape, config: SideConfig) -> TokenConv:
+def by_layout(shape: SideShape, adds: Sequence[int]) -> tuple[list[Layout], dict[int, int]]:
+    """Return the layouts of the adapted blocks, and for every block the place of its own."""
+    kinds = list(dict.fromkeys(shape.layouts[block] for block in adds))
+    return kinds, {block: kinds.index(shape.layouts[block]) for block in adds}
+
+
+def token_conv(layout: Layout, shape: SideShape, config: SideConfig) -> TokenConv:
     """Return g: k = 5 on patches (the reported sizes need it), 3 along words."""
-    kernel = config.kernel or (3 if shape.text else 5)
-    return TokenConv(shape.width, kernel, shape.grid, shape.prefix)
+    return TokenConv(layout, config.kernel or (3 if shape.text else 5))
 
 
-def fusion(shape: SideShape, config: SideConfig) -> Fusion:
-    return Fusion(token_conv(shape, config), Swish(), config.rank, shape.width)
+def fusion(layout: Layout, shape: SideShape, config: SideConfig) -> Fusion:
+    return Fusion(token_conv(layout, shape, config), Swish(), config.rank, layout.width)

@@ -22,8 +22,8 @@ from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides.base import (
     SIDES,
+    FrozenBlocks,
     Importance,
-    RunBlock,
     SideNetwork,
     SideOutput,
     SideShape,
@@ -74,7 +74,7 @@ class LST(SideNetwork):
             init_linears(part, 0.01)
 
     def forward(
-        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: RunBlock
+        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: FrozenBlocks
     ) -> SideOutput:
         h = self.first(taps[0])
         gates = torch.sigmoid(self.alpha / TEMPERATURE).unbind()
@@ -97,6 +97,11 @@ class LST(SideNetwork):
         backbone = shape.backbone
         if backbone is None:
             raise UserError("side.name=lst is made of the backbone's own blocks: name a backbone.")
+        if len(shape.stages) > 1:
+            raise UserError(
+                "side.name=lst copies blocks of one width, and this backbone works in stages of "
+                "growing width: use unipt, sherl, dtlv1, dtlv2 or dtlv2-ls."
+            )
         default = 4 if shape.text else 8
         d = side_width(shape, config, default=default, heads=backbone.heads)
         blocks = [backbone.thin_block(index, shape.width // d) for index in range(shape.depth)]

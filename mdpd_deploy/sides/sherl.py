@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.sides.base import SIDES, RunBlock, SideNetwork, SideOutput, SideShape, side_width
+from mdpd_deploy.sides.base import (
+    SIDES,
+    FrozenBlocks,
+    SideNetwork,
+    SideOutput,
+    SideShape,
+    side_width,
+)
 from mdpd_deploy.sides.unipt import init_linears
 
 TEMPERATURE = 0.1
@@ -154,7 +161,7 @@ class SHERL(SideNetwork):
         return self.aggregate(torch.stack(shallow, dim=2), guide)
 
     def forward(
-        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: RunBlock
+        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: FrozenBlocks
     ) -> SideOutput:
         x = taps[self.last_tap]
         mapped = [self.kept_small(map_, tap) for map_, tap in zip(self.maps, taps, strict=False)]

@@ -9,61 +9,72 @@ Memory" (CVPR 2024) and its released code. `variant="reference"` follows the cod
 `variant="paper"` follows the equations: no LayerNorm, confidence from the blended features, a
 bias-free W₃ReLU(W₂·), no ReLU before the up map. In both, padded keys are masked before the L1
 norm and the means of the confidence run over real tokens, so padding changes nothing on them.
+Beside a network in stages it takes the form for maps (`unipt_maps.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mdpd_deploy.config import SideConfig
-from mdpd_deploy.sides.base import SIDES, RunBlock, SideNetwork, SideOutput, SideShape, side_width
+from mdpd_deploy.sides.base import (
+    SIDES,
+    FrozenBlocks,
+    SideNetwork,
+    SideOutput,
+    SideShape,
+    side_width,
+)
 
 
 @SIDES.register("unipt")
 class UniPT(SideNetwork):
-    """Taps b_0..b_L [B, N, D] → side output [B, N, E].
+    """Some of the taps [B, N, D] → side output [B, N, E].
 
-    s_l is the blended F'_l for l < L and F^C for l = L (F'_0 is no layer's output and is unused).
+    s_l is the blended F'_l for l below the last one and F^C for the last (F'_0 is no layer's output
+    and is unused).
 
     Args:
-        width: D, width of the taps.
-        depth: L.
+        widths: D of each tap that is read, the guide last.
         side_width: d.
         out_width: E, width of the output; D beside a backbone.
+        layers: Which taps are read; None means all.
         paper: The paper's equations instead of the released code.
         deep_projection: d→D→d instead of d→d for the blended sum (reference only).
         relu_up: ReLU before the up map (reference only).
         epsilon: Smallest L1 norm of a row (1e-8 text, 1e-6 vision). The reference adds it; the
             ONNX optimiser drops an added 1e-8 as a zero, so that a row of zeros became NaN.
         init_std: Standard deviation of the weights; None keeps PyTorch's default.
+        norm: Makes the norm behind a map (reference only).
     """
 
     options = ("reduction", "variant", "projection")
 
     def __init__(
         self,
-        width: int,
-        depth: int,
+        widths: Sequence[int],
         side_width: int,
         *,
         out_width: int,
+        layers: Sequence[int] | None = None,
         paper: bool = False,
         deep_projection: bool = False,
         relu_up: bool = True,
         epsilon: float = 1e-8,
         init_std: float | None = None,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
     ) -> None:
         super().__init__()
-        self.width = side_width
-        self.last_tap = depth
-        self.feature_layers = tuple(range(1, depth + 1))
+        self.width = d = side_width
+        self.layers = tuple(range(len(widths)) if layers is None else layers)
+        self.last_tap = self.layers[-1]
+        self.feature_layers = tuple(layer for layer in self.layers if layer)
         self.paper = paper
         self.epsilon = epsilon
-        layers = range(depth + 1)
-        d = side_width
+        width = widths[-1]
         if paper:
-            self.down = nn.ModuleList(nn.Linear(width, d) for _ in layers)
+            self.down = nn.ModuleList(nn.Linear(width, d) for width in widths)
             self.gate = nn.Linear(d, 1, bias=False)
             self.project: nn.Module = nn.Sequential(
                 nn.Linear(d, width, bias=False), nn.ReLU(), nn.Linear(width, d, bias=False)
@@ -71,7 +82,7 @@ class UniPT(SideNetwork):
             self.up: nn.Module = nn.Linear(d, out_width)
         else:
             self.down = nn.ModuleList(
-                nn.Sequential(nn.Linear(width, d), nn.LayerNorm(d)) for _ in layers
+                nn.Sequential(nn.Linear(width, d), norm(d)) for width in widths
             )
             self.gate = nn.Linear(d, 1)
             inner = (
@@ -79,22 +90,27 @@ class UniPT(SideNetwork):
                 if deep_projection
                 else [nn.Linear(d, d)]
             )
-            self.project = nn.Sequential(*inner, nn.LayerNorm(d))
+            self.project = nn.Sequential(*inner, norm(d))
             up = nn.Linear(d, out_width)
             self.up = nn.Sequential(nn.ReLU(), up) if relu_up else up
         if init_std is not None:
             init_linears(self, init_std)
 
+    def read(self, taps: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return what is mapped down, [B, N, D] of each layer that is read."""
+        return taps
+
     def forward(
-        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: RunBlock
+        self, taps: Sequence[Tensor], mask: Tensor | None, run_block: FrozenBlocks
     ) -> SideOutput:
-        down = [layer(tap) for layer, tap in zip(self.down, taps, strict=True)]
+        down = [layer(tap) for layer, tap in zip(self.down, self.read(taps), strict=True)]
         guide = down[-1]
         blended = [self.kept_small(self._blend, guide, feature, mask) for feature in down[:-1]]
         confidence = self._confidence(guide, blended if self.paper else down[:-1], mask)
         total = sum_weighted(blended, confidence)
         last = guide + self.project(total)
-        features = dict(enumerate(blended[1:], start=1)) | {len(blended): last}
+        features = dict(zip(self.layers, [*blended, last], strict=True))
+        features.pop(0, None)
         return SideOutput(self.up(last), features)
 
     def _blend(self, guide: Tensor, feature: Tensor, mask: Tensor | None) -> Tensor:
@@ -122,8 +138,7 @@ class UniPT(SideNetwork):
         """Build UniPT for a backbone: VSE flavour beside text, CLIP-ViL beside vision."""
         deep = config.projection == "d-D-d" or (config.projection == "auto" and not shape.text)
         return cls(
-            shape.width,
-            shape.depth,
+            [layout.width for layout in shape.layouts],
             side_width(shape, config),
             out_width=shape.width,
             paper=config.variant == "paper",

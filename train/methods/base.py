@@ -16,7 +16,6 @@ from mdpd_deploy.backbones.wrap import Trace
 from mdpd_deploy.config import Config, DistillConfig, PeftConfig, SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
-from mdpd_deploy.sides.base import RunBlock
 from mdpd_deploy.tasks import Task
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.train.precision import hold_in_bfloat16, side_autocast
@@ -266,17 +265,6 @@ class Method:
         """Run the backbone without a graph up to tap `last` (None: L)."""
         with torch.no_grad():
             return self.backbone.trace(inputs, last=last)
-
-    def run_block(self, trace: Trace, *, blocked: bool) -> RunBlock:
-        """Return what a side network runs late blocks with, in the dtype of the taps."""
-        dtype = trace.taps[0].dtype
-
-        def run(index: int, x: Tensor, *, block: nn.Module | None = None) -> Tensor:
-            if block is None:
-                x = x.to(dtype)
-            return self.backbone.run_block(trace, index, x, blocked=blocked, block=block)
-
-        return run
 
 
 METHODS: Registry[type[Method]] = Registry("method (--method)")

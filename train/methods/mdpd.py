@@ -22,7 +22,7 @@ from mdpd_deploy.config import Config, DistillConfig, LossConfig
 from mdpd_deploy.distill import FeatureDistiller, weighted_distance
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.model import pool_side
-from mdpd_deploy.sides import SIDES, SideNetwork, SideOutput, build_side
+from mdpd_deploy.sides import SIDES, FrozenBlocks, SideNetwork, SideOutput, build_side
 from mdpd_deploy.tasks import Task
 from mdpd_deploy.train.memory.live import part
 from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts
@@ -80,11 +80,11 @@ class MDPD(Method):
             )
         self.shallow_weight, self.deep_weight = feature_weights(config.loss, type(self.side))
         self.distiller = FeatureDistiller(
-            width=backbone.width,
-            side_width=self.side.width,
-            layers=self.side.feature_layers,
-            grid=backbone.grid,
-            prefix=backbone.prefix_tokens,
+            backbone.layouts,
+            {
+                layer: self.side.feature_layout(layer, backbone.layouts)
+                for layer in self.side.feature_layers
+            },
             protect_first=backbone.has_cls,
             config=config.distill,
             imitate=self.shallow_weight > 0,
@@ -108,7 +108,8 @@ class MDPD(Method):
         """Run the side network on detached taps; return its output and pooled features."""
         taps = trace.taps[: self.side.last_tap + 1]
         with self.autocast(taps[0]):
-            output = self.side(taps, trace.mask, self.run_block(trace, blocked=blocked))
+            blocks = FrozenBlocks(self.backbone, trace, blocked=blocked)
+            output = self.side(taps, trace.mask, blocks)
             pooled = pool_side(
                 self.backbone, output, trace.mask, last_feature=self.last_feature, blocked=blocked
             )
@@ -117,7 +118,7 @@ class MDPD(Method):
     def step(self, batch: Batch) -> Parts:
         with part("taps"):
             trace = self.engine.forward(self.cast(batch.inputs))
-        tokens = trace.taps[0].shape[1]
+        tokens = self.distiller.mask_tokens(trace.taps)
         hidden = self.distiller.draw_mask(
             batch.keys, tokens, self.config.train.seed, batch.step
         ).to(trace.taps[0].device)
@@ -186,6 +187,7 @@ class MDPD(Method):
                 return tap.new_zeros(())
             with torch.no_grad(), self.autocast(tap):
                 target = distiller.student(layer, features[layer], hidden, mask)
+            tap = distiller.target(layer, tap)
             weight = distiller.weight(layer, tap, hidden, mask)
             shallow = layer in distiller.shallow
             scale = self.shallow_weight if shallow else self.deep_weight

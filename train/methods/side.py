@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from mdpd_deploy.model import pool_side
-from mdpd_deploy.sides import build_side
+from mdpd_deploy.sides import FrozenBlocks, build_side
 from mdpd_deploy.train.methods.base import METHODS, Method
 
 
@@ -25,5 +25,6 @@ class Side(Method):
         """Return the side network's pooled output [B, D]."""
         trace = self.frozen_trace(self.cast(inputs), self.side.last_tap)
         with self.autocast(trace.taps[0]):
-            output = self.side(trace.taps, trace.mask, self.run_block(trace, blocked=True))
+            blocks = FrozenBlocks(self.backbone, trace, blocked=True)
+            output = self.side(trace.taps, trace.mask, blocks)
             return pool_side(self.backbone, output, trace.mask, blocked=True).float()
