@@ -60,6 +60,7 @@ class Backbone(nn.Module, ABC):
         heads: Attention heads of each block.
         preprocess: Raw inputs → arrays named `input_names`.
         takes_prefix: Whether blocks take keys and values from before their tokens.
+        takes_prompt: Whether blocks take more tokens than the embedding made.
         has_taps: Whether its traces have taps, for side networks to read.
     """
 
@@ -74,6 +75,7 @@ class Backbone(nn.Module, ABC):
     preprocess: Preprocess
     source: BackboneSource
     takes_prefix: bool = False
+    takes_prompt: bool = True
     has_taps: bool = True
 
     # --- what a family provides ---------------------------------------------------------------
@@ -102,22 +104,6 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
         """Return well-formed random inputs; `tokens` is the sequence length, text only."""
-
-    @abstractmethod
-    def thin_block(self, index: int, reduction: int) -> nn.Module:
-        """Return a fresh block like block `index`, every width but the heads' number divided."""
-
-    @abstractmethod
-    def layers(self, index: int) -> tuple[Layer, ...]:
-        """Return the layers of one block in the order in which a token passes them.
-
-        Four of them are linear: the attention's input (query, key and value, or one fused map),
-        its output, and the two maps of the MLP.
-        """
-
-    @abstractmethod
-    def embedding_weight(self) -> tuple[Tensor, int]:
-        """Return the weight that makes tokens, and its axis of length D."""
 
     @abstractmethod
     def set_attention(self, kind: str, within: nn.Module | None = None) -> None:
@@ -199,7 +185,7 @@ class Backbone(nn.Module, ABC):
         if block is not None:
             return first_of(call.of(block, x))
         own: Any = self.blocks()[index]
-        return first_of(call.of(_WithoutGrad(own) if blocked else own, x))
+        return first_of(call.of(WithoutGrad(own) if blocked else own, x))
 
     def require_taps(self, option: str) -> None:
         """Refuse what needs to know how the tokens of the blocks lie, where nothing says so.
@@ -212,7 +198,7 @@ class Backbone(nn.Module, ABC):
         """
         if not self.has_taps:
             raise UserError(
-                f"{option} knows plain vision transformers and BERT-family encoders; "
+                f"{option} knows the plain transformers of docs/backbones.md; "
                 f"{self.source.name} is tuned as a whole, use --method norms, bitfit, full or probe."
             )
 
@@ -225,7 +211,7 @@ class Backbone(nn.Module, ABC):
         norm = self.final_norm()
         if norm is None:
             return x
-        out: Tensor = (_WithoutGrad(norm) if blocked else norm)(x)
+        out: Tensor = (WithoutGrad(norm) if blocked else norm)(x)
         return out
 
     def pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -268,7 +254,34 @@ class Backbone(nn.Module, ABC):
         return {name: p for name, p in self.named_parameters() if id(p) in mine}
 
 
-class _WithoutGrad:
+class Layered(Backbone):
+    """A backbone whose blocks can be taken apart: adapters go into them, LST is made of copies."""
+
+    @abstractmethod
+    def thin_block(self, index: int, reduction: int) -> nn.Module:
+        """Return a fresh block like block `index`, every width but the heads' number divided.
+
+        Raises:
+            UserError: If the blocks read what a thinner copy could not, e.g. a rotary table.
+        """
+
+    @abstractmethod
+    def layers(self, index: int) -> tuple[Layer, ...]:
+        """Return the layers of one block in the order in which a token passes them.
+
+        Four of them are linear: the attention's input (query, key and value, or one fused map),
+        its output, and the two maps of the MLP.
+
+        Raises:
+            UserError: If they are not known.
+        """
+
+    @abstractmethod
+    def embedding_weight(self) -> tuple[Tensor, int]:
+        """Return the weight that makes tokens, and its axis of length D."""
+
+
+class WithoutGrad:
     """A module that is called with detached parameters."""
 
     def __init__(self, module: nn.Module) -> None:

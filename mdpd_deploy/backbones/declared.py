@@ -1,0 +1,123 @@
+"""What encoders of one kind keep where: one declaration per model type.
+
+A declared encoder has taps, so it takes side networks and adapters; any other is taken whole
+(`whole.py`). A new kind is an entry here and a row of `tests/test_declared.py`. Declare only
+encoders whose blocks run one after the other, each on what the one before it gave, [B, N, D].
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mdpd_deploy.backbones.base import Layer
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """Where one model type keeps what side networks and adapters need.
+
+    Attributes:
+        layers: Those of a block, by their paths in it, in the order in which a token passes them.
+        blocks: Path of the list of blocks.
+        final_norm: Path of the norm behind the last block; None where every block ends in one.
+        hidden: Config entry of the MLP's width.
+        project: Path of the map of narrower word embeddings to D, of models that have it.
+        offset: Whether positions start behind the padding index, as in RoBERTa.
+        longer: Whether blocks take more tokens than the embedding made, such as a prompt; not
+            where they themselves tell tokens' positions apart.
+        thin: Whether a copy of width D / r runs on what the blocks are called with; not where
+            that has a width of its own, such as a rotary table.
+        only: Config entries that must have these values; with others a model is taken whole.
+    """
+
+    layers: tuple[Layer, ...]
+    blocks: str = "encoder.layer"
+    final_norm: str | None = None
+    hidden: str = "intermediate_size"
+    project: str | None = None
+    offset: bool = False
+    longer: bool = True
+    thin: bool = True
+    only: Mapping[str, Any] = field(default_factory=dict)
+
+
+def linear(*paths: str, stacked: int = 1) -> Layer:
+    """Name linear maps that read the same inputs, query, key and value among them in this order."""
+    return Layer(paths, stacked)
+
+
+def norm(path: str) -> Layer:
+    """Name a tuned norm; where a block has an identity in its place it has none."""
+    return Layer((path,), linear=False)
+
+
+def named(prefix: str, *names: str) -> Layer:
+    """Name linear maps with the beginning of their paths written once."""
+    return linear(*(f"{prefix}.{name}" for name in names))
+
+
+ATTENTION = (named("attention.self", "query", "key", "value"), linear("attention.output.dense"))
+MLP = (linear("intermediate.dense"), linear("output.dense"))
+BERT = (*ATTENTION, norm("attention.output.LayerNorm"), *MLP, norm("output.LayerNorm"))
+RELATIVE = {"longer": False, "thin": False}
+
+TEXT: dict[str, Declaration] = {
+    "bert": Declaration(BERT),
+    "roberta": Declaration(BERT, offset=True),
+    "xlm-roberta": Declaration(BERT, offset=True),
+    "distilbert": Declaration(
+        (
+            named("attention", "q_lin", "k_lin", "v_lin"),
+            linear("attention.out_lin"),
+            norm("sa_layer_norm"),
+            linear("ffn.lin1"),
+            linear("ffn.lin2"),
+            norm("output_layer_norm"),
+        ),
+        blocks="transformer.layer",
+        hidden="hidden_dim",
+    ),
+    "deberta": Declaration(
+        (linear("attention.self.in_proj", stacked=3), *BERT[1:]),
+        project="embeddings.embed_proj",
+        **RELATIVE,
+    ),
+    "deberta-v2": Declaration(
+        (named("attention.self", "query_proj", "key_proj", "value_proj"), *BERT[1:]),
+        project="embeddings.embed_proj",
+        only={"conv_kernel_size": 0},  # a convolution would lie between two blocks
+        **RELATIVE,
+    ),
+    "modernbert": Declaration(
+        (
+            norm("attn_norm"),
+            linear("attn.Wqkv", stacked=3),
+            linear("attn.Wo"),
+            norm("mlp_norm"),
+            linear("mlp.Wi", stacked=2),
+            linear("mlp.Wo"),
+        ),
+        blocks="layers",
+        final_norm="final_norm",
+        **RELATIVE,
+    ),
+}
+
+# timm's classes, with those of their blocks: [B, N, D] with `norm1` and `norm2` around or behind
+# attention and MLP. Only the first class makes thinner blocks, and takes more tokens than its own.
+TIMM = {
+    "VisionTransformer": ("Block", "ResPostBlock"),
+    "Eva": ("EvaBlock", "EvaBlockPostNorm"),  # EVA-02, DINOv3, the Perception Encoder
+    "Beit": ("Block",),
+    "VisionTransformerRelPos": ("RelPosBlock", "ResPostRelPosBlock"),
+}
+NORMS_SECOND = ("ResPostBlock", "EvaBlockPostNorm", "ResPostRelPosBlock")
+
+
+def declaration_of(config: Any) -> Declaration | None:
+    """Return how a model of this transformers config is declared; None where it is not."""
+    found = TEXT.get(config.model_type)
+    if found is None:
+        return None
+    fits = all(getattr(config, name, value) == value for name, value in found.only.items())
+    return found if fits else None
