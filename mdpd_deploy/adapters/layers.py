@@ -151,17 +151,18 @@ def _found_targets(backbone: Backbone, targets: str) -> list[str]:
 @torch.no_grad()
 def _check_called(backbone: Backbone, name: str) -> None:
     """Refuse an adapter beside a layer whose weight the backbone reads past the layer."""
-    idle = dict(_wrapped(backbone))
+    called = set()
+    layers = dict(_wrapped(backbone))
     hooks = [
-        layer.register_forward_hook(lambda *_, path=path: idle.pop(path, None))
-        for path, layer in [*idle.items()]
+        layer.register_forward_pre_hook(lambda own, _: called.add(own)) for layer in layers.values()
     ]
     backbone(backbone.example_inputs(2))
     for hook in hooks:
         hook.remove()
+    idle = [path for path, layer in layers.items() if layer not in called]
     if idle:
         raise UserError(
-            f"--method {name}: {backbone.source.name} reads the weight of {next(iter(idle))} "
+            f"--method {name}: {backbone.source.name} reads the weight of {idle[0]} "
             "without calling the layer, so that nothing can be added to it; use another method."
         )
 
