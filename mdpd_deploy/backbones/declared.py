@@ -65,6 +65,7 @@ TEXT: dict[str, Declaration] = {
     "bert": Declaration(BERT),
     "roberta": Declaration(BERT, offset=True),
     "xlm-roberta": Declaration(BERT, offset=True),
+    "electra": Declaration(BERT, project="embeddings_project"),
     "distilbert": Declaration(
         (
             named("attention", "q_lin", "k_lin", "v_lin"),
