@@ -66,6 +66,7 @@ TEXT: dict[str, Declaration] = {
     "roberta": Declaration(BERT, offset=True),
     "xlm-roberta": Declaration(BERT, offset=True),
     "electra": Declaration(BERT, project="embeddings_project"),
+    "camembert": Declaration(BERT, offset=True),
     "distilbert": Declaration(
         (
             named("attention", "q_lin", "k_lin", "v_lin"),
