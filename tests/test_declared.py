@@ -27,6 +27,7 @@ TEXTS = {  # model type: options of its config, tuned norms of a model with thre
     "xlm-roberta": ({}, 6),
     "electra": ({"embedding_size": 16}, 6),
     "camembert": ({}, 6),
+    "mpnet": ({}, 6),
     "distilbert": (dict(dim=32, n_layers=3, n_heads=4, hidden_dim=48), 6),
     "deberta": (RELATIVE, 6),
     "deberta-v2": ({**RELATIVE, "norm_rel_ebd": "layer_norm", "share_att_key": True}, 6),

@@ -67,6 +67,17 @@ TEXT: dict[str, Declaration] = {
     "xlm-roberta": Declaration(BERT, offset=True),
     "electra": Declaration(BERT, project="embeddings_project"),
     "camembert": Declaration(BERT, offset=True),
+    "mpnet": Declaration(
+        (
+            named("attention.attn", "q", "k", "v"),
+            linear("attention.attn.o"),
+            norm("attention.LayerNorm"),
+            *MLP,
+            norm("output.LayerNorm"),
+        ),
+        offset=True,
+        longer=False,  # blocks add a bias per pair of positions, whatever their width
+    ),
     "distilbert": Declaration(
         (
             named("attention", "q_lin", "k_lin", "v_lin"),
