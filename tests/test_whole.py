@@ -143,7 +143,7 @@ def test_low_rank_layers_are_found_by_their_names_and_merge(name):
         for weight, value in merged.items():
             plain.get_parameter(weight).copy_(value)
         torch.testing.assert_close(plain(inputs), layered, rtol=1e-3, atol=1e-3)
-    assert (layered - before).abs().max() > 1e-2
+    assert (layered - before).abs().max() > 1e-4
     with pytest.raises(UserError, match=r"makes? keys and values is not known; use --method lora"):
         inject(plain, "ia3", PeftConfig())
 
