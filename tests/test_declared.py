@@ -28,9 +28,20 @@ TEXTS = {  # model type: options of its config, tuned norms of a model with thre
     "electra": ({"embedding_size": 16}, 6),
     "camembert": ({}, 6),
     "mpnet": ({}, 6),
+    "data2vec-text": ({}, 6),
+    "ernie": ({}, 6),
+    "rembert": ({"input_embedding_size": 16}, 6),
+    "roformer": ({"embedding_size": 16}, 6),
+    "roberta-prelayernorm": ({}, 7),
+    "xlm-roberta-xl": ({}, 7),
+    "megatron-bert": ({}, 7),
     "distilbert": (dict(dim=32, n_layers=3, n_heads=4, hidden_dim=48), 6),
     "deberta": (RELATIVE, 6),
     "deberta-v2": ({**RELATIVE, "norm_rel_ebd": "layer_norm", "share_att_key": True}, 6),
+    "gte": ({}, 6),
+    "nomic_bert": ({}, 6),
+    "jina_embeddings_v3": ({}, 6),
+    "eurobert": ({"num_key_value_heads": 4, "head_dim": 8}, 7),
     "modernbert": ({}, 6),  # the first block has one norm, and one stands behind the last
 }
 PATCHES = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4)

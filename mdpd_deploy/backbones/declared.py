@@ -60,6 +60,8 @@ ATTENTION = (named("attention.self", "query", "key", "value"), linear("attention
 MLP = (linear("intermediate.dense"), linear("output.dense"))
 BERT = (*ATTENTION, norm("attention.output.LayerNorm"), *MLP, norm("output.LayerNorm"))
 RELATIVE = {"longer": False, "thin": False}
+LLAMA_ATTENTION = (named("self_attn", "q_proj", "k_proj", "v_proj"), linear("self_attn.o_proj"))
+GATED_MLP = (named("mlp", "gate_proj", "up_proj"), linear("mlp.down_proj"))
 
 TEXT: dict[str, Declaration] = {
     "bert": Declaration(BERT),
@@ -77,6 +79,23 @@ TEXT: dict[str, Declaration] = {
         ),
         offset=True,
         longer=False,  # blocks add a bias per pair of positions, whatever their width
+    ),
+    "data2vec-text": Declaration(BERT, offset=True),
+    "ernie": Declaration(BERT),
+    "rembert": Declaration(BERT, project="encoder.embedding_hidden_mapping_in"),
+    "roformer": Declaration(BERT, project="embeddings_project", **RELATIVE),
+    "roberta-prelayernorm": Declaration(
+        (norm("attention.LayerNorm"), *ATTENTION, norm("intermediate.LayerNorm"), *MLP),
+        final_norm="LayerNorm",
+        offset=True,
+    ),
+    "xlm-roberta-xl": Declaration(
+        (norm("attention.self_attn_layer_norm"), *ATTENTION, norm("LayerNorm"), *MLP),
+        final_norm="encoder.LayerNorm",
+        offset=True,
+    ),
+    "megatron-bert": Declaration(
+        (norm("attention.ln"), *ATTENTION, norm("ln"), *MLP), final_norm="encoder.ln"
     ),
     "distilbert": Declaration(
         (
@@ -112,6 +131,34 @@ TEXT: dict[str, Declaration] = {
         ),
         blocks="layers",
         final_norm="final_norm",
+        **RELATIVE,
+    ),
+    **{
+        kind: Declaration(
+            (
+                *LLAMA_ATTENTION,
+                norm("post_attention_layernorm"),
+                *mlp,
+                norm("post_mlp_layernorm"),
+            ),
+            blocks="layers",
+            **RELATIVE,
+        )
+        for kind, mlp in (
+            ("gte", GATED_MLP),
+            ("nomic_bert", GATED_MLP),
+            ("jina_embeddings_v3", (linear("mlp.fc1"), linear("mlp.fc2"))),
+        )
+    },
+    "eurobert": Declaration(
+        (
+            norm("input_layernorm"),
+            *LLAMA_ATTENTION,
+            norm("post_attention_layernorm"),
+            *GATED_MLP,
+        ),
+        blocks="layers",
+        final_norm="norm",
         **RELATIVE,
     ),
 }
