@@ -17,16 +17,16 @@ import argparse
 import contextlib
 import copy
 import json
+import multiprocessing
 import resource
 import signal
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from importlib.metadata import version
+from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -374,14 +374,10 @@ COLUMNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="timm modules or transformers model types")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a model, in a process of its own
     parser.add_argument("--again", action="store_true", help="also those that failed before")
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(check(options.one)))
-        return
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for family, model in (*text_families(), *picture_families(), *vision_families()):
+    for family, model in chain(text_families(), picture_families(), vision_families()):
         done = family in found and (not options.again or verdict(found[family]).startswith(PASSED))
         if done or (options.families and family not in options.families):
             continue
@@ -392,17 +388,29 @@ def main() -> None:
 
 
 def tried(model: str) -> dict[str, Any]:
-    """Check a model in a process that may crash or take too long."""
-    command = [sys.executable, __file__, "--one", model]
-    limit = partial(resource.setrlimit, resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
-    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return {"model": model, "reason": f"not done within {SECONDS} s of CPU time, or its memory"}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"model": model, "reason": f"the process ended: {last[:200]}"}
-    seen: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    """Check a model in a process of its own, which may crash or take too long."""
+    fork = multiprocessing.get_context("fork")  # what is imported here need not be again
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=send_check, args=(model, sender))
+    process.start()
+    sender.close()
+    try:
+        seen: dict[str, Any] = receiver.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
+            reason = f"not done within {SECONDS} s of CPU time, or its memory"
+        else:
+            reason = f"the process ended with exit code {process.exitcode}"
+        return {"model": model, "reason": reason}
+    process.join()
     return seen
+
+
+def send_check(model: str, sender: Connection) -> None:
+    """Check a model within `SECONDS` of CPU time and send what was seen."""
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    sender.send(check(model))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModel
 
 from mdpd_deploy.adapters import inject, merged_weights
-from mdpd_deploy.backbones import load_backbone
+from mdpd_deploy.backbones import declared, load_backbone
 from mdpd_deploy.backbones.declared import TEXT
 from mdpd_deploy.config import BackboneConfig, PeftConfig, SideConfig, load_config
 from mdpd_deploy.errors import UserError
@@ -43,6 +43,15 @@ TEXTS = {  # model type: options of its config, tuned norms of a model with thre
     "jina_embeddings_v3": ({}, 6),
     "eurobert": ({"num_key_value_heads": 4, "head_dim": 8}, 7),
     "modernbert": ({}, 6),  # the first block has one norm, and one stands behind the last
+}
+PICTURES = {  # model type: options of its config, prefix tokens
+    "vit": ({}, 1),
+    "deit": ({}, 2),
+    "ijepa": ({}, 0),
+    "vit_msn": ({}, 1),
+    "dinov2": ({}, 1),
+    "dinov2_with_registers": ({"num_register_tokens": 3}, 4),
+    "dinov3_vit": ({"num_register_tokens": 3}, 4),
 }
 PATCHES = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4)
 TIMM = {  # timm's name: prefix tokens, tuned norms, whether layers can be wrapped
@@ -88,6 +97,7 @@ def text(request, encoder_folder):
 
 def test_every_declaration_is_tried():
     assert TEXT.keys() == TEXTS.keys()
+    assert declared.PICTURES.keys() == PICTURES.keys()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -265,3 +275,46 @@ def test_layers_that_the_blocks_call_take_adapters(vision):
             plain.get_parameter(weight).copy_(value)
         torch.testing.assert_close(plain(inputs), layered, rtol=1e-4, atol=1e-4)
     assert (layered - before).abs().max() > 1e-3
+
+
+# --- vision transformers of transformers ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=PICTURES)
+def picture(request, tmp_path_factory):
+    """A declared vision encoder of transformers with random weights; leave it as it is."""
+    folder = tmp_path_factory.mktemp("picture")
+    torch.manual_seed(0)
+    options = TINY | dict(image_size=32, patch_size=8) | PICTURES[request.param][0]
+    AutoModel.from_config(CONFIG_MAPPING[request.param](**options)).save_pretrained(folder)
+    prepared = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(prepared))
+    config = BackboneConfig(name=str(folder), pretrained=False)
+    return shaken(load_backbone(config))
+
+
+def test_taps_of_pictures_are_the_states_of_the_library(picture):
+    prefix = PICTURES[picture.model.config.model_type][1]
+    assert (picture.prefix_tokens, picture.grid, picture.takes) == (prefix, (4, 4), "image")
+    inputs = picture.example_inputs(2)
+    with torch.no_grad():
+        expected = picture.model(**inputs, output_hidden_states=True)
+        trace = picture.trace(inputs)
+        features = picture(inputs)
+    for tap, state in zip(trace.taps[1:-1], expected.hidden_states[1:-1], strict=True):
+        torch.testing.assert_close(tap, state, atol=1e-5, rtol=1e-5)
+    mean = expected.last_hidden_state[:, prefix:].mean(1)
+    torch.testing.assert_close(features, mean, atol=1e-5, rtol=1e-5)
+    assert len({path.rpartition(".")[0] for path in picture.norms()}) == 2 * 3 + 1
+
+
+@pytest.mark.parametrize("side", ["unipt", "lst"])
+def test_gradients_are_exact_beside_side_networks_of_the_librarys_pictures(picture, side):
+    if side == "lst" and not picture.declared.thin:
+        with pytest.raises(UserError, match=r"side.name=lst: a thinner copy of \w+ could not read"):
+            build_side(picture, SideConfig(name="lst", reduction=2))
+        return
+    plain, exact = (step(picture, f"train.norm_grad={m}", side) for m in ("full", "recompute"))
+    for name, gradient in plain.items():
+        assert gradient.abs().sum() > 0, name
+        assert torch.equal(exact[name], gradient), name

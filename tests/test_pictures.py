@@ -29,8 +29,8 @@ TOWERS = dict(
 MODELS = {  # model type: options of its config, features, tuned norms
     "vit": (PLAIN, "patches", 2 * 2 + 1),
     "deit": (PLAIN, "patches", 2 * 2 + 1),
-    "dinov2": (PLAIN, "pooler", 2 * 2 + 1),
-    "dinov3_vit": (PLAIN | {"num_register_tokens": 2}, "pooler", 2 * 2 + 1),
+    "dinov2": (PLAIN | {"use_swiglu_ffn": True}, "pooler", 2 * 2 + 1),
+    "dinov3_vit": (PLAIN | {"num_register_tokens": 2, "use_gated_mlp": True}, "pooler", 2 * 2 + 1),
     "beit": (PLAIN, "pooler", 2 * 2 + 1),  # its last norm is the pooler's
     "swin": (dict(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4), "mean", 6),
     "convnext": (STAGES | {"num_stages": 2}, "pooler", 1 + 1 + 1 + 1),
@@ -203,7 +203,8 @@ def test_what_cannot_be_taken_is_refused_in_a_sentence(tmp_path):
     refused("'gpt2', neither a text encoder", changed("decoder", model_type="gpt2"))
     refused("tower=text: .* is one encoder", vit, tower="text")
     refused("img_size does not apply", vit, img_size=64)
-    refused("has no class token", vit, pooling="cls")
+    write(tmp_path / "beit", "beit", PLAIN)
+    refused("has no class token", tmp_path / "beit", pooling="cls")
     folder = changed("renamed")
     state = load_file(folder / "model.safetensors")
     renamed = {f"trunk.{name}": tensor for name, tensor in state.items()}

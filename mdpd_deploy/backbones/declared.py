@@ -163,6 +163,33 @@ TEXT: dict[str, Declaration] = {
     ),
 }
 
+VIT = (
+    norm("layernorm_before"),
+    named("attention", "q_proj", "k_proj", "v_proj"),
+    linear("attention.o_proj"),
+    norm("layernorm_after"),
+    linear("mlp.fc1"),
+    linear("mlp.fc2"),
+)
+DINO = (norm("norm1"), *VIT[1:3], norm("norm2"), *VIT[4:])
+PICTURES: dict[str, Declaration] = {
+    **dict.fromkeys(
+        ("vit", "deit", "ijepa", "vit_msn"),
+        Declaration(VIT, blocks="layers", final_norm="layernorm"),
+    ),
+    **dict.fromkeys(
+        ("dinov2", "dinov2_with_registers"),
+        Declaration(DINO, final_norm="layernorm", only={"use_swiglu_ffn": False}),
+    ),
+    "dinov3_vit": Declaration(
+        (*DINO[:4], linear("mlp.up_proj"), linear("mlp.down_proj")),
+        blocks="model.layer",
+        final_norm="norm",
+        only={"use_gated_mlp": False},
+        **RELATIVE,
+    ),
+}
+
 # timm's classes, with those of their blocks: [B, N, D] with `norm1` and `norm2` around or behind
 # attention and MLP. Only the first class makes thinner blocks, and takes more tokens than its own.
 TIMM = {
@@ -176,7 +203,7 @@ NORMS_SECOND = ("ResPostBlock", "EvaBlockPostNorm", "ResPostRelPosBlock")
 
 def declaration_of(config: Any) -> Declaration | None:
     """Return how a model of this transformers config is declared; None where it is not."""
-    found = TEXT.get(config.model_type)
+    found = (TEXT | PICTURES).get(config.model_type)
     if found is None:
         return None
     fits = all(getattr(config, name, value) == value for name, value in found.only.items())

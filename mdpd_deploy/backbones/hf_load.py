@@ -13,7 +13,7 @@ import torch
 from mdpd_deploy.backbones import hf_pictures, hf_texts
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.backbones.build import explaining, quiet_libraries, skeleton
-from mdpd_deploy.backbones.declared import declaration_of
+from mdpd_deploy.backbones.declared import TEXT, declaration_of
 from mdpd_deploy.backbones.family import (
     BACKBONES,
     Family,
@@ -22,7 +22,7 @@ from mdpd_deploy.backbones.family import (
     local_folder,
 )
 from mdpd_deploy.backbones.hub import cached_commit, check_hub
-from mdpd_deploy.backbones.transformer import TextTransformer
+from mdpd_deploy.backbones.transformer import PictureTransformer, TextTransformer
 from mdpd_deploy.backbones.weights import load_exactly, read_state
 from mdpd_deploy.backbones.whole import WholePicture, WholeText
 from mdpd_deploy.config import BackboneConfig
@@ -160,9 +160,11 @@ class _Source:
 
     def backbone(self, model: "PreTrainedModel", preprocess: Preprocess) -> Backbone:
         """Put the encoder behind our interface."""
-        if not isinstance(preprocess, TextPreprocess):
-            return WholePicture(model, preprocess, self.name)
         declared = declaration_of(model.config)
+        if not isinstance(preprocess, TextPreprocess):
+            if declared is not None:
+                return PictureTransformer(model, declared, preprocess, self.name)
+            return WholePicture(model, preprocess, self.name)
         if declared is not None:
             return TextTransformer(model, declared, preprocess)
         return WholeText(model, preprocess, self.name, pooled=self.tower is not None)
@@ -244,7 +246,7 @@ def _is_text(facts: "PreTrainedConfig") -> bool:
     kind = facts.model_type
     known = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES}
     known &= {*MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES}
-    return kind in known or declaration_of(facts) is not None or kind.endswith("_text_model")
+    return kind in known or kind in TEXT or kind.endswith("_text_model")
 
 
 def _is_vision(facts: "PreTrainedConfig") -> bool:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Inputs, Layer, Layered, norm_parameters_of
+from mdpd_deploy.backbones.build import explaining
 from mdpd_deploy.backbones.declared import Declaration
-from mdpd_deploy.data.preprocess import TextPreprocess
+from mdpd_deploy.backbones.vit import random_pictures
+from mdpd_deploy.data.preprocess import ImagePreprocess, TextPreprocess
 from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -71,7 +73,8 @@ class Transformer(Layered):
             )
         config = copy.deepcopy(self.model.config)
         for name in ("hidden_size", self.declared.hidden):
-            setattr(config, name, getattr(config, name) // reduction)
+            if hasattr(config, name):
+                setattr(config, name, getattr(config, name) // reduction)
         config._attn_implementation = "sdpa" if self.model._supports_sdpa else "eager"
         made: nn.Module = make(config)
         return made
@@ -149,6 +152,50 @@ class TextTransformer(Transformer):
             return words.weight, 1
         projection: Any = self.model.get_submodule(path)
         return projection.weight, 0
+
+
+class PictureTransformer(Transformer):
+    """A declared vision encoder; its patch tokens are pooled behind the final norm.
+
+    Args:
+        model: Without its pooler.
+        declared: Of its model type.
+        preprocess: How its pictures are prepared.
+        name: What the user called it, for messages.
+    """
+
+    input_names = ("pixel_values",)
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        declared: Declaration,
+        preprocess: ImagePreprocess,
+        name: str,
+    ) -> None:
+        super().__init__(model, declared)
+        self.preprocess = preprocess
+        self.size = preprocess.size
+        rows, columns = (edge // model.config.patch_size for edge in preprocess.size)
+        self.grid = (rows, columns)
+        mend = "Check the size of its pictures in preprocessor_config.json."
+        with explaining(f"backbone.name: {name} cannot be run", mend), torch.no_grad():
+            tokens = self.eval().trace(self.example_inputs(1), last=0).taps[0].shape[1]
+        self.prefix_tokens = tokens - rows * columns
+        self.has_cls = self.prefix_tokens > 0
+
+    def run_library(self, inputs: Inputs, mask: Tensor | None) -> Any:
+        """Run transformers' forward; pictures have no padding, so `mask` is always None."""
+        weight = self.embedding_weight()[0]
+        return self.model(pixel_values=inputs["pixel_values"].to(weight.dtype))
+
+    def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
+        """Return random normalised pictures [B, 3, H, W]; the global random state is untouched."""
+        return random_pictures(batch, self.size, self.embedding_weight()[0].device)
+
+    def embedding_weight(self) -> tuple[Tensor, int]:
+        """Return the patch projection [D, 3, patch, patch]."""
+        return next(m.weight for m in self.model.modules() if isinstance(m, nn.Conv2d)), 0
 
 
 def choose_attention(model: "PreTrainedModel", kind: str) -> None:
