@@ -157,7 +157,13 @@ def small(plain: Any, tiny: dict[str, Any]) -> dict[str, Any]:
     sizes = {name: v for name, v in tiny.items() if isinstance(getattr(plain, name, None), int)}
     if isinstance(getattr(plain, "depths", None), list):
         sizes["depths"] = [1 for _ in plain.depths]
-        for name in ("hidden_size", "embed_dim", "patch_size", "num_attention_heads"):
+        for name in (
+            "hidden_size",
+            "embed_dim",
+            "patch_size",
+            "num_attention_heads",
+            "num_hidden_layers",
+        ):
             sizes.pop(name, None)  # a plan of stages has its own
     return sizes
 

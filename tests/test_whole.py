@@ -29,6 +29,11 @@ VISION = {
     "resnet18": (64, 8, 8 * 2 + 3),
     "tf_efficientnet_lite0": (64, 16, 16 * 3 - 1 + 1),
 }
+# a tenth of the families that benchmarks/backbones.py tries: timm name, blocks
+SWEPT = {
+    "test_byobnet": 4, "test_coatnet": 5, "test_convnext": 13, "test_efficientnet_evos": 5,
+    "test_mambaout": 10, "test_maxvit": 12, "test_resnet": 4,
+}  # fmt: skip
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 TEXT = {  # config class, options, tuned norms
     "albert": (AlbertConfig, TINY | {"embedding_size": 16}, 2),  # one block, run twice
@@ -97,6 +102,17 @@ def test_only_norms_of_blocks_and_behind_them_are_tuned(backbone):
     assert sorted([*inside, *backbone.final_norm_parameters()]) == sorted(backbone.norms())
     if name in VISION:
         assert backbone.depth == VISION[name][1]
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_a_tenth_of_timms_families_in_small(name):
+    config = BackboneConfig(name=f"timm:{name}", pretrained=False)
+    torch.manual_seed(0)
+    backbone = shaken(load_backbone(config))
+    assert backbone.depth == SWEPT[name] and backbone.norms()
+    plain, exact = (gradients(backbone, mode)[0] for mode in ("full", "recompute"))
+    for path, gradient in plain.items():
+        assert gradient is not None and torch.equal(exact[path], gradient), path
 
 
 def test_statistics_of_batch_norms_stay_as_they_were_trained():

@@ -198,7 +198,7 @@ class Backbone(nn.Module, ABC):
         """
         if not self.has_taps:
             raise UserError(
-                f"{option} knows the plain transformers of docs/backbones.md; "
+                f"{option} knows plain transformers, whose blocks give one row of tokens; "
                 f"{self.source.name} is tuned as a whole, use --method norms, bitfit, full or probe."
             )
 

@@ -59,7 +59,6 @@ def named(prefix: str, *names: str) -> Layer:
 ATTENTION = (named("attention.self", "query", "key", "value"), linear("attention.output.dense"))
 MLP = (linear("intermediate.dense"), linear("output.dense"))
 BERT = (*ATTENTION, norm("attention.output.LayerNorm"), *MLP, norm("output.LayerNorm"))
-RELATIVE = {"longer": False, "thin": False}
 LLAMA_ATTENTION = (named("self_attn", "q_proj", "k_proj", "v_proj"), linear("self_attn.o_proj"))
 GATED_MLP = (named("mlp", "gate_proj", "up_proj"), linear("mlp.down_proj"))
 
@@ -83,7 +82,7 @@ TEXT: dict[str, Declaration] = {
     "data2vec-text": Declaration(BERT, offset=True),
     "ernie": Declaration(BERT),
     "rembert": Declaration(BERT, project="encoder.embedding_hidden_mapping_in"),
-    "roformer": Declaration(BERT, project="embeddings_project", **RELATIVE),
+    "roformer": Declaration(BERT, project="embeddings_project", longer=False, thin=False),
     "roberta-prelayernorm": Declaration(
         (norm("attention.LayerNorm"), *ATTENTION, norm("intermediate.LayerNorm"), *MLP),
         final_norm="LayerNorm",
@@ -112,13 +111,15 @@ TEXT: dict[str, Declaration] = {
     "deberta": Declaration(
         (linear("attention.self.in_proj", stacked=3), *BERT[1:]),
         project="embeddings.embed_proj",
-        **RELATIVE,
+        longer=False,
+        thin=False,
     ),
     "deberta-v2": Declaration(
         (named("attention.self", "query_proj", "key_proj", "value_proj"), *BERT[1:]),
         project="embeddings.embed_proj",
         only={"conv_kernel_size": 0},  # a convolution would lie between two blocks
-        **RELATIVE,
+        longer=False,
+        thin=False,
     ),
     "modernbert": Declaration(
         (
@@ -131,7 +132,8 @@ TEXT: dict[str, Declaration] = {
         ),
         blocks="layers",
         final_norm="final_norm",
-        **RELATIVE,
+        longer=False,
+        thin=False,
     ),
     **{
         kind: Declaration(
@@ -142,7 +144,8 @@ TEXT: dict[str, Declaration] = {
                 norm("post_mlp_layernorm"),
             ),
             blocks="layers",
-            **RELATIVE,
+            longer=False,
+            thin=False,
         )
         for kind, mlp in (
             ("gte", GATED_MLP),
@@ -159,7 +162,8 @@ TEXT: dict[str, Declaration] = {
         ),
         blocks="layers",
         final_norm="norm",
-        **RELATIVE,
+        longer=False,
+        thin=False,
     ),
 }
 
@@ -186,7 +190,8 @@ PICTURES: dict[str, Declaration] = {
         blocks="model.layer",
         final_norm="norm",
         only={"use_gated_mlp": False},
-        **RELATIVE,
+        longer=False,
+        thin=False,
     ),
 }
 

@@ -167,7 +167,8 @@ class _Source:
             return WholePicture(model, preprocess, self.name)
         if declared is not None:
             return TextTransformer(model, declared, preprocess)
-        return WholeText(model, preprocess, self.name, pooled=self.tower is not None)
+        tower = self.tower is not None or model.config.model_type.endswith("_text_model")
+        return WholeText(model, preprocess, self.name, pooled=tower)
 
     def _read_config(self) -> "PreTrainedConfig":
         from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -180,16 +181,15 @@ class _Source:
                 plain, _ = PreTrainedConfig.get_config_dict(self.where, **self.arguments)
             kind = plain.get("model_type")
             if kind not in CONFIG_MAPPING:
-                own = (
-                    "brings code of its own (auto_map), which is never run here, for"
-                    if ("auto_map" in plain)
-                    else "is of"
-                )
+                brings = "brings code of its own, which is never run here, for"
                 raise UserError(
-                    f"{self.option} {own} the model type {kind!r}, which the library transformers "
-                    "does not have: name a model of a type that it has."
+                    f"{self.option} {brings if 'auto_map' in plain else 'is of'} the model type "
+                    f"{kind!r}, which the library transformers does not have: name a model of a "
+                    "type that it has."
                 )
             facts: PreTrainedConfig = AutoConfig.from_pretrained(self.where, **self.arguments)
+        if getattr(facts, "use_cache", False):
+            facts.use_cache = False  # a decoder would fill it again in the backward pass
         if not self.local:
             self.revision = cached_commit(self.where, ("config.json",), self.revision)
         return facts

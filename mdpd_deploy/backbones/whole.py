@@ -164,8 +164,8 @@ class WholeText(_WholeLibrary):
         model: A model that maps `input_ids` to `last_hidden_state`.
         preprocess: Its tokenizer with the lengths in use.
         name: What the user called it, for messages.
-        pooled: Take `pooler_output`, as a tower that was trained to be compared needs it: CLIP
-            reads its end-of-text token, SigLIP the last one.
+        pooled: Take `pooler_output` where there is one, as a tower that was trained to be compared
+            needs it: CLIP reads its end-of-text token, SigLIP the last one.
     """
 
     has_cls = True
@@ -190,10 +190,8 @@ class WholeText(_WholeLibrary):
         """Run transformers' forward: [B, D]."""
         given = {name: inputs[name] for name in self.input_names if name in inputs}
         out = self.model(**given)
-        if self.pooled:
-            pooled: Tensor = out.pooler_output
-            return pooled
-        return self.pool(out.last_hidden_state, mask)
+        pooled: Tensor | None = out.pooler_output if self.pooled else None
+        return self.pool(out.last_hidden_state, mask) if pooled is None else pooled
 
     def token_mask(self, inputs: Inputs) -> Tensor | None:
         """Return the attention mask [B, N], 1 for real tokens."""
