@@ -2,6 +2,10 @@
 
     python benchmarks/backbones.py                 # resumable
     python benchmarks/backbones.py swin_transformer modernbert     # these families only
+    python benchmarks/backbones.py --again         # those that failed
+
+Families are timm's modules, and transformers' text encoders, vision encoders and the towers of its
+image-text models, by model type.
 
 For each: which norms were found, whether their gradients by recomputing equal plain
 back-propagation, whether the memory forecast is what a step takes, whether the graph exports, is
@@ -13,13 +17,16 @@ import argparse
 import contextlib
 import copy
 import json
-import subprocess
-import sys
+import multiprocessing
+import resource
+import signal
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +36,7 @@ import torch
 from mdpd_deploy.backbones import Backbone, load_backbone
 from mdpd_deploy.checks.parity import shape_batches
 from mdpd_deploy.config import BackboneConfig, Config, load_config
-from mdpd_deploy.errors import MdpdError
+from mdpd_deploy.errors import MdpdError, UserError
 from mdpd_deploy.graphs.signature import same_structure
 from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed
@@ -41,7 +48,7 @@ from mdpd_deploy.train.optim import build_optimizer
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, PAGE = DOCS / "results" / "backbones.json", DOCS / "backbones.md"
-SECONDS = 240  # one model may take this long
+SECONDS = 240  # of CPU time that one model may take
 BATCH, TOKENS = 2, 12
 TINY = {
     "hidden_size": 32, "dim": 32, "d_model": 32, "n_layers": 2, "num_hidden_layers": 2,
@@ -49,6 +56,12 @@ TINY = {
     "embedding_size": 32, "emb_dim": 32, "vocab_size": 64, "max_position_embeddings": 64,
     "num_key_value_heads": 4, "head_dim": 8,
 }  # fmt: skip
+SMALL = 64  # pixels of pictures, for models that take any number
+TINY_PICTURES = {
+    "image_size": SMALL, "patch_size": 8, "embed_dim": 16, "window_size": 4, "vocab_size": 64,
+    **{n: v for n, v in TINY.items() if n not in ("head_dim", "vocab_size")},
+}  # fmt: skip
+TEXT, PICTURES, TOWERS = "text", "pictures", ("vision tower", "text tower")
 PASSED = "works"
 
 
@@ -68,24 +81,99 @@ def vision_families() -> Iterator[tuple[str, str]]:
 
 
 def text_families() -> Iterator[tuple[str, str]]:
-    """Yield (model type, model type) of every encoder that transformers classifies texts with."""
+    """Yield (family, model) of every encoder that transformers classifies texts with."""
     from transformers.models.auto import modeling_auto as auto
 
     found = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES} & {
         *auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     }
-    yield from ((kind, kind) for kind in sorted(found))
+    yield from ((kind, f"{TEXT}:{kind}") for kind in sorted(found))
 
 
-def write_text_model(kind: str, folder: Path) -> str:
-    """Save a tiny random encoder of one model type, with a tokenizer of words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+def picture_families() -> Iterator[tuple[str, str]]:
+    """Yield (family, model) of transformers' vision encoders, and of towers beside a text tower."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    encoders = {*auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}
+    encoders |= {*auto.MODEL_FOR_IMAGE_MAPPING_NAMES}
+    pairs = {*auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES} | {
+        "blip", "clip", "flava", "groupvit", "vision-text-dual-encoder", "xclip",
+    }  # fmt: skip
+    for kind in sorted(encoders - pairs):
+        model: Any = getattr(transformers, str(auto.MODEL_MAPPING_NAMES.get(kind)), None)
+        if getattr(model, "main_input_name", None) == "pixel_values":
+            yield f"{kind} ({PICTURES})", f"{PICTURES}:{kind}"
+    for kind in sorted(pairs & auto.MODEL_MAPPING_NAMES.keys()):
+        for tower in TOWERS:
+            yield f"{kind} ({tower})", f"{tower}:{kind}"
+
+
+def write_model(name: str, folder: Path) -> dict[str, Any]:
+    """Save a tiny random model of transformers with what it reads its inputs by.
+
+    Args:
+        name: What is wanted of it and its model type, e.g. `pictures:vit`.
+        folder: To write to.
+
+    Returns:
+        The options of `BackboneConfig` that load it.
+    """
+    from transformers import AutoModel
+
+    wanted, _, kind = name.partition(":")
+    config = tiny_config(kind, TINY if wanted == TEXT else TINY_PICTURES)
+    AutoModel.from_config(config).save_pretrained(folder)
+    tower = wanted.partition(" ")[0] if wanted in TOWERS else None
+    if wanted in (TEXT, TOWERS[1]):
+        write_tokenizer(folder)
+    else:
+        part = config if tower is None else config.vision_config
+        size = getattr(part, "image_size", SMALL)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        plain = {
+            "image_processor_type": "ViTImageProcessor",
+            "size": {"height": height, "width": width},
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(plain))
+    return {"name": str(folder), "tower": tower}
+
+
+def tiny_config(kind: str, tiny: dict[str, Any]) -> Any:
+    """Return a config of one model type, its two towers included, with few and thin layers."""
+    from transformers import AutoConfig
 
     plain = AutoConfig.for_model(kind)
-    sizes = {name: value for name, value in TINY.items() if hasattr(plain, name)}
-    config = AutoConfig.for_model(kind, **sizes, pad_token_id=0, bos_token_id=2, eos_token_id=3)
-    AutoModel.from_config(config).save_pretrained(folder)
+    if hasattr(plain, "vision_config") and hasattr(plain, "text_config"):
+        towers = {
+            part: small(getattr(plain, part), tiny) for part in ("vision_config", "text_config")
+        }
+        return AutoConfig.for_model(kind, **towers)
+    ids = {} if tiny is TINY_PICTURES else {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    return AutoConfig.for_model(kind, **small(plain, tiny), **ids)
+
+
+def small(plain: Any, tiny: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config that make it small; lists keep their length."""
+    sizes = {name: v for name, v in tiny.items() if isinstance(getattr(plain, name, None), int)}
+    if isinstance(getattr(plain, "depths", None), list):
+        sizes["depths"] = [1 for _ in plain.depths]
+        for name in (
+            "hidden_size",
+            "embed_dim",
+            "patch_size",
+            "num_attention_heads",
+            "num_hidden_layers",
+        ):
+            sizes.pop(name, None)  # a plan of stages has its own
+    return sizes
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -93,20 +181,28 @@ def write_text_model(kind: str, folder: Path) -> str:
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
         sep_token="[SEP]", model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(folder)  # fmt: skip
-    return str(folder)
+
+
+def load(name: str, folder: Path) -> tuple[BackboneConfig, Backbone, int]:
+    """Return how a model is named, the backbone, and the tokens of its texts."""
+    if not name.startswith("timm:"):
+        config = BackboneConfig(**write_model(name, folder))
+        tokens = TINY["max_position_embeddings"] if "siglip" in name else TOKENS
+        return config, load_backbone(config, max_length=tokens), tokens
+    for size in (SMALL, None):
+        config = BackboneConfig(name=name, pretrained=False, img_size=size)
+        with contextlib.suppress(UserError):
+            return config, load_backbone(config), TOKENS
+    return config, load_backbone(config), TOKENS  # says why not
 
 
 def check(name: str) -> dict[str, Any]:
     """Try one model; return what was seen, as far as it came."""
-    seen: dict[str, Any] = {"model": name}
+    seen: dict[str, Any] = {"model": name, "step": "load"}
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        named = name if name.startswith("timm:") else write_text_model(name, Path(folder))
-        pretrained = not name.startswith("timm:")
         try:
-            seen["step"] = "load"
-            config = BackboneConfig(name=named, pretrained=pretrained)
-            backbone = load_backbone(config, max_length=TOKENS)
+            config, backbone, tokens = load(name, Path(folder))
             shake(backbone)
             seen |= {
                 "taps": backbone.has_taps, "blocks": backbone.depth, "width": backbone.width,
@@ -114,16 +210,19 @@ def check(name: str) -> dict[str, Any]:
                 "parameters": sum(p.numel() for p in backbone.parameters()),
                 "step": "gradients",
             }  # fmt: skip
-            seen["gradient_difference"], seen["without_gradient"] = gradients(backbone)
+            if backbone.takes == "image":
+                seen["pixels"] = backbone.example_inputs(1)["pixel_values"].shape[2]
+            seen["gradient_difference"], seen["without_gradient"] = gradients(backbone, tokens)
             seen["step"] = "forecast"
-            seen["forecast_ratio"] = forecast_ratio(config)
+            seen["forecast_ratio"] = forecast_ratio(config, tokens)
             seen["step"] = "export"
             seen |= exported(backbone, Path(folder))
             seen["step"] = PASSED
         except MdpdError as err:
             seen["reason"] = str(err).replace(str(folder), "FOLDER")[:300]
         except Exception as err:  # noqa: BLE001  # what a model of a library may raise is part of the result
-            seen["reason"] = f"{type(err).__name__}: {str(err).strip().splitlines()[0][:200]}"
+            lines = str(err).strip().splitlines() or [""]
+            seen["reason"] = f"{type(err).__name__}: {lines[0][:200]}"
     return seen
 
 
@@ -134,7 +233,7 @@ def shake(backbone: Backbone) -> None:
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
 
 
-def gradients(backbone: Backbone) -> tuple[float, list[str]]:
+def gradients(backbone: Backbone, tokens: int) -> tuple[float, list[str]]:
     """Return the largest difference to plain back-propagation, and norms that get no gradient."""
     found = []
     for mode in ("full", "recompute"):
@@ -143,7 +242,7 @@ def gradients(backbone: Backbone) -> tuple[float, list[str]]:
         method = build_method(copy.deepcopy(backbone), Classify.numbered(3), config)
         method.train_mode()
         torch.manual_seed(0)  # of dropout
-        method.step(example_batches(backbone, method, sized(config), TOKENS)[0])
+        method.step(example_batches(backbone, method, sized(config), tokens)[0])
         found.append({name: p.grad for name, p in method.backbone_weights.items()})
     plain, exact = found
     dead = [name for name, gradient in plain.items() if gradient is None]
@@ -157,12 +256,12 @@ def sized(config: Config) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"batch": BATCH})})
 
 
-def forecast_ratio(backbone_config: BackboneConfig) -> float:
+def forecast_ratio(backbone_config: BackboneConfig, tokens: int) -> float:
     """Return the forecast peak of a step divided by that of a real one."""
-    config = sized(load_config(None, {"method": "norms"}, [f"data.max_length={TOKENS}"]))
+    config = sized(load_config(None, {"method": "norms"}, [f"data.max_length={tokens}"]))
     config = config.model_copy(update={"backbone": backbone_config})
     foreseen = forecast(config, Classify.numbered(3)).peak_bytes
-    backbone = load_backbone(backbone_config, max_length=TOKENS)
+    backbone = load_backbone(backbone_config, max_length=tokens)
     method = build_method(backbone, Classify.numbered(3), config)
     method.train_mode()
     optimizer = build_optimizer(method)
@@ -170,7 +269,7 @@ def forecast_ratio(backbone_config: BackboneConfig) -> float:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    parts = example_batches(backbone, method, config, TOKENS)
+    parts = example_batches(backbone, method, config, tokens)
     with measured_step(method, optimizer, parts) as peak:
         for part in parts:
             method.step(part)
@@ -227,7 +326,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     counts = Counter(
         (kind, verdict(seen).startswith(PASSED))
         for family, seen in found.items()
-        for kind in ("timm" if seen["model"].startswith("timm:") else "transformers",)
+        for kind in (GROUPS[seen["model"].partition(":")[0]],)
     )
     lines = [
         "# Backbones that were tried",
@@ -242,14 +341,15 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         "",
         *(
             f"- {kind}: {counts[kind, True]} of {counts[kind, True] + counts[kind, False]} families"
-            for kind in ("timm", "transformers")
+            for kind in dict.fromkeys(GROUPS.values())
         ),
         "",
-        "| family | tried | blocks | norms | gradients | forecast | nodes | parity | verdict |",
-        "|---|---|--:|--:|--:|--:|--:|--:|---|",
+        "| family | tried | pixels | blocks | norms | gradients | forecast | nodes | parity | verdict |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for family, seen in sorted(
-        found.items(), key=lambda item: (item[1]["model"][:5] != "timm:", item)
+        found.items(),
+        key=lambda item: ([*GROUPS].index(item[1]["model"].partition(":")[0]), item[0]),
     ):
         cells = [
             family,
@@ -261,7 +361,14 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
+GROUPS = {
+    "timm": "timm",
+    TEXT: "transformers, texts",
+    PICTURES: "transformers, pictures",
+    **dict.fromkeys(TOWERS, "transformers, towers of image-text models"),
+}
 COLUMNS = {
+    "pixels": str,
     "blocks": str,
     "norms": str,
     "gradient_difference": "{:.0e}".format,
@@ -274,15 +381,12 @@ COLUMNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="timm modules or transformers model types")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a model, in a process of its own
+    parser.add_argument("--again", action="store_true", help="also those that failed before")
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(check(options.one)))
-        return
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    families = [*vision_families(), *text_families()]
-    for family, model in families:
-        if family in found or (options.families and family not in options.families):
+    for family, model in chain(text_families(), picture_families(), vision_families()):
+        done = family in found and (not options.again or verdict(found[family]).startswith(PASSED))
+        if done or (options.families and family not in options.families):
             continue
         found[family] = tried(model)
         print(f"{family:<28}{model:<44}{verdict(found[family])}", flush=True)
@@ -291,17 +395,29 @@ def main() -> None:
 
 
 def tried(model: str) -> dict[str, Any]:
-    """Check a model in a process that may crash or take too long."""
-    command = [sys.executable, __file__, "--one", model]
+    """Check a model in a process of its own, which may crash or take too long."""
+    fork = multiprocessing.get_context("fork")  # what is imported here need not be again
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=send_check, args=(model, sender))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"model": model, "reason": f"not done within {SECONDS} s"}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"model": model, "reason": f"the process ended: {last[:200]}"}
-    seen: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        seen: dict[str, Any] = receiver.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
+            reason = f"not done within {SECONDS} s of CPU time, or its memory"
+        else:
+            reason = f"the process ended with exit code {process.exitcode}"
+        return {"model": model, "reason": reason}
+    process.join()
     return seen
+
+
+def send_check(model: str, sender: Connection) -> None:
+    """Check a model within `SECONDS` of CPU time and send what was seen."""
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    sender.send(check(model))
 
 
 if __name__ == "__main__":

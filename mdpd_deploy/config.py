@@ -92,6 +92,7 @@ class BackboneConfig(Section):
     weights: str | None = None  # a local weights file for timm:NAME
     pretrained: bool = True  # false: random weights, stored with the run
     pooling: Literal["mean", "cls"] = "mean"  # mean of real tokens / patch tokens, or the first
+    tower: Literal["vision", "text"] | None = None  # of an image-text model; vision if not named
     img_size: int | None = Field(default=None, ge=1)  # pixels, vision only
     patch_size: int | None = Field(default=None, ge=1)  # pixels, vision only
     dropout_active: bool = True  # keep the backbone's own dropout while training

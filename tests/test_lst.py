@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from mdpd_deploy import fit
 from mdpd_deploy.backbones import load_backbone
-from mdpd_deploy.backbones.bert import BertBackbone
+from mdpd_deploy.backbones.declared import TEXT
+from mdpd_deploy.backbones.transformer import TextTransformer
 from mdpd_deploy.backbones.vit import VitBackbone
 from mdpd_deploy.config import BackboneConfig, SideConfig, check_config
 from mdpd_deploy.errors import UserError
@@ -47,18 +48,12 @@ def test_budget_bert():
 
     with torch.device("meta"):
         model = BertModel(BertConfig(), add_pooling_layer=False)
-        backbone = BertBackbone.__new__(BertBackbone)
+        backbone = TextTransformer.__new__(TextTransformer)
         nn.Module.__init__(backbone)
-        backbone.model, backbone.layout = model, bert_layout()
+        backbone.model, backbone.declared = model, TEXT["bert"]
         blocks = [backbone.thin_block(index, 4) for index in range(12)]
         side = LST(768, 192, blocks, out_width=1024, bias=False, norm=None)
     assert count(side) == 7_465_644 - 13_728
-
-
-def bert_layout():
-    from mdpd_deploy.backbones.bert import LAYOUTS
-
-    return LAYOUTS["bert"]
 
 
 def load(kind, tiny_vit, tiny_bert):

@@ -6,13 +6,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from transformers import DebertaV2Config, ElectraConfig, ModernBertConfig, MPNetConfig
+from transformers import AlbertConfig, ConvBertConfig
 
 from mdpd_deploy import bench_latency, export_run, load_bundle
+from mdpd_deploy.adapters import inject, merged_weights
 from mdpd_deploy.backbones import load_backbone
+from mdpd_deploy.backbones.discover import discover
 from mdpd_deploy.backbones.wrap import halves_of
 from mdpd_deploy.checks.parity import shape_batches
-from mdpd_deploy.config import BackboneConfig, load_config
+from mdpd_deploy.config import BackboneConfig, PeftConfig, load_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.graphs.signature import same_structure
 from mdpd_deploy.graphs.trace import export_onnx
@@ -27,18 +29,16 @@ VISION = {
     "test_mambaout": (64, 6 + 3 + 1, 6 + 3 + 1),
     "test_byobnet": (64, 4, 3 * 2 + 3 + 4),
     "test_maxvit": (None, 4 * 3, 4 * 7 + 1),
-    "eva02_tiny_patch14_224": (None, 12, 12 * 2 + 1),
 }
+# a tenth of the families that benchmarks/backbones.py tries: timm name, blocks
+SWEPT = {
+    "test_byobnet": 4, "test_coatnet": 5, "test_convnext": 13, "test_efficientnet_evos": 5,
+    "test_mambaout": 10, "test_maxvit": 12, "test_resnet": 4,
+}  # fmt: skip
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 TEXT = {  # config class, options, tuned norms
-    "modernbert": (ModernBertConfig, TINY, 2 * 2 - 1 + 1),
-    "deberta-v2": (
-        DebertaV2Config,
-        TINY | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-        2 * 2,
-    ),
-    "electra": (ElectraConfig, TINY | {"embedding_size": 16}, 2 * 2),
-    "mpnet": (MPNetConfig, TINY, 2 * 2),
+    "albert": (AlbertConfig, TINY | {"embedding_size": 16}, 2),  # one block, run twice
+    "convbert": (ConvBertConfig, TINY | {"embedding_size": 32}, 2 * 2),
 }
 
 
@@ -92,7 +92,7 @@ def test_the_gradient_of_every_norm_is_that_of_plain_back_propagation(backbone):
         halved, _ = gradients(backbone, "recompute-halves")
         assert all(torch.equal(halved[name], gradient) for name, gradient in plain.items())
     late, _ = gradients(backbone, "late:1")
-    assert 2 < len(late) < len(exact)
+    assert len(late) > 2 and (len(late) < len(exact) or backbone.depth == 1)
     assert all(torch.equal(exact[name], gradient) for name, gradient in late.items())
 
 
@@ -108,6 +108,17 @@ def test_only_norms_of_blocks_and_behind_them_are_tuned(backbone):
         assert backbone.depth == VISION[name][1]
 
 
+@pytest.mark.parametrize("name", SWEPT)
+def test_a_tenth_of_timms_families_in_small(name):
+    config = BackboneConfig(name=f"timm:{name}", pretrained=False)
+    torch.manual_seed(0)
+    backbone = shaken(load_backbone(config))
+    assert backbone.depth == SWEPT[name] and backbone.norms()
+    plain, exact = (gradients(backbone, mode)[0] for mode in ("full", "recompute"))
+    for path, gradient in plain.items():
+        assert gradient is not None and torch.equal(exact[path], gradient), path
+
+
 def test_statistics_of_batch_norms_stay_as_they_were_trained():
     backbone = vision("test_byobnet")
     before = {n: b.clone() for n, b in backbone.named_buffers() if "running" in n}
@@ -118,7 +129,7 @@ def test_statistics_of_batch_norms_stay_as_they_were_trained():
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("name", ["test_byobnet", "modernbert"])
+@pytest.mark.parametrize("name", ["test_byobnet", "albert"])
 def test_a_forecast_is_what_a_step_takes(name, encoder_folder, real_peak):
     options = {"method": "norms", "train.batch": 4}
     if name in VISION:
@@ -139,6 +150,24 @@ def test_what_needs_declared_taps_is_refused_in_a_sentence(method):
         build_method(backbone, Classify.numbered(3), config)
 
 
+@pytest.mark.parametrize("name", ["lora", "adalora"])
+def test_low_rank_layers_are_found_by_their_names_and_merge(name):
+    with pytest.raises(UserError, match=r"resnet18 have no queries .*set peft.targets=all"):
+        inject(vision("resnet18"), name, PeftConfig())
+    adapted, plain = (vision("swin_tiny_patch4_window7_224") for _ in range(2))
+    inject(adapted, name, PeftConfig(rank=2), random=True)
+    inputs = plain.example_inputs(1)
+    with torch.no_grad():
+        before, layered, merged = plain(inputs), adapted(inputs), merged_weights(adapted)
+        assert len(merged) == 12 and all(weight.endswith("attn.qkv.weight") for weight in merged)
+        for weight, value in merged.items():
+            plain.get_parameter(weight).copy_(value)
+        torch.testing.assert_close(plain(inputs), layered, rtol=1e-3, atol=1e-3)
+    assert (layered - before).abs().max() > 1e-4
+    with pytest.raises(UserError, match=r"makes? keys and values is not known; use --method lora"):
+        inject(plain, "ia3", PeftConfig())
+
+
 def test_bfloat16_holds_the_frozen_weights_and_leaves_norms_exact():
     backbone = vision("test_byobnet")
     config = load_config(None, {"method": "norms"}, ["train.precision=bf16"])
@@ -157,6 +186,35 @@ def test_bfloat16_holds_the_frozen_weights_and_leaves_norms_exact():
     assert torch.isfinite(method.step(batch)["loss"])
 
 
+def test_norms_that_nothing_reads_are_left_out():
+    """What a block writes beside the state that goes on is trained by no loss."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.aside = torch.nn.LayerNorm(4), torch.nn.LayerNorm(4)
+            self.map = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.map(self.norm(x)), self.aside(x)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([Block(), Block()])
+
+        def forward(self, x):
+            for block in self.blocks:
+                x, _ = block(x)
+            return x.mean(1)
+
+    model = Model().requires_grad_(False)
+    parts, features = discover(model, lambda: model(torch.randn(2, 3, 4)))
+    assert parts.norms == ("blocks.0.norm", "blocks.1.norm")
+    assert list(parts.blocks) == ["blocks.0", "blocks.1"]
+    assert not features.requires_grad and not any(p.requires_grad for p in model.parameters())
+
+
 def test_a_model_without_norms_is_refused_where_norms_are_tuned():
     backbone = load_backbone(BackboneConfig(name="timm:vgg11", pretrained=False, img_size=32))
     task = Classify.numbered(3)
@@ -165,7 +223,7 @@ def test_a_model_without_norms_is_refused_where_norms_are_tuned():
     assert build_method(backbone, task, load_config(None, {"method": "probe"}, []))
 
 
-@pytest.mark.parametrize("name", ["test_byobnet", "modernbert"])
+@pytest.mark.parametrize("name", ["test_byobnet", "albert"])
 def test_the_graph_is_the_bare_backbones_and_answers_as_torch(name, encoder_folder, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="runs exported graphs")
     if name in VISION:

@@ -10,11 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mdpd_deploy.adapters.library import from_peft
-from mdpd_deploy.backbones.base import Backbone
+from mdpd_deploy.backbones.base import Backbone, Layered
 from mdpd_deploy.config import PeftConfig
+from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
 
 ADAPTER = "default"  # peft's name of the only adapter
@@ -66,22 +68,38 @@ class Adapter(ABC):
 LAYERS: Registry[type[Adapter]] = Registry("adapter")
 
 
+QUERY_OR_VALUE = (
+    *("query", "value", "q_proj", "v_proj", "query_proj", "value_proj", "q_lin", "v_lin"),
+    *("q", "v", "to_q", "to_v", "qkv", "in_proj", "Wqkv"),
+)
+
+
 def inject(backbone: Backbone, name: str, config: PeftConfig, *, random: bool = False) -> Adapter:
     """Put the adapter `name` into a backbone, in place.
 
     Raises:
-        UserError: If the installed peft does not have it, or the backbone's layers are not known.
+        UserError: If the installed peft does not have it, or the backbone has no layers for it.
     """
-    backbone.require_taps(f"--method {name}")
-    return LAYERS.get_or_raise(name)(backbone, config, random=random)
+    adapter = LAYERS.get_or_raise(name)(backbone, config, random=random)
+    if not isinstance(backbone, Layered):
+        _check_called(backbone, name)
+    return adapter
 
 
 def linear_layers(backbone: Backbone) -> list[tuple[tuple[str, ...], ...]]:
-    """Return the full names of every block's linear layers, in the groups of `Backbone.layers`.
+    """Return the full names of every block's linear layers, in the groups of `Layered.layers`.
 
     Each block gives four groups: the attention's input (query, key and value, or one fused map),
     its output, and the two maps of the MLP.
+
+    Raises:
+        UserError: If which layer is which is not known.
     """
+    if not isinstance(backbone, Layered):
+        raise UserError(
+            f"{backbone.source.name}: which of its layers make keys and values is not known; use "
+            "--method lora or adalora, which take any linear layer."
+        )
     names = {id(module): name for name, module in backbone.named_modules()}
     return [
         tuple(
@@ -97,12 +115,56 @@ def low_rank_targets(backbone: Backbone, config: PeftConfig) -> list[str]:
     """Return the layers that LoRA and AdaLoRA update, as `peft.targets` says.
 
     "attention" is query and value, the choice of the LoRA paper and peft's default; a fused map
-    holds the key too.
+    holds the key too. Where no layers are declared, they are told by their names.
+
+    Raises:
+        UserError: If there are none.
     """
+    if not isinstance(backbone, Layered):
+        return _found_targets(backbone, config.targets)
     blocks = linear_layers(backbone)
     if config.targets == "all":
         return [name for groups in blocks for group in groups for name in group]
     return [name for groups in blocks for name in groups[0][::2]]
+
+
+def _found_targets(backbone: Backbone, targets: str) -> list[str]:
+    """Return the linear layers of the blocks; with `attention` those named as query and value."""
+    inside = {module for block in backbone.blocks() for module in block.modules()}
+    found = [
+        name
+        for name, module in backbone.named_modules()
+        if type(module) is nn.Linear
+        and module in inside
+        and (targets == "all" or name.rpartition(".")[2] in QUERY_OR_VALUE)
+    ]
+    if not found:
+        what = "linear layers" if targets == "all" else "queries and values known by their names"
+        other = "" if targets == "all" else "set peft.targets=all, or "
+        raise UserError(
+            f"--method lora, adalora: the blocks of {backbone.source.name} have no {what}; "
+            f"{other}use --method norms, bitfit, full or probe."
+        )
+    return found
+
+
+@torch.no_grad()
+def _check_called(backbone: Backbone, name: str) -> None:
+    """Refuse an adapter beside a layer whose weight the backbone reads past the layer."""
+    called = set()
+    layers = dict(_wrapped(backbone))
+    hooks = [
+        layer.register_forward_pre_hook(lambda own, _: called.add(own)) for layer in layers.values()
+    ]
+    backbone(backbone.example_inputs(2))
+    for hook in hooks:
+        hook.remove()
+    idle = [path for path, layer in layers.items() if layer not in called]
+    if idle:
+        raise UserError(
+            f"--method {name}: {backbone.source.name} reads the weight of {idle[0]} "
+            "without calling the layer, so that nothing can be added to it; use another method."
+        )
 
 
 def adapted_weights(backbone: Backbone) -> dict[str, nn.Parameter]:

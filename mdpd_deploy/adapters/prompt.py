@@ -15,6 +15,7 @@ from mdpd_deploy.adapters.tokens import TOKENS, VirtualTokens
 from mdpd_deploy.backbones.base import Backbone, Inputs
 from mdpd_deploy.backbones.wrap import Call, Forward
 from mdpd_deploy.config import PeftConfig
+from mdpd_deploy.errors import UserError
 
 
 @TOKENS.register("prompt")
@@ -24,6 +25,11 @@ class Prompt(VirtualTokens):
     default_lr = 3e-2  # of peft's examples; the paper's 0.3 is Adafactor's
 
     def __init__(self, backbone: Backbone, config: PeftConfig) -> None:
+        if not backbone.takes_prompt:
+            raise UserError(
+                f"--method prompt: the blocks of {backbone.source.name} tell the positions of its own "
+                "tokens apart and take no others; use --method lora."
+            )
         embedding, options = from_peft("PromptEmbedding", "PromptTuningConfig")
         super().__init__(backbone, config)
         chosen = options(

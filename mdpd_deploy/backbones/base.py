@@ -61,6 +61,7 @@ class Backbone(nn.Module, ABC):
         heads: Attention heads of each block.
         preprocess: Raw inputs → arrays named `input_names`.
         takes_prefix: Whether blocks take keys and values from before their tokens.
+        takes_prompt: Whether blocks take more tokens than the embedding made.
         has_taps: Whether its traces have taps, for side networks to read.
     """
 
@@ -75,6 +76,7 @@ class Backbone(nn.Module, ABC):
     preprocess: Preprocess
     source: BackboneSource
     takes_prefix: bool = False
+    takes_prompt: bool = True
     has_taps: bool = True
 
     # --- what a family provides ---------------------------------------------------------------
@@ -103,22 +105,6 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
         """Return well-formed random inputs; `tokens` is the sequence length, text only."""
-
-    @abstractmethod
-    def thin_block(self, index: int, reduction: int) -> nn.Module:
-        """Return a fresh block like block `index`, every width but the heads' number divided."""
-
-    @abstractmethod
-    def layers(self, index: int) -> tuple[Layer, ...]:
-        """Return the layers of one block in the order in which a token passes them.
-
-        Four of them are linear: the attention's input (query, key and value, or one fused map),
-        its output, and the two maps of the MLP.
-        """
-
-    @abstractmethod
-    def embedding_weight(self) -> tuple[Tensor, int]:
-        """Return the weight that makes tokens, and its axis of length D."""
 
     @abstractmethod
     def set_attention(self, kind: str, within: nn.Module | None = None) -> None:
@@ -245,7 +231,7 @@ class Backbone(nn.Module, ABC):
         """
         if not self.has_taps:
             raise UserError(
-                f"{option} knows vision transformers, networks in stages and BERT-family encoders; "
+                f"{option} knows plain transformers and networks in stages; "
                 f"{self.source.name} is tuned as a whole, use --method norms, bitfit, full or probe."
             )
 
@@ -299,6 +285,37 @@ class Backbone(nn.Module, ABC):
             return {}
         mine = {id(parameter) for parameter in norm.parameters()}
         return {name: p for name, p in self.named_parameters() if id(p) in mine}
+
+
+class Layered(Backbone):
+    """A backbone whose linear maps are known: adapters go into them."""
+
+    @abstractmethod
+    def layers(self, index: int) -> tuple[Layer, ...]:
+        """Return the layers of one block in the order in which a token passes them.
+
+        Four of them are linear: the attention's input (query, key and value, or one fused map),
+        its output, and the two maps of the MLP.
+
+        Raises:
+            UserError: If they are not known.
+        """
+
+
+class Thinnable(Layered):
+    """A backbone whose blocks can be copied with fewer units, as LST is made of."""
+
+    @abstractmethod
+    def thin_block(self, index: int, reduction: int) -> nn.Module:
+        """Return a fresh block like block `index`, every width but the heads' number divided.
+
+        Raises:
+            UserError: If the blocks read what a thinner copy could not, e.g. a rotary table.
+        """
+
+    @abstractmethod
+    def embedding_weight(self) -> tuple[Tensor, int]:
+        """Return the weight that makes tokens, and its axis of length D."""
 
 
 class WithoutGrad:

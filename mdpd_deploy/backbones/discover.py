@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 STEMS = ("stem", "patch_embed", "embeddings")
@@ -27,7 +28,8 @@ class Parts:
     Attributes:
         blocks: Modules to run again, by name, in the order in which they run.
         norms: Names of the tuned norms: those of the blocks and those that run behind the first
-            block; not those of queries and keys, and not the embedding's.
+            block; not those of queries and keys, not the embedding's, and none that the output
+            does not read.
         last_norms: Those of `norms` that lie in no block.
     """
 
@@ -53,22 +55,45 @@ class _Seen:
     children: list[str] = field(default_factory=list)
 
 
-def discover(model: nn.Module, forward: Callable[[], object]) -> Parts:
-    """Watch one forward without a graph and name the parts.
+def discover(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Parts, Tensor]:
+    """Watch one forward and name the parts; return them with its output.
 
     Args:
         model: In the mode in which it will run.
         forward: Calls the model on an example, real or fake.
     """
-    seen = _watch(model, forward)
+    seen, output = _watch(model, forward)
     marked = [name for name in seen if _marked(model.get_submodule(name))]
     found = _outermost(marked) if marked else _taken_apart(model, seen)
     found.sort(key=lambda name: seen[name].order)
     first = seen[found[0]].order if found else 0
-    norms = tuple(n for n in seen if is_tuned(n, model.get_submodule(n)) and seen[n].order >= first)
+    read = _read_by(output)
+    norms = tuple(
+        name
+        for name, entry in seen.items()
+        if is_tuned(name, model.get_submodule(name))
+        and entry.order >= first
+        and id(model.get_submodule(name).weight) in read
+    )
     inside = tuple(f"{name}." for name in found)
     last = tuple(name for name in norms if not name.startswith(inside))
-    return Parts({name: model.get_submodule(name) for name in found}, norms, last)
+    parts = Parts({name: model.get_submodule(name) for name in found}, norms, last)
+    return parts, output.detach()
+
+
+def _read_by(output: Tensor) -> set[int]:
+    """Return the identities of the parameters that an output depends on."""
+    found: set[int] = set()
+    queue, met = [output.grad_fn], {output.grad_fn}
+    while queue:
+        node: Any = queue.pop()
+        if node is None:
+            continue
+        found.add(id(getattr(node, "variable", None)))
+        following = {after for after, _ in node.next_functions} - met
+        met |= following
+        queue += following
+    return found
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -127,7 +152,8 @@ def _adds(name: str, seen: dict[str, _Seen]) -> bool:
     return not (_is_chain(links, seen) and seen[links[-1]].gives & seen[name].gives)
 
 
-def _watch(model: nn.Module, forward: Callable[[], object]) -> dict[str, _Seen]:
+def _watch(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[dict[str, _Seen], Tensor]:
+    """Run a forward whose graph knows the norms and keeps no tensor."""
     seen: dict[str, _Seen] = {}
     stack: list[str] = []
     names = {module: name for name, module in model.named_modules()}
@@ -149,17 +175,26 @@ def _watch(model: nn.Module, forward: Callable[[], object]) -> dict[str, _Seen]:
         seen[stack.pop()].gives |= {_version(t) for t in tensors}
 
     hooks: list[RemovableHandle] = []
+    norms = [module for name, module in model.named_modules() if is_tuned(name, module)]
+    frozen = [(p, p.requires_grad) for p in model.parameters()]
     try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for norm in norms:
+            for parameter in norm.parameters(recurse=False):
+                parameter.requires_grad_(True)
         for module in names:
             hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             hooks.append(module.register_forward_hook(leave))
-        with torch.no_grad():
-            forward()
+        with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+            output = forward()
     finally:
         for hook in hooks:
             hook.remove()
+        for parameter, before in frozen:
+            parameter.requires_grad_(before)
     seen.setdefault("", _Seen(0, children=[n for n in seen if not _inside(n, seen)]))
-    return seen
+    return seen, output
 
 
 def _inside(name: str, seen: dict[str, _Seen]) -> bool:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 # These imports fill the registry: one line per family.
-from mdpd_deploy.backbones import bert_load as _bert  # noqa: F401
+from mdpd_deploy.backbones import hf_load as _hf  # noqa: F401
 from mdpd_deploy.backbones import vit_load as _vit  # noqa: F401
 from mdpd_deploy.backbones.base import Backbone, BackboneSource, weights_sha256
 from mdpd_deploy.backbones.family import (

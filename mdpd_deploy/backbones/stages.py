@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mdpd_deploy.backbones.base import Backbone, Inputs, Layer, WithoutGrad
+from mdpd_deploy.backbones.base import Inputs, Layer, Layered, WithoutGrad
 from mdpd_deploy.backbones.discover import is_norm, is_tuned
 from mdpd_deploy.backbones.layout import Layout
 from mdpd_deploy.backbones.vit import image_preprocess, image_size, random_pictures, switch_fused
@@ -92,7 +92,7 @@ DECLARATIONS = {
 }
 
 
-class StagesBackbone(Backbone):
+class StagesBackbone(Layered):
     """A hierarchical timm model without its classifier; pooled as timm pools it.
 
     Args:
@@ -221,14 +221,6 @@ class StagesBackbone(Backbone):
         if self.declaration.post_norm:
             return (qkv, proj, norm1, fc1, fc2, norm2)
         return (norm1, qkv, proj, norm2, fc1, fc2)
-
-    def thin_block(self, index: int, reduction: int) -> nn.Module:
-        """Raise: ladders refuse networks in stages."""
-        raise NotImplementedError
-
-    def embedding_weight(self) -> tuple[Tensor, int]:
-        """Raise: only ladders start from it."""
-        raise NotImplementedError
 
     def set_attention(self, kind: str, within: nn.Module | None = None) -> None:
         """Change nothing: in windows of a few tokens attention is spelled out in training too.

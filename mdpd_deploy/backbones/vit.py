@@ -1,9 +1,10 @@
-"""Plain vision transformers of timm: ViT, DeiT, DINOv2 and their like.
+"""Plain vision transformers of timm: ViT, DeiT, DINOv2, DINOv3, EVA-02, BEiT, SigLIP and their like.
 
-Plain means: one sequence of tokens, every block a `Block` (pre-norm) or `ResPostBlock`, any number
-of prefix tokens (class, distillation, registers), LayerScale or not. The pretrained final norm is
-kept where the weights have it: before the pooling (`norm`), or, for weights trained with
-timm's average pooling, after it (`fc_norm`).
+Plain means: one sequence of tokens, every block of a class in `declared.TIMM`, any number of prefix
+tokens (class, distillation, registers), LayerScale or not. The pretrained final norm is kept where
+the weights have it: before the pooling (`norm`), or, for weights trained with timm's average
+pooling, after it (`fc_norm`). Where the weights pool by attention (SigLIP), that stays the pooling,
+and its norm is tuned too.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mdpd_deploy.backbones.base import Backbone, Inputs, Layer, norm_parameters_of
+from mdpd_deploy.backbones.base import Inputs, Layer, Thinnable, WithoutGrad, norm_parameters_of
+from mdpd_deploy.backbones.declared import NORMS_SECOND, TIMM
+from mdpd_deploy.backbones.discover import is_tuned
 from mdpd_deploy.data.preprocess import ImagePreprocess
 from mdpd_deploy.errors import UserError, unknown
 
@@ -21,8 +24,8 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 
-class VitBackbone(Backbone):
-    """A timm `VisionTransformer` without its classifier.
+class VitBackbone(Thinnable):
+    """A timm vision transformer without its classifier.
 
     Args:
         model: As `timm.create_model(..., num_classes=0)` returns it, and `is_plain`.
@@ -44,6 +47,7 @@ class VitBackbone(Backbone):
         self.norm_after_pool = not isinstance(model.fc_norm, nn.Identity)
         self.pooling = "mean"
         self.preprocess = image_preprocess(model)
+        self.takes_prompt = self.makes_thin = _class_of(model) == "VisionTransformer"
         self.set_attention("sdpa")
 
     def blocks(self) -> Sequence[nn.Module]:
@@ -62,9 +66,29 @@ class VitBackbone(Backbone):
 
     def finish(self, x: Tensor, mask: Tensor | None, *, blocked: bool = False) -> Tensor:
         """Final norm and pooling in the order that the weights were trained with: [B, D]."""
-        if not self.norm_after_pool:
+        if self.norm_after_pool:
+            return self.normalise(self.pool(x, mask), blocked=blocked)
+        pool: Any = self.model.attn_pool if self.pools_by_attention else None
+        if pool is None:
             return super().finish(x, mask, blocked=blocked)
-        return self.normalise(self.pool(x, mask), blocked=blocked)
+        first = 0 if getattr(self.model, "pool_include_prefix", True) else self.prefix_tokens
+        x = self.normalise(x, blocked=blocked)[:, first:]
+        out: Tensor = (WithoutGrad(pool) if blocked else pool)(x)
+        return out
+
+    @property
+    def pools_by_attention(self) -> bool:
+        """Whether a pretrained attention pool makes the features from all tokens."""
+        return getattr(self.model, "attn_pool", None) is not None
+
+    def final_norm_parameters(self) -> dict[str, nn.Parameter]:
+        """Return those of the final norm and of the norm in an attention pool, by full name."""
+        found = super().final_norm_parameters()
+        if not self.pools_by_attention:
+            return found
+        pool: Any = self.model.attn_pool
+        norms = [part for name, part in pool.named_modules() if is_tuned(name, part)]
+        return found | norm_parameters_of(pool, "model.attn_pool.", norms)
 
     def block_norms(self, index: int) -> dict[str, nn.Parameter]:
         """Return scale and shift of norm1 and norm2; not of q/k norms."""
@@ -80,6 +104,11 @@ class VitBackbone(Backbone):
     def thin_block(self, index: int, reduction: int) -> nn.Module:
         """Return a fresh timm block of width D / reduction with the same number of heads."""
         old: Any = self.blocks()[index]
+        if not self.makes_thin:
+            raise UserError(
+                f"side.name=lst: no thinner copy of timm's {type(old).__name__} with positions of "
+                "its own is known; use another side network."
+            )
         width = self.width // reduction
         hidden = old.mlp.fc2.in_features // reduction * self._gated(old)
         norm: Any = type(old.norm1)
@@ -103,21 +132,19 @@ class VitBackbone(Backbone):
         )
 
     def layers(self, index: int) -> tuple[Layer, ...]:
-        """Return norm, attention, norm, MLP; in a `ResPostBlock` the norms come second.
+        """Return norm, attention, norm, MLP; in a post-norm block the norms come second.
 
-        Norms inside the attention and the MLP (BEiT-3) stand before the map that reads them.
+        Norms inside the attention and the MLP (BEiT-3, EVA-02) stand before the map that reads them.
         """
-        from timm.models.vision_transformer import ResPostBlock
-
         block: Any = self.blocks()[index]
-        attention = (Layer(("attn.qkv",), stacked=3), *_inner(block, "attn"), Layer(("attn.proj",)))
+        attention = (_queries(block), *_inner(block, "attn"), Layer(("attn.proj",)))
         mlp = (
             Layer(_mlp_inputs(block), stacked=self._gated(block)),
             *_inner(block, "mlp"),
             Layer(("mlp.fc2",)),
         )
         first, second = Layer(("norm1",), linear=False), Layer(("norm2",), linear=False)
-        if isinstance(block, ResPostBlock):
+        if type(block).__name__ in NORMS_SECOND:
             return (*attention, first, *mlp, second)
         return (first, *attention, second, *mlp)
 
@@ -148,24 +175,42 @@ def _mlp_inputs(block: nn.Module) -> tuple[str, ...]:
     )
 
 
+def _queries(block: Any) -> Layer:
+    """Return the maps of query, key and value, or the one that holds all three."""
+    if getattr(block.attn, "q_bias", None) is not None:
+        raise UserError(
+            f"the blocks of this backbone ({type(block).__name__}) read the weight of attn.qkv "
+            "without calling the layer, so that no adapter can add to it: use another method."
+        )
+    if block.attn.qkv is None:
+        return Layer(("attn.q_proj", "attn.k_proj", "attn.v_proj"))
+    return Layer(("attn.qkv",), stacked=3)
+
+
 def _inner(block: nn.Module, part: str) -> tuple[Layer, ...]:
     """Return the norm inside a part of a block, if it has one."""
-    path = f"{part}.norm"
-    plain = isinstance(block.get_submodule(path), nn.Identity)
-    return () if plain else (Layer((path,), linear=False),)
+    plain = nn.Identity()
+    norm = getattr(block.get_submodule(part), "norm", plain)
+    return () if isinstance(norm, nn.Identity) else (Layer((f"{part}.norm",), linear=False),)
 
 
 def is_plain(model: nn.Module) -> bool:
     """Tell whether a timm model is a plain vision transformer, as this file takes it."""
     from timm.layers.patch_embed import PatchEmbed
-    from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 
+    blocks = TIMM.get(_class_of(model), ())
+    facts: Any = model
     return (
-        isinstance(model, VisionTransformer)
-        and model.attn_pool is None
-        and type(model.patch_embed) is PatchEmbed
-        and all(type(block) in (Block, ResPostBlock) for block in model.blocks)
+        bool(blocks)
+        and type(facts.patch_embed) is PatchEmbed
+        and all(type(block).__name__ in blocks for block in facts.blocks)
     )
+
+
+def _class_of(model: nn.Module) -> str:
+    """Return the name of the class in `TIMM` that a model is an instance of, or of its own."""
+    names = [kind.__name__ for kind in type(model).__mro__]
+    return next((name for name in names if name in TIMM), names[0])
 
 
 def switch_fused(module: nn.Module, kind: str) -> None:

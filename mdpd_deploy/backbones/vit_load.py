@@ -6,6 +6,7 @@ the hub, `builtin:NAME`, or a folder whose config.json is timm's hub format (`ar
 position and patch embeddings with timm's own filter, for local weights as for downloaded ones.
 """
 
+import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -250,7 +251,8 @@ def _load_filtered(model: nn.Module, state: dict[str, Tensor], name: str, path: 
     because it means that the weights belong to another architecture.
     """
     fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    resample: dict[str, Any] = {"adapt_layer_scale": True} if is_plain(model) else {}
+    takes = () if fit is None else inspect.signature(fit).parameters
+    resample: dict[str, Any] = {"adapt_layer_scale": True} if "adapt_layer_scale" in takes else {}
     if "flexi" in name:
         resample |= {"interpolation": "bilinear", "antialias": False}
     with (

@@ -2,7 +2,7 @@
 
 Its blocks and norms are found by watching one forward (`discover.py`), which is all that the methods
 without a side network need. A side network must know how the tokens of its taps lie, and adapters
-which layers are maps of the attention: only declared families say so (`vit.py`, `bert.py`).
+which layers are maps of the attention: only declared families say so (`vit.py`, `declared.py`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from mdpd_deploy.backbones.base import Backbone, Inputs, Layer
-from mdpd_deploy.backbones.bert import random_texts
+from mdpd_deploy.backbones.base import Backbone, Inputs
+from mdpd_deploy.backbones.build import explaining
 from mdpd_deploy.backbones.discover import discover
+from mdpd_deploy.backbones.transformer import choose_attention, random_texts
 from mdpd_deploy.backbones.vit import image_preprocess, image_size, random_pictures, switch_fused
 from mdpd_deploy.backbones.wrap import Run, Trace, plainly, wrapped
-from mdpd_deploy.data.preprocess import TextPreprocess
-from mdpd_deploy.errors import UserError, unknown
+from mdpd_deploy.data.preprocess import ImagePreprocess, TextPreprocess
+from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,17 +39,21 @@ class WholeModel(Backbone):
         """Watch one forward.
 
         Raises:
-            UserError: If there is no norm to tune, or nothing to run again.
+            UserError: If the model does not map its input to features, or has no blocks.
         """
         self.eval()
         example = self.example_inputs(2)
-        features: list[Tensor] = []
-
-        def forward() -> None:
-            features.append(self.run_library(example, self.token_mask(example)))
-
-        self.parts = discover(self.model, forward)
-        self.width = features[0].shape[-1]
+        mend = "Take a model that maps one picture, or one text, to its features."
+        with explaining(f"backbone.name: {self.name} cannot be run", mend):
+            self.parts, features = discover(
+                self.model, lambda: self.run_library(example, self.token_mask(example))
+            )
+        if features.ndim != 2 or len(features) != 2:
+            raise UserError(
+                f"backbone.name: {self.name} returns {tuple(features.shape)} for 2 inputs instead "
+                f"of their features [2, D]. {mend}"
+            )
+        self.width = features.shape[1]
         if not self.parts.blocks:
             raise UserError(
                 f"backbone.name: no blocks are found in {self.name} (a {type(self.model).__name__}): "
@@ -74,10 +79,9 @@ class WholeModel(Backbone):
             trace.ends.append(self.run_library(inputs, trace.mask))
         return trace
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Return the pooled features [B, D]."""
-        mask = self.token_mask(inputs)
-        return self.finish(self.run_library(inputs, mask), mask)
+    def finish(self, x: Tensor, mask: Tensor | None, *, blocked: bool = False) -> Tensor:
+        """Return x [B, D]: the library's forward ends behind the pooling."""
+        return x
 
     def final_norm(self) -> nn.Module | None:
         """Return None: the library's forward ends behind its last norm."""
@@ -95,18 +99,6 @@ class WholeModel(Backbone):
     def final_norm_parameters(self) -> dict[str, nn.Parameter]:
         """Return those of the norms that lie in no block."""
         return self._parameters_of(self.parts.last_norms)
-
-    def thin_block(self, index: int, reduction: int) -> nn.Module:
-        """Raise: no thinner copy of a block is known; see `require_taps`."""
-        raise NotImplementedError
-
-    def layers(self, index: int) -> tuple[Layer, ...]:
-        """Raise: which layers are maps of the attention is not known; see `require_taps`."""
-        raise NotImplementedError
-
-    def embedding_weight(self) -> tuple[Tensor, int]:
-        """Raise: which weight makes tokens is not known; see `require_taps`."""
-        raise NotImplementedError
 
     def _parameters_of(self, norms: Iterable[str]) -> dict[str, nn.Parameter]:
         return {
@@ -141,10 +133,6 @@ class WholeVision(WholeModel):
         out: Tensor = self.model(inputs["pixel_values"].to(dtype))
         return out
 
-    def finish(self, x: Tensor, mask: Tensor | None, *, blocked: bool = False) -> Tensor:
-        """Return x: timm has pooled it."""
-        return x
-
     def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
         """Return random normalised pictures [B, 3, H, W]; the global random state is untouched."""
         return random_pictures(batch, image_size(self.model), next(self.model.parameters()).device)
@@ -154,32 +142,56 @@ class WholeVision(WholeModel):
         switch_fused(within or self.model, kind)
 
 
-class WholeText(WholeModel):
-    """A transformers text encoder, pooled over its real tokens.
+class _WholeLibrary(WholeModel):
+    """A model of transformers."""
+
+    def __init__(self, model: "PreTrainedModel", name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.name = name
+        self.set_attention("sdpa")
+
+    def set_attention(self, kind: str, within: nn.Module | None = None) -> None:
+        """Choose "sdpa" or "eager"; a model that has one form only keeps it."""
+        model: Any = self.model
+        choose_attention(model, kind)
+
+
+class WholeText(_WholeLibrary):
+    """A transformers text encoder, pooled over its real tokens, or as its own pooling does.
 
     Args:
         model: A model that maps `input_ids` to `last_hidden_state`.
         preprocess: Its tokenizer with the lengths in use.
         name: What the user called it, for messages.
+        pooled: Take `pooler_output` where there is one, as a tower that was trained to be compared
+            needs it: CLIP reads its end-of-text token, SigLIP the last one.
     """
 
     has_cls = True
 
-    def __init__(self, model: "PreTrainedModel", preprocess: TextPreprocess, name: str) -> None:
-        super().__init__()
-        self.model = model
-        self.name = name
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        preprocess: TextPreprocess,
+        name: str,
+        *,
+        pooled: bool = False,
+    ) -> None:
+        super().__init__(model, name)
         self.preprocess = preprocess
         self.input_names = preprocess.input_names
         self.max_length = preprocess.max_length
-        self.set_attention("sdpa")
+        self.pooled = pooled
+        self.has_cls = not pooled
         self.find_parts()
 
     def run_library(self, inputs: Inputs, mask: Tensor | None) -> Tensor:
-        """Run transformers' forward: [B, N, D]."""
+        """Run transformers' forward: [B, D]."""
         given = {name: inputs[name] for name in self.input_names if name in inputs}
-        out: Tensor = self.model(**given).last_hidden_state
-        return out
+        out = self.model(**given)
+        pooled: Tensor | None = out.pooler_output if self.pooled else None
+        return self.pool(out.last_hidden_state, mask) if pooled is None else pooled
 
     def token_mask(self, inputs: Inputs) -> Tensor | None:
         """Return the attention mask [B, N], 1 for real tokens."""
@@ -188,11 +200,56 @@ class WholeText(WholeModel):
     def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
         """Return random texts of `tokens` tokens, every second one padded by a quarter."""
         config: Any = self.model.config
-        return random_texts(self, config.vocab_size, batch, tokens)
+        assert isinstance(self.preprocess, TextPreprocess)
+        device = next(self.model.parameters()).device
+        return random_texts(self.preprocess, config.vocab_size, batch, tokens, device)
 
-    def set_attention(self, kind: str, within: nn.Module | None = None) -> None:
-        """Choose "sdpa" or "eager"; a model that has one form only keeps it."""
-        if kind not in ("sdpa", "eager"):
-            raise unknown("attention", kind, ("sdpa", "eager"))
-        model: Any = self.model
-        model.set_attn_implementation(kind if model._supports_sdpa else "eager")
+
+class WholePicture(_WholeLibrary):
+    """A transformers vision encoder.
+
+    Its features are `pooler_output` where the model has a pooling of its own that it was trained
+    with (SigLIP's attention, the normed class token of DINOv2 and CLIP, the normed mean of BEiT and
+    ConvNeXt); a dense pooler for another task is not loaded. Else they are the mean of the patch
+    tokens [B, N, D] or of the map [B, C, H, W].
+
+    Args:
+        model: A model that maps `pixel_values` to `last_hidden_state`.
+        preprocess: How its pictures are prepared.
+        name: What the user called it, for messages.
+    """
+
+    input_names = ("pixel_values",)
+    has_cls = False
+
+    def __init__(self, model: "PreTrainedModel", preprocess: ImagePreprocess, name: str) -> None:
+        super().__init__(model, name)
+        self.preprocess = preprocess
+        self.find_parts()
+
+    def run_library(self, inputs: Inputs, mask: Tensor | None) -> Tensor:
+        """Run transformers' forward: [B, D]."""
+        pixels = inputs["pixel_values"]
+        out: Any = self.model(pixel_values=pixels.to(next(self.model.parameters()).dtype))
+        pooled: Tensor | None = getattr(out, "pooler_output", None)
+        if pooled is not None:
+            return pooled.flatten(1)
+        tokens: Tensor = out.last_hidden_state
+        if tokens.ndim == 4:
+            return tokens.mean(dim=(2, 3))
+        return tokens[:, prefix_of(self.model.config, tokens.shape[1], pixels) :].mean(dim=1)
+
+    def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
+        """Return random normalised pictures [B, 3, H, W]; the global random state is untouched."""
+        assert isinstance(self.preprocess, ImagePreprocess)
+        return random_pictures(batch, self.preprocess.size, next(self.model.parameters()).device)
+
+
+def prefix_of(config: Any, tokens: int, pixels: Tensor) -> int:
+    """Return how many of a model's tokens stand before those of its patches; 0 where unknown."""
+    patch = getattr(config, "patch_size", None)
+    if not isinstance(patch, int):
+        return 0
+    height, width = pixels.shape[2:]
+    patches = (height // patch) * (width // patch)
+    return tokens - patches if 0 <= tokens - patches < patches else 0

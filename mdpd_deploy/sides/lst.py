@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mdpd_deploy.backbones.base import Backbone
+from mdpd_deploy.backbones.base import Backbone, Thinnable
 from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides.base import (
@@ -88,6 +88,7 @@ class LST(SideNetwork):
 
     def inherit(self, backbone: Backbone, importance: Importance) -> None:
         """Copy the most important units of the backbone's layers into the blocks and the norm."""
+        assert isinstance(backbone, Thinnable)
         norm = self.up[0] if isinstance(self.up, nn.Sequential) else None
         copy_largest(backbone, self.blocks, norm, importance)
 
@@ -95,12 +96,15 @@ class LST(SideNetwork):
     def build(cls, shape: SideShape, config: SideConfig) -> "LST":
         """Build LST for a backbone: CLIP-ViL flavour beside text, ViT flavour beside vision."""
         backbone = shape.backbone
-        if backbone is None:
-            raise UserError("side.name=lst is made of the backbone's own blocks: name a backbone.")
         if len(shape.stages) > 1:
             raise UserError(
                 "side.name=lst copies blocks of one width, and this backbone works in stages of "
                 "growing width: use unipt, sherl, dtlv1, dtlv2 or dtlv2-ls."
+            )
+        if not isinstance(backbone, Thinnable):
+            raise UserError(
+                "side.name=lst is made of thinner copies of the backbone's blocks, and none are "
+                "known here: use another side network."
             )
         default = 4 if shape.text else 8
         d = side_width(shape, config, default=default, heads=backbone.heads)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdpd_deploy.backbones.base import Backbone, Layer
+from mdpd_deploy.backbones.base import Layer, Thinnable
 from mdpd_deploy.sides.base import Importance
 
 
 @torch.no_grad()
 def copy_largest(
-    backbone: Backbone,
+    backbone: Thinnable,
     blocks: Sequence[nn.Module] | nn.ModuleList,
     final_norm: nn.Module | None,
     importance: Importance,
@@ -28,7 +28,7 @@ def copy_largest(
 
     Args:
         backbone: Its weights are read.
-        blocks: One block of `Backbone.thin_block` per backbone block; their weights are replaced.
+        blocks: One block of `Thinnable.thin_block` per backbone block; their weights are replaced.
         final_norm: A norm of the thin width, which takes the final norm's kept units; or None.
         importance: `torch.abs` (magnitude), or squared gradients (Fisher).
     """
