@@ -9,7 +9,8 @@ from torch import Tensor
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts, TaskSpec
+from mdpd_deploy.train.methods.base import METHODS, Method, Parameters, Parts
+from mdpd_deploy.train.methods.batch import Batch, TaskSpec
 from mdpd_deploy.train.norm_grad import build_norm_gradient
 
 
