@@ -100,11 +100,7 @@ def measure(setup: Setup, model: nn.Module, split: str) -> Outputs:
     assert isinstance(model, TaskModel)
     names = model.backbone.input_names
     return run_over(
-        lambda inputs: {"output": model(*(inputs[name] for name in names))},
-        setup.data.evaluation[split],
-        setup.backbone.preprocess,
-        batch=setup.config.train.eval_batch,
-        state=setup.state,
+        setup, split, lambda inputs: {"output": model(*(inputs[name] for name in names))}
     )
 
 
@@ -161,10 +157,7 @@ def describe(setup: Setup, progress: Progress) -> dict[str, Any]:
         "steps": progress.step,
         "best_step": progress.best_step,
         "weights_chosen_on": "validation" if _chose(setup) else None,
-        "data": {
-            "train": len(setup.data.train),
-            **{name: len(split) for name, split in setup.data.evaluation.items()},
-        },
+        "data": setup.examples,
         "tokens": {name: asdict(found) for name, found in setup.lengths.items()},
         "notes": list(setup.notes),
         "inventory": setup.data.inventory.to_dict(),

@@ -105,10 +105,7 @@ def _plan(setup: Setup, memory_table: tuple[MemoryRow, ...]) -> Plan:
         backbone=config.backbone.name,
         sees=setup.card.sees,
         licence=setup.card.licence,
-        examples={
-            "train": len(setup.data.train),
-            **{name: len(split) for name, split in setup.data.evaluation.items()},
-        },
+        examples=setup.examples,
         classes=setup.data.task.labels,
         steps=setup.steps,
         steps_per_epoch=setup.schedule.steps_per_epoch,

@@ -171,13 +171,7 @@ def evaluate(
     method, data, config = setup.method, setup.data, setup.config
     split = data.evaluation["validation"]
     method.eval_mode()
-    outputs = run_over(
-        method.outputs,
-        split,
-        setup.backbone.preprocess,
-        batch=config.train.eval_batch,
-        state=setup.state,
-    )
+    outputs = run_over(setup, "validation", method.outputs)
     method.train_mode()
     measured = {name: compute(data.metrics, out, split.labels) for name, out in outputs.items()}
     score = measured["deployed"][data.metrics[0]]

@@ -39,6 +39,7 @@ class Setup:
     state: PartialState
     original: dict[str, Tensor] | None  # a backbone that cannot be loaded again
     lengths: dict[str, TextLengths]  # tokens of the texts by split; empty for images
+    text_length: int | None  # tokens of a batch with the longest of them
     memory: SettledMemory  # what a step needs
 
     @property
@@ -47,9 +48,10 @@ class Setup:
         return self.state.device
 
     @property
-    def text_length(self) -> int | None:
-        """Tokens of a batch with the longest training text, padded; None for images."""
-        return batch_length(self.config, self.lengths)
+    def examples(self) -> dict[str, int]:
+        """How many each split holds."""
+        splits = {"train": self.data.train, **self.data.evaluation}
+        return {name: len(split) for name, split in splits.items()}
 
     @property
     def eval_every(self) -> int:
@@ -101,7 +103,14 @@ def prepare(config: Config) -> Setup:
     set_resize(backbone, config)
     lengths = measure_lengths(backbone, data)
     told = [lengths_note(lengths)] if lengths else []
-    memory = measure_need(config, data, lengths, state)
+    text_length = batch_length(config, lengths)
+    memory = settle_memory(
+        config,
+        data.task,
+        text_length=text_length,
+        # the same in every process of a launch
+        free=broadcast_object_list([free_bytes(config.train.device, state.num_processes)])[0],
+    )
     config = memory.config
     told += [memory.choice.words] if memory.choice else []
     data = replace(data, notes=(*data.notes, *told, *data_cautions(data)))
@@ -121,7 +130,18 @@ def prepare(config: Config) -> Setup:
     )
     steps = total_steps(config, schedule)
     return Setup(
-        config, data, task, backbone, method, schedule, steps, state, original, lengths, memory
+        config,
+        data,
+        task,
+        backbone,
+        method,
+        schedule,
+        steps,
+        state,
+        original,
+        lengths,
+        text_length,
+        memory,
     )
 
 
@@ -140,19 +160,6 @@ def batch_length(config: Config, lengths: dict[str, TextLengths]) -> int | None:
         return None
     most = config.data.max_length
     return most if config.data.pad == "max" else min(most, lengths["train"].longest)
-
-
-def measure_need(
-    config: Config, data: TaskData, lengths: dict[str, TextLengths], state: PartialState
-) -> SettledMemory:
-    """Forecast what a step needs, the same in every process of a launch."""
-    free = [free_bytes(config.train.device, state.num_processes)]
-    return settle_memory(
-        config,
-        data.task,
-        text_length=batch_length(config, lengths),
-        free=broadcast_object_list(free)[0],
-    )
 
 
 def total_steps(config: Config, schedule: Schedule) -> int:

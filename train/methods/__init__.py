@@ -5,7 +5,8 @@ Adding a method is one file here and an import below; an adapter or virtual toke
 """
 
 from mdpd_deploy.train.methods import direct, mdpd, norms, peft, side
-from mdpd_deploy.train.methods.base import METHODS, Batch, Method, build_method
+from mdpd_deploy.train.methods.base import METHODS, Method, build_method
+from mdpd_deploy.train.methods.batch import Batch
 
 __all__ = [
     "METHODS",

@@ -2,12 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mdpd_deploy.artifacts.run import DELTA
@@ -18,31 +15,8 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
 from mdpd_deploy.tasks import Task
 from mdpd_deploy.tasks.head import Head
+from mdpd_deploy.train.methods.batch import Batch
 from mdpd_deploy.train.precision import hold_in_bfloat16, side_autocast
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A part of one optimiser step.
-
-    Attributes:
-        inputs: Named tensors.
-        labels: [B], as `Task.wanted` gives them.
-        keys: Position of each example in the training data [B].
-        step: The optimiser step.
-        count: Examples in the whole optimiser step, over all parts and processes.
-        weight: Sum of their class weights (= count without class weights).
-        progress: Share of the run's steps that lie behind it.
-    """
-
-    inputs: Mapping[str, Tensor]
-    labels: Tensor
-    keys: NDArray[np.int64]
-    step: int
-    count: float
-    weight: float
-    progress: float = 1.0
-
 
 NORM_OPTIONS = ("optim.norm_lr", "optim.norms_after")
 

@@ -25,7 +25,8 @@ from mdpd_deploy.model import pool_side
 from mdpd_deploy.sides import SIDES, FrozenBlocks, SideNetwork, SideOutput, build_side
 from mdpd_deploy.tasks import Task
 from mdpd_deploy.train.memory.live import part
-from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts
+from mdpd_deploy.train.methods.base import METHODS, Method, Parameters, Parts
+from mdpd_deploy.train.methods.batch import Batch
 from mdpd_deploy.train.norm_grad import LayerLoss, build_norm_gradient
 
 SHALLOW, DEEP = 4e-5, 6e-5  # supplementary B of the paper

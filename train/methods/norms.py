@@ -10,7 +10,8 @@ from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks import Task
-from mdpd_deploy.train.methods.base import METHODS, Batch, Method, Parameters, Parts
+from mdpd_deploy.train.methods.base import METHODS, Method, Parameters, Parts
+from mdpd_deploy.train.methods.batch import Batch
 from mdpd_deploy.train.norm_grad import build_norm_gradient
 
 

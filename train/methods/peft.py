@@ -20,7 +20,8 @@ from mdpd_deploy.adapters import (
     merged_weights,
 )
 from mdpd_deploy.artifacts.run import ADAPTER, DELTA
-from mdpd_deploy.train.methods.base import METHODS, Batch, Files, Parameters, Parts, Weights
+from mdpd_deploy.train.methods.base import METHODS, Files, Parameters, Parts, Weights
+from mdpd_deploy.train.methods.batch import Batch
 from mdpd_deploy.train.methods.direct import Direct
 
 
