@@ -34,7 +34,7 @@ REPORT_FILE = "latency.json"
 @torch_defaults()
 def bench_latency(
     run_or_bundle: Annotated[
-        str | Path | None,
+        Path | str | None,
         typer.Argument(metavar="RUN|BUNDLE", help="Default: the newest run."),
     ] = None,
     *,
@@ -70,7 +70,7 @@ def bench_latency(
         ),
     ] = 5,
     out: Annotated[
-        str | Path | None, typer.Option(help="Default: RUN/latency, numbered if taken.")
+        Path | str | None, typer.Option(help="Default: RUN/latency, numbered if taken.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[

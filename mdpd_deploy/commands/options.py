@@ -8,6 +8,8 @@ from typing import Annotated, TypedDict
 
 import typer
 
+from mdpd_deploy.commands.names import METHODS, SIDES
+
 
 class SharedWords(TypedDict, total=False):
     """The words of `mdpd compare` for what all its trainings share; `mdpd train` has them too."""
@@ -51,17 +53,16 @@ class TrainWords(SharedWords, total=False):
     ]
     method: Annotated[
         str | None,
-        typer.Option(
-            help="mdpd (default), side, norms, probe, bitfit, full, lora, adalora, ia3, prompt or "
-            "prefix."
-        ),
+        typer.Option(help=f"{', '.join(METHODS)}. Default: mdpd."),
         "method",
     ]
-    side: Annotated[str | None, typer.Option(help="unipt (default), sherl, lst, dtl."), "side.name"]
+    side: Annotated[
+        str | None, typer.Option(help=f"{', '.join(SIDES)}. Default: unipt."), "side.name"
+    ]
     lr: Annotated[float | None, typer.Option(help="Peak learning rate."), "optim.lr"]
     seed: Annotated[int | None, typer.Option(help="Of everything random; default 0."), "train.seed"]
     out: Annotated[
-        str | Path | None, typer.Option(help="Run folder; default runs/DATE-TASK-METHOD."), "out"
+        Path | str | None, typer.Option(help="Run folder; default runs/DATE-TASK-METHOD."), "out"
     ]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mdpd_deploy.commands.verb import Json, print_json
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,9 +37,7 @@ def command(
     runtime: Annotated[
         str, typer.Option(help="onnx; or trt: the bundle's TensorRT engine.")
     ] = "onnx",
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the predictions as JSON only.")
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Predict: a label with its probability, or a score."""
     from mdpd_deploy.artifacts.bundle import load_bundle
@@ -50,8 +49,6 @@ def command(
     runner = opened.runner(place, runtime=runtime)
     predictions = opened.predict(raws, batch, runner=runner, task=asked.name)
     if json:
-        import json as encoder
-
         rows = [
             {"input": name, **prediction.to_json(top)}
             for name, prediction in zip(names, predictions, strict=True)
@@ -62,7 +59,7 @@ def command(
             "provider": runner.provider,
             "predictions": rows,
         }
-        typer.echo(encoder.dumps(plain, indent=2))
+        print_json(plain)
     else:
         _print(names, predictions, top)
 
@@ -112,39 +109,25 @@ def _shown(raw: Raw) -> str:
 
 
 def _print(names: Sequence[str], predictions: Sequence[Prediction], top: int) -> None:
-    from rich.table import Table
+    from mdpd_deploy.report.terminal import print_table
 
-    from mdpd_deploy.report.terminal import Console
-
-    table = Table()
-    table.add_column("input", overflow="fold")
-    for heading in _headings(predictions[0], top):
-        table.add_column(heading)
-    for name, prediction in zip(names, predictions, strict=True):
-        shown = name if len(name) <= SHOWN else f"{name[: SHOWN - 1]}…"
-        table.add_row(_plain(shown), *_cells(prediction, top))
-    Console(highlight=False).print(table)
-
-
-def _headings(first: Prediction, top: int) -> list[str]:
-    if first.score is not None:
-        return ["score"]
-    return ["label", "probability"] if top == 1 else [f"top {min(top, len(first.probabilities))}"]
+    rows = [
+        (name if len(name) <= SHOWN else f"{name[: SHOWN - 1]}…", *_cells(prediction, top))
+        for name, prediction in zip(names, predictions, strict=True)
+    ]
+    if predictions[0].score is not None:
+        headings = ["score"]
+    elif top == 1:
+        headings = ["label", "probability"]
+    else:
+        headings = [f"top {min(top, len(predictions[0].probabilities))}"]
+    print_table(None, ["input", *headings], rows)
 
 
-def _cells(prediction: Prediction, top: int) -> list[Any]:
+def _cells(prediction: Prediction, top: int) -> list[str]:
     if prediction.score is not None:
         return [f"{prediction.score:.4f}"]
     best = list(prediction.probabilities.items())[:top]
     if top == 1:
-        return [_plain(best[0][0]), f"{best[0][1]:.4f}"]
-    return [_plain("\n".join(f"{label}  {share:.4f}" for label, share in best))]
-
-
-def _plain(text: str) -> Any:
-    """Keep brackets from being read as rich's markup, and widths those of what is shown."""
-    from rich.text import Text
-
-    from mdpd_deploy.text import shown
-
-    return Text(shown(text))
+        return [best[0][0], f"{best[0][1]:.4f}"]
+    return ["\n".join(f"{label}  {share:.4f}" for label, share in best)]

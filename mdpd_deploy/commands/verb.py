@@ -19,7 +19,6 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import UnionType
 from typing import (
     Annotated,
@@ -44,15 +43,16 @@ _SECTIONS = re.compile(r"^ *(Args|Returns|Raises|Example):$", re.MULTILINE)
 Command = Callable[..., None]
 
 
-def takes(work: Callable[..., Any]) -> Callable[[Command], Command]:
+def takes(work: Callable[..., Any], *, words_last: bool = False) -> Callable[[Command], Command]:
     """Give a command the options of the function that does its work.
 
-    The command gets those that differ from their defaults, by keyword.
+    The command gets those that differ from their defaults, by keyword. Shared words stand first in
+    the help, or with `words_last` behind the function's own.
     """
 
     def decorate(command: Command) -> Command:
         own = {name: p for name, p in _parameters(command).items() if p.kind is not p.VAR_KEYWORD}
-        shared = {name: p for name, p in _options(work).items() if name not in own}
+        shared = {name: p for name, p in _options(work, words_last).items() if name not in own}
         typed = {name: _for_typer(parameter) for name, parameter in shared.items()}
 
         @functools.wraps(command)
@@ -90,18 +90,21 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {name: p.replace(annotation=hints.get(name, Any)) for name, p in found.items()}
 
 
-def _options(work: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Return what of a function's parameters is for the command line, shared words first."""
+def _options(work: Callable[..., Any], words_last: bool) -> dict[str, inspect.Parameter]:
+    """Return what of a function's parameters is for the command line."""
     plain = _parameters(work)
-    found: dict[str, inspect.Parameter] = {}
+    words: dict[str, inspect.Parameter] = {}
     for parameter in plain.values():
-        words = next(iter(get_args(parameter.annotation)), None)
-        if parameter.kind is parameter.VAR_KEYWORD and is_typeddict(words):
-            for name, hint in get_type_hints(words, include_extras=True).items():
-                found[name] = inspect.Parameter(
+        shared = next(iter(get_args(parameter.annotation)), None)
+        if parameter.kind is parameter.VAR_KEYWORD and is_typeddict(shared):
+            hints = get_type_hints(shared, include_extras=True)
+            words |= {
+                name: inspect.Parameter(
                     name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint
                 )
-    found |= plain
+                for name, hint in hints.items()
+            }
+    found = {**plain, **words} if words_last else {**words, **plain}
     return {name: p for name, p in found.items() if _info(p) is not None}
 
 
@@ -121,7 +124,7 @@ def _for_typer(parameter: inspect.Parameter) -> tuple[inspect.Parameter, Callabl
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [kind for kind in members if kind is not type(None)]
     many = next((kind for kind in kinds if get_origin(kind) is Sequence), None)
-    kind: Any = Path if Path in kinds else kinds[0]
+    kind: Any = kinds[0]
     read: Callable[[Any], Any] = _same
     if many is not None and (REPEATED in marks or isinstance(info, ArgumentInfo)):
         kind, default = list[get_args(many)[0]], None  # type: ignore[misc]

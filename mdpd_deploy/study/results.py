@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from mdpd_deploy.artifacts.scores import key_of, split_name
 from mdpd_deploy.report.intervals import student_interval
 from mdpd_deploy.study.schedule import CellOutcome
@@ -136,6 +138,13 @@ class Results:
     latency: Mapping[str, Latency]
     latency_setting: str
     facts: Mapping[str, Any]
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Results":
+        """Return what `to_dict` has written."""
+        own = {"rows", "latency", "latency_setting"}
+        facts = {name: value for name, value in plain.items() if name not in own}
+        return TypeAdapter(cls).validate_python({**plain, "facts": facts})
 
     @property
     def tasks(self) -> tuple[str, ...]:
