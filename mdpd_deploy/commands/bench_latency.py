@@ -5,25 +5,27 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdpd_deploy.commands.subject import (
+    Subject,
+    default_folder,
+    inputs_of,
+    open_subject,
+    source_of,
+)
 from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.commands.verb import Json, Overwrite, print_json, takes
 from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from mdpd_deploy.artifacts.bundle import Bundle
-    from mdpd_deploy.artifacts.run import Run
     from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
     from mdpd_deploy.serve.latency.benchmark import Grid
     from mdpd_deploy.serve.latency.cells import Plan
-    from mdpd_deploy.serve.latency.inputs import InputSource
     from mdpd_deploy.serve.latency.variants import Variant
 
 log = logging.getLogger(__name__)
@@ -102,22 +104,22 @@ def bench_latency(
     from mdpd_deploy.serve.latency.benchmark import run_benchmark
     from mdpd_deploy.serve.latency.chart import write_chart
 
-    subject = _open(None if run_or_bundle is None else Path(run_or_bundle))
+    subject = open_subject(None if run_or_bundle is None else Path(run_or_bundle))
     plan = _plan(seconds, openings)
     grid = _grid(subject, runtime, batch, plan, device, threads, seed)
     variants = _variants(subject, rivals)
-    folder = _default_out(subject) if out is None else Path(out)
+    folder = default_folder(subject) if out is None else Path(out)
     if any(is_bundle(parent) for parent in (folder.resolve(), *folder.resolve().parents)):
         raise UserError(
             f"--out {folder} lies in a bundle, whose files are all listed: choose a folder outside."
         )
     refuse_nonempty(folder, overwrite=overwrite, ours=_is_report, needed=(subject.path,))
-    inputs = _inputs(subject)
+    inputs = inputs_of(subject)
     with tempfile.TemporaryDirectory(prefix="mdpd-latency-") as graphs:
         place = Path(graphs)
         engine_of = _engines(subject, place) if "trt" in grid.runtimes else None
         report = run_benchmark(
-            variants, inputs, grid, source=_source(subject), folder=place, engine_of=engine_of
+            variants, inputs, grid, source=source_of(subject), folder=place, engine_of=engine_of
         )
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         report.write(temporary / REPORT_FILE)
@@ -142,16 +144,7 @@ def command(json: Json = False, **asked: Any) -> None:
     console.print(f"report and chart: {found['folder']}")
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What is timed: a run, a bundle, or a bundle that lies in its run."""
-
-    path: Path
-    run: Run | None
-    bundle: Bundle | None
-
-
-def _engines(subject: _Subject, folder: Path) -> Callable[[str, Path], TrtRunner]:
+def _engines(subject: Subject, folder: Path) -> Callable[[str, Path], TrtRunner]:
     """Return what opens the engine of a variant: the bundle's own, or one built like it."""
     from mdpd_deploy.export.tensorrt.install import build_alike
     from mdpd_deploy.runtimes.tensorrt.cache import open_bundle_engine
@@ -175,38 +168,6 @@ def _is_report(folder: Path) -> bool:
     return (folder / REPORT_FILE).is_file()
 
 
-def _open(path: Path | None) -> _Subject:
-    from mdpd_deploy.artifacts.bundle import is_bundle, load_bundle
-    from mdpd_deploy.artifacts.run import Run
-
-    if path is None or not is_bundle(path):
-        run = Run.open(path)
-        if path is None:
-            log.info("run: %s (the newest)", run.path)
-        return _Subject(run.path, run, None)
-    bundle = load_bundle(path)
-    if bundle.mixed:
-        raise UserError(
-            f"bundle {path} answers several tasks, and rivals belong to one: name a run, or a "
-            "bundle of one task."
-        )
-    precision = bundle.manifest["precision"]
-    if precision != "fp32":
-        log.info("%s bundle: timed alone, since its run's rivals exist in fp32 only", precision)
-        return _Subject(path, None, bundle)
-    home = path.resolve().parent
-    if home.name != "bundles" or not (home.parent / "summary.json").is_file():
-        return _Subject(path, None, bundle)
-    run = Run.open(home.parent)
-    if bundle.manifest["source"].get("config_sha256") != run.config.sha256():
-        raise UserError(
-            f"bundle {path} was not exported from the run it lies in ({run.path}): "
-            "export that run again, or move the bundle elsewhere to time it alone."
-        )
-    log.info("run of this bundle: %s", run.path)
-    return _Subject(path, run, bundle)
-
-
 def _plan(seconds: float | None, openings: int) -> Plan:
     from mdpd_deploy.serve.latency.cells import FEWEST_OPENINGS, Plan
 
@@ -221,7 +182,7 @@ def _plan(seconds: float | None, openings: int) -> Plan:
 
 
 def _grid(
-    subject: _Subject,
+    subject: Subject,
     runtime: Sequence[str] | None,
     batch: Sequence[int],
     plan: Plan,
@@ -261,7 +222,7 @@ def _grid(
     return Grid(runtimes, batches, chosen, threads or cpu_count(), plan, seed, precision)
 
 
-def _require_engine(subject: _Subject) -> None:
+def _require_engine(subject: Subject) -> None:
     from mdpd_deploy.runtimes.tensorrt.cache import read_key
 
     if subject.bundle is None:
@@ -276,7 +237,7 @@ def _require_engine(subject: _Subject) -> None:
         )
 
 
-def _variants(subject: _Subject, rivals: Sequence[str] | None) -> list[Variant]:
+def _variants(subject: Subject, rivals: Sequence[str] | None) -> list[Variant]:
     from mdpd_deploy.artifacts.manifest import MODEL_FILE
     from mdpd_deploy.serve.latency.variants import (
         DEFAULT_RIVALS,
@@ -297,58 +258,3 @@ def _variants(subject: _Subject, rivals: Sequence[str] | None) -> list[Variant]:
     assert subject.bundle is not None and graph is not None
     names = rival_names(("bare",) if rivals is None else rivals)
     return variants_of_bundle(graph, subject.bundle.write_bare_graph, names)
-
-
-def _inputs(subject: _Subject) -> InputSource:
-    from mdpd_deploy.serve.latency.inputs import InputSource
-
-    if subject.run is not None:
-        return input_source(subject.run)
-    assert subject.bundle is not None
-    outputs = len(subject.bundle.label_names) or 1
-    return InputSource("random, shaped like real inputs", subject.bundle.preprocess, outputs)
-
-
-def input_source(run: Run) -> InputSource:
-    """Return the validation examples of a run, or random ones where they cannot be read."""
-    from mdpd_deploy.serve.latency.inputs import InputSource
-
-    outputs = len(run.label_names) or 1
-    try:
-        raws = run.load_evaluation()["validation"].inputs
-    except UserError as err:
-        log.info("timing with random inputs, since the run's data cannot be read: %s", err)
-        return InputSource("random, shaped like real inputs", run.preprocess, outputs)
-    return InputSource("validation examples of the run", run.preprocess, outputs, raws)
-
-
-def _source(subject: _Subject) -> dict[str, Any]:
-    """Names only: a report is shown to others, and paths of this machine are nobody's business."""
-    if subject.run is not None:
-        kind = "run" if subject.bundle is None else "bundle of a run"
-        facts = subject.run.summary
-    else:
-        assert subject.bundle is not None
-        kind, facts = "bundle", {**subject.bundle.manifest["source"], **subject.bundle.manifest}
-    return {
-        "kind": kind,
-        "name": subject.path.resolve().name,
-        **{key: facts.get(key) for key in ("task", "method", "side")},
-        "backbone": backbone_name(facts.get("backbone")),
-    }
-
-
-def backbone_name(backbone: Any) -> str:
-    """Return what a report calls a backbone: never a path."""
-    name = str(backbone.get("name") if isinstance(backbone, dict) else backbone)
-    return Path(name).name if name.startswith(("/", "~", ".")) else name
-
-
-def _default_out(subject: _Subject) -> Path:
-    """`RUN/latency`, or beside a bundle that has no run (inside it, it would break the bundle)."""
-    if subject.run is not None:
-        first = subject.run.path / "latency"
-    else:
-        first = Path(f"{subject.path.resolve()}-latency")
-    folders = (first if n == 1 else first.with_name(f"{first.name}-{n}") for n in count(1))
-    return next(folder for folder in folders if not (folder.exists() and any(folder.iterdir())))

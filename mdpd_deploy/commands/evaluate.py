@@ -88,12 +88,7 @@ def evaluate_bundle(
 ) -> Evaluation:
     """Measure a bundle with ONNX Runtime.
 
-    Args:
-        path: The bundle.
-        data: A file or folder; None works where the data needs no path (`digits`, `hub:NAME`).
-        task: Which task to measure; needed where the bundle has several.
-        batch: Examples per run of the graph.
-        device: cpu or cuda.
+    Without data it works where the data needs no path (`digits`, `hub:NAME`).
 
     Raises:
         UserError: If the bundle or the data cannot be used.
@@ -142,12 +137,6 @@ def bundle_splits(bundle: Bundle, asked: Task, data: str | None) -> dict[str, Sp
 @torch_defaults()
 def evaluate_run(path: Path | None, data: str | None, *, batch: int, device: str) -> Evaluation:
     """Measure a run with PyTorch: the deployed model and, for MDPD, its side network.
-
-    Args:
-        path: The run; None = the newest completed one.
-        data: A file or folder; None = the run's own evaluation data.
-        batch: Examples per forward pass.
-        device: cpu or cuda.
 
     Raises:
         UserError: If the run, the data or the device cannot be used.

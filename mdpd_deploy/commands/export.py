@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from shlex import quote
@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack, get_type_hint
 import typer
 
 from mdpd_deploy.commands.options import EngineWords
+from mdpd_deploy.commands.precision import checked_form, print_precision, timer_of
 from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.commands.verb import Json, Overwrite, check_word, fields_of, print_json, takes
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from mdpd_deploy.artifacts.bundle import Bundle
-    from mdpd_deploy.artifacts.run import Run
-    from mdpd_deploy.export.precision.forms import Form
-    from mdpd_deploy.export.precision.trials import Race
-    from mdpd_deploy.export.write import ExportOptions
 
 log = logging.getLogger(__name__)
 
@@ -121,13 +118,12 @@ def export_run(
     from mdpd_deploy.export.write import ExportOptions, pack
 
     fmt, place = place_of(fmt, target)
-    form = _checked_form(precision, place, converted=converted, seconds=seconds)
-    _refuse_without_trt(fmt, require_engine, engine)
+    form = checked_form(precision, place, converted=converted, seconds=seconds)
+    _check_engine(fmt, require_engine, engine)
     opened = Run.open(run)
     if run is None:
         log.info("run: %s (the newest)", opened.path)
     folder = Path(out) if out is not None else opened.path / "bundles" / f"{fmt}-{precision}"
-    _require_engine(require_engine)
     if form is not None and form.note:
         log.warning("%s", form.note)
     options = ExportOptions(
@@ -143,7 +139,7 @@ def export_run(
         converted=None if converted is None else Path(converted),
         engine=EngineOptions().override(fields_of(EngineWords, engine, "export_run")),
     )
-    timer = _timer(opened, options, seconds) if precision == AUTO else None
+    timer = timer_of(opened, options, seconds) if precision == AUTO else None
     return pack(opened, folder, options, time_graphs=timer)
 
 
@@ -165,14 +161,10 @@ def export_runs(
     Args:
         runs: Completed runs that differ in norms and head only: methods mdpd, norms, probe.
         names: A name for each task; None = the runs' own (`sst2`), numbered where equal.
-        fmt: As `export_run`, and so the others; with `trt` the norms have the form that TensorRT
-            can parse.
+        fmt: With `trt` the norms have the form that TensorRT can parse.
         out: The bundle's folder; None = `bundles/multi-FMT-PRECISION` in the first run.
         precision: `fp32`; a mixed graph is not converted.
-        metric_gate: See there.
-        golden: See there.
-        require_engine: See there.
-        overwrite: See there.
+        metric_gate: As the other options: see `export_run`.
 
     Returns:
         The bundle, read back from disk and checked.
@@ -190,7 +182,7 @@ def export_runs(
         raise UserError(
             f"--precision {precision} belongs to a bundle of one task: with --multi use fp32."
         )
-    _refuse_without_trt(fmt, require_engine, {})
+    _check_engine(fmt, require_engine, {})
     if not runs:
         raise UserError("--multi: name the runs whose tasks go into the bundle.")
     opened = [Run.open(run) for run in runs]
@@ -198,7 +190,6 @@ def export_runs(
     from mdpd_deploy.export.multitask.bundle import pack_multi
     from mdpd_deploy.export.write import ExportOptions
 
-    _require_engine(require_engine)
     options = ExportOptions(fmt=fmt, metric_gate=metric_gate, golden=golden, overwrite=overwrite)
     return pack_multi(opened, inside if out is None else Path(out), options, names=names)
 
@@ -233,9 +224,7 @@ def command(
     if json:
         print_json({**bundle.manifest, "path": str(bundle.path)})
     else:
-        from mdpd_deploy.commands.export_words import print_bundle
-
-        print_bundle(bundle)
+        _print(bundle)
     engine = bundle.manifest["engine"]
     if engine["status"] == "to-build":
         typer.echo(
@@ -261,75 +250,55 @@ def _refuse_of_one_run(asked: dict[str, Any]) -> None:
             raise UserError(f"{option} belongs to one run: leave it out with --multi.")
 
 
-def _refuse_without_trt(fmt: str, require_engine: bool, engine: Mapping[str, Any]) -> None:
-    """Refuse what is of an engine where none is asked for."""
-    if fmt == "trt":
-        return
-    given = [name for name, value in engine.items() if value is not None]
-    for name in (["require_engine"] if require_engine else []) + given:
-        option = name.replace("_", "-")
-        raise UserError(f"--{option} belongs to --fmt trt: add that, or leave it out.")
+def _check_engine(fmt: str, required: bool, words: Mapping[str, Any]) -> None:
+    """Refuse what is of an engine where none is asked for, or where one cannot be built.
 
-
-def _checked_form(
-    precision: str, target: str, *, converted: object, seconds: float | None
-) -> Form | None:
-    """Return what to make, None for auto; refuse what cannot be made or measured."""
-    from mdpd_deploy.export.precision.forms import AUTO, form_of
-    from mdpd_deploy.export.tensorrt.install import unavailable_reason
-
-    if precision == AUTO:
-        unavailable = unavailable_reason() if target == "gpu" else None
-        if unavailable is not None:
-            raise UserError(
-                "--precision auto --target gpu times a TensorRT engine of each precision, and none "
-                f"can be built here: {unavailable}. Name a precision (fp16 is the usual choice), or "
-                "run this on the GPU machine."
-            )
-        if converted is not None:
-            raise UserError("--converted belongs to one precision: name it instead of auto.")
-        if seconds is not None and not 0 < seconds < float("inf"):
-            raise UserError(f"--seconds {seconds}: give a time above 0.")
-        return None
-    form = form_of(precision, "gpu" if target == "gpu" else "cpu")
-    if converted is not None and not form.takes_converted:
-        raise UserError(
-            f"--converted belongs to fp16 and bf16 with --fmt trt: given with {precision}."
-        )
-    if seconds is not None:
-        raise UserError("--seconds belongs to --precision auto: add that, or leave it out.")
-    return form
-
-
-def _timer(
-    run: Run, options: ExportOptions, seconds: float | None
-) -> Callable[[Mapping[str, Path]], Race]:
-    """Return what times graphs or engines against fp32: batch 1 if it can, validation examples."""
-    from mdpd_deploy.commands.bench_latency import input_source
-    from mdpd_deploy.export.precision.trials import Race
-    from mdpd_deploy.serve.latency.cells import Plan
-    from mdpd_deploy.serve.latency.graph_race import race_graphs
-
-    def time_graphs(graphs: Mapping[str, Path]) -> Race:
-        log.info("timing %s in turn", ", ".join(graphs))
-        found = race_graphs(
-            graphs,
-            input_source(run),
-            batch=options.engine.static_batch or 1,
-            plan=Plan(seconds=seconds),
-            engines=options.target == "gpu",
-            host_code=options.engine.version_compatible,
-        )
-        return Race(found.timings, found.settings)
-
-    return time_graphs
-
-
-def _require_engine(required: bool) -> None:
-    """Raise `ExportError` before any work when an engine is required and cannot be built here."""
+    Raises:
+        UserError: For an option without `--fmt trt`.
+        ExportError: If an engine is required, and TensorRT or the GPU is missing.
+    """
     from mdpd_deploy.export.tensorrt.install import unavailable_reason
     from mdpd_deploy.export.tensorrt.recipe import engine_required
 
+    given = [name for name, value in words.items() if value is not None]
+    for name in (["require_engine"] if required else []) + given:
+        if fmt != "trt":
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} belongs to --fmt trt: add that, or leave it out.")
     unavailable = unavailable_reason() if required else None
     if unavailable is not None:
         raise engine_required(unavailable)
+
+
+def _print(bundle: Bundle) -> None:
+    """Print the verdicts of a fresh bundle's gates, its receipt and its size."""
+    from mdpd_deploy.report.terminal import print_table
+
+    manifest = bundle.manifest
+    rows = [
+        (*([task.name] if bundle.mixed else []), gate, found["verdict"], found["note"])
+        for task in bundle.tasks
+        for gate, found in task.facts["verification"].items()
+    ]
+    headings = (*(["task"] if bundle.mixed else []), "gate", "verdict", "what was seen")
+    title = f"verified bundle: {manifest['task']}, {manifest['method']}"
+    console = print_table(title, headings, rows)
+    print_precision(console, manifest)
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    console.print(
+        f"{manifest['nodes']} nodes, {sum(sizes.values()) / 1e6:.1f} MB in {len(sizes)} files"
+    )
+    if bundle.mixed:
+        deltas = [
+            f"{task.name} {sizes[f'tasks/{task.name}/delta.safetensors'] / 1e3:.0f}"
+            for task in bundle.tasks
+        ]
+        console.print(
+            f"one task alone has {manifest['mixed']['base_nodes']} nodes; kB of each task's delta: "
+            f"{', '.join(deltas)}"
+        )
+    if manifest["golden"] == "validation":
+        console.print(
+            "golden.safetensors holds validation inputs; for private data: --golden synthetic"
+        )
+    console.print(f"bundle: {bundle.path}")

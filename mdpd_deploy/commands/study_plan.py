@@ -33,7 +33,7 @@ def shared_config(
 
     `guess` settles a task that it does not name by the data.
     """
-    from mdpd_deploy.commands.train import build_config
+    from mdpd_deploy.commands.run_config import build_config
     from mdpd_deploy.config import Config
 
     fields_of(SharedWords, words, "compare")  # the others of `mdpd train` differ between methods
@@ -158,7 +158,7 @@ def method_configs(
     base: Config, words: Sequence[str]
 ) -> tuple[dict[str, Config], dict[str, float]]:
     """Return label → config and label → learning rate of the methods that the words name."""
-    from mdpd_deploy.commands.train import build_config
+    from mdpd_deploy.commands.run_config import build_config
     from mdpd_deploy.train import apply_entry, check_options, parse_entry
 
     configs: dict[str, Config] = {}
