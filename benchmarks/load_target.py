@@ -19,7 +19,7 @@ from open_loop import Request
 from mdpd_deploy.artifacts.bundle import Bundle, Task, to_prediction
 from mdpd_deploy.artifacts.golden import load_golden
 from mdpd_deploy.data.examples import Raw
-from mdpd_deploy.runtimes.onnx import TASK_ID
+from mdpd_deploy.runtimes.base import TASK_ID, only
 
 TOLERANCE = 1e-3  # of the outputs' spread: padding and batching move float32 by far less
 DATATYPES = {"float32": "FP32", "int64": "INT64"}
@@ -169,4 +169,4 @@ def plain_requests(name: str, bundle: Bundle) -> list[Request]:
 def _golden(task: Task) -> tuple[Sequence[Raw], np.ndarray]:
     assert task.golden is not None
     golden = load_golden(task.golden)
-    return golden.raws, golden.outputs
+    return golden.raws, only(golden.outputs)

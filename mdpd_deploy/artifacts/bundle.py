@@ -1,7 +1,8 @@
 """The bundle: what export leaves on disk, and how it is used. No torch here.
 
 BUNDLE/manifest.json       what it is, how it was verified, SHA-256 of every other file
-BUNDLE/model.onnx          the graph (+ model.onnx.data when the weights are large)
+BUNDLE/model.onnx          the graph that answers; a bundle may hold more of them, by name
+BUNDLE/model.onnx.data     weights that lie outside of the graphs, where they are large or shared
 BUNDLE/preprocessor/       raw input → arrays
 BUNDLE/golden.safetensors  a few raw inputs with the arrays and outputs they must give
 BUNDLE/parity.json         details of the verification
@@ -12,7 +13,6 @@ Of several tasks on one backbone (`mdpd export --multi`):
 
 BUNDLE/model.onnx          the mixed graph: `task_id` says which task each row of a batch asks
 BUNDLE/base.onnx           the bare backbone, whose norms and head a run may replace
-BUNDLE/model.onnx.data     the backbone's weights, which both read
 BUNDLE/tasks/NAME/         delta.safetensors, preprocess.json, golden.safetensors
 BUNDLE/preprocessor/       the tokenizer that tasks share
 BUNDLE/model.plan, model.plan.json, timing.cache   TensorRT engine, see `engine_cache.py`
@@ -26,15 +26,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mdpd_deploy.artifacts.golden import Golden, load_golden
 from mdpd_deploy.artifacts.manifest import (
     BARE_FILE,
     BASE_FILE,
     DELTA_FILE,
     EXTERNAL_FILE,
     FILE,
+    MODEL,
     MODEL_FILE,
     TASKS,
-    check_graph,
+    check_graphs,
     copy_listed,
     read_checked,
     reader,
@@ -45,8 +47,9 @@ from mdpd_deploy.data.examples import Raw, refuse_empty
 from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.graphs.deltas import load_delta
+from mdpd_deploy.runtimes.base import TASK_ID, Forward, Outputs, Runtime, joined, only
 from mdpd_deploy.runtimes.mixed import Swap, TaskRunner, mixed_batch
-from mdpd_deploy.runtimes.onnx import TASK_ID, Forward, OnnxRunner, Runner
+from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 __all__ = [
     "Bundle",
@@ -95,14 +98,14 @@ class Bundle:
 
     Attributes:
         path: The folder.
-        manifest: `manifest.json` as read.
+        manifest: `manifest.json`, in the words of today's schema.
         tasks: What the graph answers, in the order of `task_id`.
     """
 
     path: Path
     manifest: dict[str, Any]
     tasks: tuple[Task, ...]
-    _open: OncePerProcess[Runner] = field(default_factory=OncePerProcess, repr=False)
+    _open: OncePerProcess[Runtime] = field(default_factory=OncePerProcess, repr=False)
 
     @property
     def mixed(self) -> bool:
@@ -116,6 +119,26 @@ class Bundle:
     def copy(self, name: str, target: Path) -> None:
         """Copy a file of the bundle; raises as `read`."""
         copy_listed(self.path, self.manifest, name, target)
+
+    def graph(self, name: str = MODEL) -> dict[str, Any]:
+        """Return what the manifest says of a graph; `UserError` names those that there are."""
+        graphs: dict[str, dict[str, Any]] = {
+            entry["name"]: entry for entry in self.manifest["graphs"]
+        }
+        if name not in graphs:
+            raise unknown(f"bundle {self.path}: graph", name, graphs)
+        return graphs[name]
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The outputs of the graph that answers, in order."""
+        return tuple(port["name"] for port in self.graph()["outputs"])
+
+    def golden(self, task: Task | None = None) -> Golden:
+        """Return the golden vectors of a task, or of the only one; raises as `load_golden`."""
+        path = (task or self.task()).golden
+        assert path is not None
+        return load_golden(path, self.read, self.output_names)
 
     def task(self, name: str | None = None) -> Task:
         """Return a task by name, or the only one; `UserError` names the valid ones."""
@@ -143,41 +166,45 @@ class Bundle:
         *,
         runtime: str = "onnx",
         entries: Mapping[str, str] | None = None,
-    ) -> Runner:
-        """Open the model on a device.
+        graph: str = MODEL,
+    ) -> Runtime:
+        """Open a graph on a device.
 
         Args:
             device: "cpu" or "cuda".
             threads: Threads inside one operator on the CPU; default: the CPU quota.
             entries: Further configuration entries of an ONNX Runtime session.
             runtime: "onnx", or "trt" for the bundle's TensorRT engine, which needs "cuda".
+            graph: Its name; an engine is of the graph `model`.
 
         Raises:
-            UserError: If the device, the runtime or an engine for this machine is missing, or ONNX
-                Runtime cannot compute in the bundle's precision there.
+            UserError: If the device, the runtime, the graph or an engine for this machine is
+                missing, or ONNX Runtime cannot compute in the graph's precision there.
             WorkFailed: If the model does not run on the device that was asked for.
         """
         if runtime not in RUNTIMES:
             raise unknown("--runtime", runtime, RUNTIMES)
+        entry = self.graph(graph)
         if runtime == "onnx":
-            if self.manifest["precision"] == "bf16" and device == "cpu":
+            precision = entry.get("precision") or self.manifest["precision"]
+            if precision == "bf16" and device == "cpu":
                 raise UserError(
                     f"bundle {self.path} is bf16, made for TensorRT, and ONNX Runtime has no "
                     "bfloat16 kernels on the CPU: build its engine on a GPU, or use an fp32 or "
                     "int8-cpu bundle."
                 )
-            graph = self.path / MODEL_FILE
-            return OnnxRunner(
-                graph, device=device, threads=threads, entries=entries, read=self.read
-            )
+            file = self.path / entry["file"]
+            return OnnxRunner(file, device=device, threads=threads, entries=entries, read=self.read)
+        if graph != MODEL:
+            raise UserError(f"--runtime trt: an engine is of the graph {MODEL!r}, not {graph!r}.")
         if device != "cuda":
             raise UserError(f"--device {device}: a TensorRT engine runs with --device cuda only.")
         from mdpd_deploy.runtimes.tensorrt.cache import open_bundle_engine
 
         return open_bundle_engine(self.path, self.manifest)
 
-    def runner_of(self, task: Task, runner: Runner) -> Forward:
-        """Return what maps a task's arrays to its own outputs [B, C], on an open graph."""
+    def runner_of(self, task: Task, runner: Runtime) -> Forward:
+        """Return what maps a task's arrays to its own columns [B, C], on an open graph."""
         return TaskRunner(runner, task) if self.mixed else runner
 
     def swap(self, device: str = "cpu", threads: int | None = None) -> Swap:
@@ -201,7 +228,7 @@ class Bundle:
         raws: Sequence[Raw],
         batch: int = 32,
         *,
-        runner: Runner | None = None,
+        runner: Runtime | None = None,
         task: str | None = None,
     ) -> list[Prediction]:
         """Predict raw inputs.
@@ -223,14 +250,14 @@ class Bundle:
         opened = runner or self._open.get(self.runner)
         size = min(batch, opened.max_batch or batch)
         outputs = run_batches(asked.preprocess, self.runner_of(asked, opened), raws, size)
-        return [to_prediction(row, asked.label_names) for row in outputs]
+        return [to_prediction(row, asked.label_names) for row in only(outputs)]
 
     def run_mixed(
         self,
         requests: Sequence[tuple[str, Raw]],
         batch: int = 32,
         *,
-        runner: Runner | None = None,
+        runner: Runtime | None = None,
     ) -> list[Prediction]:
         """Predict inputs of several tasks, mixed within each batch.
 
@@ -255,7 +282,7 @@ class Bundle:
             arrays = mixed_batch(part)
             if not self.mixed:
                 del arrays[TASK_ID]
-            rows = zip(part, opened(arrays), strict=True)
+            rows = zip(part, only(opened(arrays)), strict=True)
             found += [to_prediction(row[: task.width], task.label_names) for (task, _), row in rows]
         return found
 
@@ -328,7 +355,7 @@ def load_bundle(path: Path | str) -> Bundle:
     """
     folder = Path(path)
     plain, manifest = read_checked(folder)
-    check_graph(folder, manifest, reader(folder, plain))
+    check_graphs(folder, manifest, reader(folder, plain))
     return Bundle(folder, plain, load_tasks(folder, plain, manifest))
 
 
@@ -345,9 +372,9 @@ def batches(raws: Sequence[Raw], size: int) -> Iterator[list[Raw]]:
 
 def run_batches(
     preprocess: Preprocess, forward: Forward, raws: Sequence[Raw], batch: int
-) -> NDArray[np.float32]:
-    """Preprocess and run raw inputs batch by batch; outputs [len(raws), C]."""
-    return np.concatenate([forward(preprocess(part)) for part in batches(raws, batch)])
+) -> Outputs:
+    """Preprocess and run raw inputs batch by batch; every output by name, [len(raws), …]."""
+    return joined(forward(preprocess(part)) for part in batches(raws, batch))
 
 
 def to_prediction(outputs: NDArray[np.float32], label_names: Sequence[str]) -> Prediction:

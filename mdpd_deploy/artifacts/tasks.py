@@ -21,7 +21,7 @@ from mdpd_deploy.data.preprocess import TOKENIZER_FILE, Preprocess, load_preproc
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.files import Read, read_json
 from mdpd_deploy.graphs.deltas import load_delta
-from mdpd_deploy.runtimes.onnx import TASK_ID
+from mdpd_deploy.runtimes.base import TASK_ID
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +162,7 @@ def _check(
     read: Read,
 ) -> None:
     written = read_json(where / "preprocess.json", "preprocessing", read)
-    ports = [port.name for port in manifest.inputs]
+    ports = [port.name for port in manifest.graph().inputs]
     if written != facts["preprocess"] or ports != list(inputs):
         raise UserError(
             f"bundle {folder}: {where.relative_to(folder)}/ contradicts {FILE}; export the run again."

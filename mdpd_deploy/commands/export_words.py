@@ -30,7 +30,7 @@ def print_bundle(bundle: Bundle) -> None:
     console.print(table)
     _print_precision(console, manifest)
     console.print(
-        f"{manifest['nodes']} nodes, {size / 1e6:.1f} MB in {len(manifest['files'])} files"
+        f"{bundle.graph()['nodes']} nodes, {size / 1e6:.1f} MB in {len(manifest['files'])} files"
     )
     if bundle.mixed:
         deltas = [
@@ -38,7 +38,7 @@ def print_bundle(bundle: Bundle) -> None:
             for task in bundle.tasks
         ]
         console.print(
-            f"one task alone has {manifest['mixed']['base_nodes']} nodes; kB of each task's delta: "
+            f"one task alone has {bundle.graph('base')['nodes']} nodes; kB of each task's delta: "
             f"{', '.join(deltas)}"
         )
     if manifest["golden"] == "validation":
