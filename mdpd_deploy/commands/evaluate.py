@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
     from mdpd_deploy.artifacts.tasks import BundleTask
     from mdpd_deploy.data.examples import Split
     from mdpd_deploy.data.preprocess import Preprocess
+    from mdpd_deploy.runtimes.base import Forward
     from mdpd_deploy.tasks.metrics import Values
 
-    Forward = Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +188,7 @@ def _measure(
 
     from mdpd_deploy.artifacts.bundle import batches
     from mdpd_deploy.artifacts.scores import in_order
+    from mdpd_deploy.runtimes.base import only
     from mdpd_deploy.tasks.metrics import compute
 
     metrics = {}
@@ -198,7 +198,7 @@ def _measure(
         for raws in batches(examples.inputs, batch):
             arrays = preprocess(raws)
             for model, forward in models.items():
-                parts[model].append(forward(arrays))
+                parts[model].append(only(forward(arrays)))
         metrics[split] = {
             model: compute(names, np.concatenate(found), examples.labels)
             for model, found in parts.items()

@@ -286,7 +286,7 @@ def _print(bundle: Bundle) -> None:
     print_precision(console, manifest)
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     console.print(
-        f"{manifest['nodes']} nodes, {sum(sizes.values()) / 1e6:.1f} MB in {len(sizes)} files"
+        f"{bundle.graph()['nodes']} nodes, {sum(sizes.values()) / 1e6:.1f} MB in {len(sizes)} files"
     )
     if bundle.mixed:
         deltas = [
@@ -294,7 +294,7 @@ def _print(bundle: Bundle) -> None:
             for task in bundle.tasks
         ]
         console.print(
-            f"one task alone has {manifest['mixed']['base_nodes']} nodes; kB of each task's delta: "
+            f"one task alone has {bundle.graph('base')['nodes']} nodes; kB of each task's delta: "
             f"{', '.join(deltas)}"
         )
     if manifest["golden"] == "validation":
