@@ -20,7 +20,7 @@ from mdpd_deploy.artifacts.bundle import Bundle
 from mdpd_deploy.artifacts.golden import load_golden
 from mdpd_deploy.artifacts.tasks import BundleTask
 from mdpd_deploy.data.examples import Raw
-from mdpd_deploy.runtimes.onnx import TASK_ID
+from mdpd_deploy.runtimes.base import TASK_ID, only
 
 TOLERANCE = 1e-3  # of the outputs' spread: padding and batching move float32 by far less
 DATATYPES = {"float32": "FP32", "int64": "INT64"}
@@ -141,7 +141,7 @@ def plain_requests(name: str, bundle: Bundle) -> list[Request]:
     found = []
     for task in bundle.tasks:
         for raw, output in zip(*_golden(task), strict=True):
-            wanted = task.decode(output[None])[0].to_json()
+            wanted = task.decode({task.task.output: output[None]})[0].to_json()
             key = "score" if "score" in wanted else "label"
 
             def problem(
@@ -170,4 +170,4 @@ def plain_requests(name: str, bundle: Bundle) -> list[Request]:
 def _golden(task: BundleTask) -> tuple[Sequence[Raw], np.ndarray]:
     assert task.golden is not None
     golden = load_golden(task.golden)
-    return golden.raws, golden.outputs
+    return golden.raws, only(golden.outputs)

@@ -127,7 +127,7 @@ def inputs_of(bundle, batch: int, tasks: int, seed: int) -> dict[str, np.ndarray
     """Return random inputs of one batch; every row asks a random task."""
     rng = np.random.default_rng(seed)
     arrays = {}
-    for port in bundle.manifest["inputs"]:
+    for port in bundle.graph()["inputs"]:
         shape = [{"batch": batch, "sequence": TOKENS}.get(axis, axis) for axis in port["shape"]]
         if port["name"] == "task_id":
             arrays["task_id"] = rng.integers(0, tasks, batch)

@@ -96,7 +96,7 @@ def main() -> None:
     )
     for folder in args.bundles:
         bundle = load_bundle(folder)
-        text = "input_ids" in {port["name"] for port in bundle.manifest["inputs"]}
+        text = "input_ids" in {port["name"] for port in bundle.graph()["inputs"]}
         for threads in map(int, args.threads.split(",")):
             for batch in map(int, args.batches.split(",")):
                 for tokens in map(int, args.tokens.split(",") if text else ["0"]):

@@ -21,7 +21,6 @@ from mdpd_deploy.artifacts.bundle import batches
 from mdpd_deploy.artifacts.golden import Golden, load_golden, replay
 from mdpd_deploy.artifacts.scores import split_name
 from mdpd_deploy.checks.parity import (
-    Arrays,
     Parity,
     compare_with_torch,
     shape_batches,
@@ -35,7 +34,7 @@ from mdpd_deploy.export.fade import Faded, bare_norms, make_comparable
 from mdpd_deploy.graphs.signature import Signature, graph_signature, value_digest, values_sha256
 from mdpd_deploy.graphs.trace import OnnxGraph, changed_weights, export_onnx, same_structure
 from mdpd_deploy.model import TaskModel
-from mdpd_deploy.runtimes.onnx import Forward
+from mdpd_deploy.runtimes.base import Arrays, Forward, only
 from mdpd_deploy.sides.base import SideNetwork
 from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, Values, agree, compute, metric_text
 
@@ -123,12 +122,17 @@ def _bare_values(path: Path, bare: Signature, kept: Mapping[str, str]) -> str:
 
 
 def check_parity(
-    model: TaskModel, runner: Forward, golden: Golden, *, mode: ParityMode = "fail"
+    model: TaskModel,
+    runner: Forward,
+    golden: Golden,
+    *,
+    mode: ParityMode = "fail",
+    names: Sequence[str] | None = None,
 ) -> tuple[Gate, Parity]:
     """PyTorch's numbers at every shape that matters, and on the golden inputs."""
-    parity = compare_with_torch(model, runner, parity_batches(model, golden))
+    parity = compare_with_torch(model, runner, parity_batches(model, golden), names=names)
     if not parity.passed:
-        worst = max(parity.cases, key=lambda case: (not case.finite, case.max_abs_diff))
+        worst = max(parity.cases, key=lambda case: (not case.finite, parity.scaled(case)))
         told = (
             f"outputs differ from PyTorch by {parity.scaled_diff:.1e} of their spread at "
             f"{worst.name}, allowed {parity.tolerance:.0e}"
@@ -173,7 +177,9 @@ def check_metric(
     reference, outputs = _both_outputs(model, runner, preprocess, measured)
     labels, names = measured.split.labels, measured.metrics
     by_torch, by_onnx = compute(names, reference, labels), compute(names, outputs, labels)
-    flipped = flipped_predictions(reference, outputs, parity.tolerance * parity.spread)
+    flipped = flipped_predictions(
+        reference, outputs, parity.tolerance * max(parity.spread.values())
+    )
     if flipped:
         raise VerificationError(
             f"metric: {flipped} of {len(labels)} predictions differ from PyTorch's beyond rounding."
@@ -205,16 +211,20 @@ def check_golden(folder: Path, golden_file: Path, runner: Forward, parity: Parit
     Where parity sets no tolerance, or was missed with a warning, the replay must still give what
     parity saw on these inputs.
     """
-    seen = max((c.max_abs_diff for c in parity.cases if c.name == GOLDEN_CASE), default=0.0)
+    seen = max((parity.scaled(c) for c in parity.cases if c.name == GOLDEN_CASE), default=0.0)
     allowed = parity.tolerance
     if not parity.passed or np.isinf(allowed):
-        allowed = 1.01 * seen / parity.spread + 1e-6
-    golden = load_golden(golden_file)
+        allowed = 1.01 * seen + 1e-6
+    golden = load_golden(golden_file, names=tuple(parity.spread))
     return replayed(golden, load_preprocess(folder), runner, parity.spread, allowed)
 
 
 def replayed(
-    golden: Golden, preprocess: Preprocess, runner: Forward, spread: float, allowed: float
+    golden: Golden,
+    preprocess: Preprocess,
+    runner: Forward,
+    spread: Mapping[str, float],
+    allowed: float,
 ) -> Gate:
     """Replay golden inputs through a bundle's own preprocessing; arrays must be equal.
 
@@ -222,7 +232,7 @@ def replayed(
         golden: Inputs and outputs.
         preprocess: As written into the bundle.
         runner: The graph.
-        spread: Standard deviation of the outputs.
+        spread: Standard deviation of each output.
         allowed: How far outputs may be off, in that unit.
     """
     result = replay(golden, preprocess, runner, spread)
@@ -258,7 +268,7 @@ def _both_outputs(
     pairs = []
     for raws in batches(measured.split.inputs, measured.batch):
         arrays = preprocess(raws)
-        pairs.append((torch_outputs(model, arrays), runner(arrays)))
+        pairs.append((only(torch_outputs(model, arrays)), only(runner(arrays))))
     return np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
 
 

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mdpd_deploy.artifacts.manifest import MODEL, MODEL_FILE
 from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.data.glue import GLUE
 from mdpd_deploy.data.preprocess import ImagePreprocess
 from mdpd_deploy.export.fade import Faded
-from mdpd_deploy.graphs.trace import OPSET, OnnxGraph, axes_of
+from mdpd_deploy.graphs.trace import OPSET, OnnxGraph
 from mdpd_deploy.machine import versions
 
 BATCHES = {"min": 1, "opt": 8, "max": 32}  # for engines and servers; the ONNX graph takes any batch
@@ -27,7 +28,6 @@ def describe_run(
         graph: Its graph.
         preprocess: `preprocess.json` as written into the bundle.
     """
-    inputs, outputs, shapes = _ports(run, faded, graph)
     columns = input_columns(run)
     return {
         "task": run.config.task,
@@ -40,12 +40,9 @@ def describe_run(
         "metrics": list(run.summary["metrics"]["deployed"]),
         "data": _data_options(run, columns),
         "preprocess": preprocess,
-        "inputs": inputs,
-        "outputs": outputs,
-        "shapes": shapes,
+        "graphs": [_graph_entry(run, graph)],
+        "pipeline": "single",
         "precision": "fp32",
-        "opset": OPSET,
-        "nodes": graph.nodes,
         "source": {
             "run": run.path.resolve().name,
             "config_sha256": run.config.sha256(),
@@ -57,25 +54,31 @@ def describe_run(
     }
 
 
-def _ports(
-    run: Run, faded: Faded, graph: OnnxGraph
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, dict[str, int]]]:
-    """Return inputs, outputs and the range of every named axis."""
+def _graph_entry(run: Run, graph: OnnxGraph) -> dict[str, Any]:
+    """Return the graph's own part of the manifest: its ports and the range of every named axis."""
     classes = run.task.width
-    outputs = [{"name": graph.output_name, "dtype": "float32", "shape": ["batch", classes]}]
     preprocess = run.preprocess
+    shapes = {"batch": dict(BATCHES)}
+    dims: tuple[str | int, ...]
     if isinstance(preprocess, ImagePreprocess):
-        shape = ["batch", 3, *preprocess.size]
-        pixels = {"name": graph.input_names[0], "dtype": "float32", "shape": shape}
-        return [pixels], outputs, {"batch": dict(BATCHES)}
-    axes = axes_of(faded.model)
-    inputs = [
-        {"name": name, "dtype": "int64", "shape": [axes[name][0], axes[name][1]]}
-        for name in graph.input_names
-    ]
-    longest = preprocess.max_length
-    tokens = {"min": 1, "opt": min(OPT_TOKENS, longest), "max": longest}
-    return inputs, outputs, {"batch": dict(BATCHES), "sequence": tokens}
+        dtype, dims = "float32", (3, *preprocess.size)
+    else:
+        longest = preprocess.max_length
+        dtype, dims = "int64", ("sequence",)
+        shapes["sequence"] = {"min": 1, "opt": min(OPT_TOKENS, longest), "max": longest}
+    return {
+        "name": MODEL,
+        "file": MODEL_FILE,
+        "inputs": [
+            {"name": n, "dtype": dtype, "shape": ["batch", *dims]} for n in graph.input_names
+        ],
+        "outputs": [
+            {"name": n, "dtype": "float32", "shape": ["batch", classes]} for n in graph.output_names
+        ],
+        "shapes": shapes,
+        "opset": OPSET,
+        "nodes": graph.nodes,
+    }
 
 
 def input_columns(run: Run) -> list[str]:

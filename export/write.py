@@ -106,12 +106,11 @@ def pack(
         facts = _write_beside(run, faded, graph, folder, options)
         passed = _pass_gates(run, faded, graph, validation, folder, options)
         measured = _measured(run, validation, options) if options.metric_gate else None
-        profiles = profile_shapes(
-            facts["inputs"], facts["shapes"], static_batch=options.engine.static_batch
-        )
+        profiles = profile_shapes(facts["graphs"][0], static_batch=options.engine.static_batch)
         subject = Subject(run, faded.model, graph, folder, measured, profiles)
         settled = settle_precision(subject, passed, options, time_graphs)
         facts |= settled.facts
+        facts["graphs"][0] |= settled.graph
         if options.fmt == "trt":  # again, for the precision that auto has chosen
             write_engine_recipe(folder, facts, options.engine)
         _write_notes(graph.path, graph_notes(facts))  # a converted graph has lost them
@@ -162,7 +161,7 @@ def _write_beside(
 
 def write_engine_recipe(folder: Path, facts: dict[str, Any], engine: EngineOptions) -> None:
     """Write the recipe of a bundle's engine, from its manifest so far."""
-    profiles = profile_shapes(facts["inputs"], facts["shapes"], static_batch=engine.static_batch)
+    profiles = profile_shapes(facts["graphs"][0], static_batch=engine.static_batch)
     refit = refit_names(folder, facts) if engine.refit else ()
     write_recipe(folder, facts["precision"], profiles, engine, refit)
 

@@ -13,13 +13,18 @@ class TaskModel(nn.Module):
     """A backbone that answers a task, on its own or not.
 
     Inputs are positional, in the order of `backbone.input_names`, so that an exported graph takes
-    them in a known order; the result is one tensor [B, C].
+    them in a known order; the result is one tensor [B, C], or one for each of `output_names`.
     """
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What an exported graph calls the results, in order."""
+        return ("scores",) if self.head.regression else ("logits",)
 
 
 class Deployed(TaskModel):

@@ -24,6 +24,7 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed
 from mdpd_deploy.runtimes import onnx as runner
+from mdpd_deploy.runtimes.base import only
 from mdpd_deploy.runtimes.onnx import open_session
 from mdpd_deploy.tasks import Classify, Regress
 from mdpd_deploy.tasks.head import Head
@@ -63,12 +64,19 @@ def sealed(model, tmp_path_factory):
         "metrics": ["accuracy"],
         "data": {"columns": ["image"], "seed": 0, "options": {}},
         "preprocess": json.loads((folder / "preprocessor" / "preprocess.json").read_text()),
-        "inputs": [PORT],
-        "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", 3]}],
-        "shapes": {"batch": {"min": 1, "opt": 8, "max": 32}},
+        "graphs": [
+            {
+                "name": "model",
+                "file": "model.onnx",
+                "inputs": [PORT],
+                "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", 3]}],
+                "shapes": {"batch": {"min": 1, "opt": 8, "max": 32}},
+                "opset": 20,
+                "nodes": graph.nodes,
+            }
+        ],
+        "pipeline": "single",
         "precision": "fp32",
-        "opset": 20,
-        "nodes": graph.nodes,
         "engine": {"status": "not-asked"},
         "verification": {},
         "source": {"run": "r"},
@@ -103,7 +111,7 @@ def test_a_sound_bundle_predicts_what_torch_predicts(bundle, model):
     assert is_bundle(bundle) and loaded.kind == "classify"
     assert loaded.label_names == tuple(LABELS)
     found = loaded.predict(pictures(5), batch=2)
-    logits = torch_outputs(model, loaded.preprocess(pictures(5)))
+    logits = torch_outputs(model, loaded.preprocess(pictures(5)))["logits"]
     expected = torch.from_numpy(logits).softmax(dim=1)
     for prediction, row in zip(found, expected, strict=True):
         assert prediction.label == LABELS[int(row.argmax())]
@@ -117,6 +125,10 @@ def rewrite(bundle, change):
     plain = json.loads((bundle / "manifest.json").read_text())
     change(plain)
     (bundle / "manifest.json").write_text(json.dumps(plain))
+
+
+def rewrite_graph(bundle, change):
+    rewrite(bundle, lambda plain: change(plain["graphs"][0]))
 
 
 def flip_a_byte(bundle):
@@ -195,7 +207,7 @@ DAMAGE = {
     "hard link": (move_out_and_hard_link, "model.onnx is a hard link"),
     "linked folder": (link_a_folder, "preprocessor is a symbolic link"),
     "named pipe": (lambda b: os.mkfifo(b / "pipe"), "pipe is not a regular file"),
-    "schema": (lambda b: rewrite(b, lambda p: p.update(schema="2.0")), "bundle schema '2.0'"),
+    "schema": (lambda b: rewrite(b, lambda p: p.update(schema="3.0")), "bundle schema '3.0'"),
     "a schema of no text": (
         lambda b: rewrite(b, lambda p: p.update(schema="\ud800\n")),
         r"bundle schema '\ud800\n'",
@@ -212,11 +224,11 @@ DAMAGE = {
     ),
     "a name with a line break": (lambda b: (b / "a\nb").write_bytes(b""), "a\\nb is not listed"),
     "a falling range": (
-        lambda b: rewrite(b, lambda p: p["shapes"].update(batch={"min": 9, "opt": 1, "max": 1})),
-        "damaged at 'shapes.batch'",
+        lambda b: rewrite_graph(b, lambda g: g["shapes"].update(batch=dict(min=9, opt=1, max=1))),
+        "damaged at 'graphs.0.shapes.batch'",
     ),
     "other ports": (
-        lambda b: rewrite(b, lambda p: p["inputs"][0].update(shape=["batch", 3, 99, 99])),
+        lambda b: rewrite_graph(b, lambda g: g["inputs"][0].update(shape=["batch", 3, 99, 99])),
         "inputs or outputs of model.onnx contradict",
     ),
     "not JSON": (lambda b: (b / "manifest.json").write_text("{"), "not readable JSON"),
@@ -254,7 +266,7 @@ def test_a_foreign_folder_is_refused(tmp_path):
 
 
 def test_a_later_minor_schema_is_read(bundle):
-    rewrite(bundle, lambda plain: plain.update(schema="1.7", something_new={"x": 1}))
+    rewrite(bundle, lambda plain: plain.update(schema="2.7", something_new={"x": 1}))
     assert load_bundle(bundle).manifest["something_new"] == {"x": 1}
 
 
@@ -270,6 +282,91 @@ def test_random_bytes_in_the_manifest_never_crash(bundle):
             read_checked(bundle)
         except UserError:
             continue
+
+
+@pytest.fixture
+def two_graphs(bundle):
+    """A bundle with a second graph, whose weight lies in the file that its graphs share."""
+    weight = numpy_helper.from_array(np.arange(12, dtype=np.float32).reshape(4, 3), "w")
+    info, float32 = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    product = onnx.helper.make_node("MatMul", ["x", "w"], ["mapped"], name="map")
+    least = onnx.helper.make_node("ReduceMin", ["x"], ["least"], name="least", keepdims=1)
+    ports = {"x": ["batch", 4], "mapped": ["batch", 3], "least": [1, 1]}
+    values = {name: info(name, float32, shape) for name, shape in ports.items()}
+    outputs = [values["mapped"], values["least"]]
+    graph = onnx.helper.make_graph([product, least], "g", [values["x"]], outputs, [weight])
+    proto = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10
+    )
+    onnx.save(proto, bundle / "extra.onnx", save_as_external_data=True, location="model.onnx.data",
+              size_threshold=0)  # fmt: skip
+    plain = json.loads((bundle / "manifest.json").read_text())
+    facts = {k: v for k, v in plain.items() if k not in ("schema", "files", "caches")}
+    told = [{"name": n, "dtype": "float32", "shape": shape} for n, shape in ports.items()]
+    entry = {"name": "extra", "file": "extra.onnx", "inputs": told[:1], "outputs": told[1:]}
+    shapes = {"batch": {"min": 1, "opt": 1, "max": 2}}
+    facts["graphs"].append({**entry, "shapes": shapes, "opset": 20, "nodes": 2})
+    seal(bundle, facts)
+    return bundle
+
+
+def test_every_graph_of_a_bundle_is_run_by_its_name(two_graphs, sealed):
+    both, alone = load_bundle(two_graphs), load_bundle(sealed)
+    assert [both.graph(name)["file"] for name in ("model", "extra")] == ["model.onnx", "extra.onnx"]
+    x = np.array([[1, 0, 0, 2]], dtype=np.float32)
+    found = both.runner(graph="extra")({"x": x})
+    np.testing.assert_array_equal(found["mapped"], [[18, 21, 24]])
+    assert found["least"].tolist() == [[0]]
+    assert both.predict(pictures()) == alone.predict(pictures())
+    with pytest.raises(UserError, match=r"graph: unknown 'head'.*extra, model"):
+        both.runner(graph="head")
+    with pytest.raises(UserError, match=r"one output is asked for.* mapped, least"):
+        only(found)
+
+
+EXTRA_DAMAGE = {
+    "its file": (lambda b: (b / "extra.onnx").unlink(), "extra.onnx is missing"),
+    "shared weights": (
+        lambda b: (b / "model.onnx.data").write_bytes(b"\1" * 48),
+        "model.onnx.data is not the file that was exported",
+    ),
+    "its ports": (
+        lambda b: rewrite(b, lambda p: p["graphs"][1]["outputs"].reverse()),
+        "inputs or outputs of extra.onnx contradict",
+    ),
+    "two of one name": (
+        lambda b: rewrite(b, lambda p: p["graphs"][1].update(name="model")),
+        "graphs of one name",
+    ),
+    "none that answers": (
+        lambda b: rewrite(b, lambda p: p["graphs"].pop(0)),
+        "graphs of one name, or other ones than model",
+    ),
+    "a file elsewhere": (
+        lambda b: rewrite(b, lambda p: p["graphs"][1].update(file="../extra.onnx")),
+        "damaged at 'graphs.1.file'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXTRA_DAMAGE)
+def test_a_second_graph_is_checked_as_the_first(name, two_graphs):
+    damage, words = EXTRA_DAMAGE[name]
+    damage(two_graphs)
+    with pytest.raises(UserError) as refused:
+        load_bundle(two_graphs)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_golden_vectors_of_several_outputs_come_back_by_name(tmp_path):
+    outputs = {"vector": np.ones((2, 3, 4), np.float32), "share": np.zeros((2, 1), np.float32)}
+    Golden(("a", "b"), {"x": np.ones((2, 4), np.int64)}, outputs).save(tmp_path / "g")
+    found = load_golden(tmp_path / "g", names=["vector", "share"]).outputs
+    assert {name: array.tolist() for name, array in found.items()} == {
+        name: array.tolist() for name, array in outputs.items()
+    }
+    with pytest.raises(UserError, match="holds no golden vectors"):
+        load_golden(tmp_path / "g", names=["vector", "other"])
 
 
 def test_the_bare_graph_has_the_bare_norms(bundle, tmp_path):
@@ -333,21 +430,21 @@ def test_golden_vectors_come_back_and_catch_another_preprocessing(bundle, model,
     arrays = loaded.preprocess(raws)
     path = tmp_path / "golden.safetensors"
     Golden(raws, arrays, torch_outputs(model, arrays)).save(path)
-    golden = load_golden(path)
+    golden = load_golden(path, names=["logits"])
     assert [np.asarray(raw).tolist() for raw in golden.raws] == [
         np.asarray(r).tolist() for r in raws
     ]
-    same = replay(golden, loaded.preprocess, loaded.runner(), 1.0)
+    same = replay(golden, loaded.preprocess, loaded.runner(), {"logits": 1.0})
     assert same.preprocessing_diff == 0 and same.output_diff < 1e-4
     own = loaded.preprocess
     assert isinstance(own, ImagePreprocess)
     other = ImagePreprocess(own.size, own.mean, own.std, interpolation="nearest")
-    assert replay(golden, other, loaded.runner(), 1.0).preprocessing_diff > 0.05
+    assert replay(golden, other, loaded.runner(), {"logits": 1.0}).preprocessing_diff > 0.05
 
 
 def test_golden_texts_come_back(tmp_path):
     raws = ("Grüße, 東京 🙂", ("first", "second"), "")
-    outputs = np.zeros((3, 2), dtype=np.float32)
+    outputs = {"logits": np.zeros((3, 2), dtype=np.float32)}
     Golden(raws, {"input_ids": np.ones((3, 4), dtype=np.int64)}, outputs).save(tmp_path / "g")
     assert load_golden(tmp_path / "g").raws == raws
     (tmp_path / "g").write_bytes(b"broken")

@@ -17,6 +17,7 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.export import write as packing
 from mdpd_deploy.export.triton.repository import write_repository
 from mdpd_deploy.graphs.trace import export_onnx
+from mdpd_deploy.runtimes.base import only
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
@@ -52,7 +53,7 @@ def truncate(file):
 
 
 def answers(runner, bundle):
-    return runner(load_golden(bundle.task().golden).arrays)
+    return only(runner(bundle.golden().arrays))
 
 
 @pytest.mark.parametrize("damage", [overwrite, truncate])

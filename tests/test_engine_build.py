@@ -49,7 +49,7 @@ def test_an_engine_is_built_verified_and_listed(bundle, stand_in, release, capsy
     assert key["onnx"]["model.onnx"] == manifest["files"]["model.onnx"]["sha256"]
     assert key["timing_cache_sha256"] == manifest["caches"]["timing.cache"]["sha256"]
     assert key["profiles"]["input_ids"] == {"min": [1, 1], "opt": [8, 24], "max": [32, 24]}
-    assert record["layers"]["by_type"] == {"fp32": manifest["nodes"]}
+    assert record["layers"]["by_type"] == {"fp32": manifest["graphs"][0]["nodes"]}
     assert set(record["layers"]["tensors"]) == {"input_ids", "attention_mask", "token_type_ids", "logits"}  # fmt: skip
     cases = record["parity"]["cases"]
     assert set(cases) == {
@@ -264,7 +264,7 @@ def test_a_forgotten_input_is_found_before_the_build(bundle, stand_in):
     from mdpd_deploy.export.tensorrt.options import EngineOptions
 
     manifest = load_bundle(bundle).manifest
-    profiles = profile_shapes(manifest["inputs"], manifest["shapes"])
+    profiles = profile_shapes(manifest["graphs"][0])
     for change in ({"other": profiles["input_ids"]}, {}):
         wrong = {name: profiles[name] for name in list(profiles)[:2]} | change
         with pytest.raises(ExportError, match="the graph's inputs are attention_mask, input_ids"):
@@ -585,7 +585,7 @@ class Answers:
         self.max_batch, self.change = 2, change
 
     def __call__(self, arrays):
-        return self.change(arrays["x"])
+        return {"y": self.change(arrays["x"])}
 
 
 WRONG = {
@@ -603,14 +603,14 @@ WRONG = {
 def test_an_engine_that_answers_something_else_fails_in_every_precision(name, precision):
     wanted = np.random.default_rng(0).standard_normal((9, 3), dtype=np.float32)
     held_to = limits(precision, tf32=True, known=0.1)
-    cases = [Case("a", {"x": wanted}, wanted)]
+    cases = [Case("a", {"x": wanted}, {"y": wanted})]
     assert compare_engine(Answers(lambda x: x), cases, held_to).passed
     assert not compare_engine(Answers(WRONG[name]), cases, held_to).passed
 
 
 def test_int8_may_be_off_by_twice_what_its_graph_was():
     wanted = np.random.default_rng(0).standard_normal((9, 3), dtype=np.float32)
-    cases = [Case("a", {"x": wanted}, wanted)]
+    cases = [Case("a", {"x": wanted}, {"y": wanted})]
 
     def passes(share, known):
         shift = np.float32([share * wanted.std(), 0, 0])
@@ -625,7 +625,9 @@ def test_clear_predictions_are_told_by_the_reference_alone():
     """However far off an engine is, that makes no prediction unclear."""
     wanted = np.float32([[1, 0], [0, 1], [3, 2], [0.01, 0]])
     off = compare_engine(
-        Answers(lambda x: x[:, ::-1]), [Case("a", {"x": wanted}, wanted)], Limits(9, 0.1, 0.99)
+        Answers(lambda x: x[:, ::-1]),
+        [Case("a", {"x": wanted}, {"y": wanted})],
+        Limits(9, 0.1, 0.99),
     )
     assert off.agreement == 0 and not off.passed
 

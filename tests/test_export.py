@@ -28,6 +28,7 @@ from mdpd_deploy.export.fade import Faded, fade
 from mdpd_deploy.export.golden import make_golden, synthetic_inputs
 from mdpd_deploy.export.tensorrt.profiles import profile_shapes
 from mdpd_deploy.graphs.trace import export_onnx
+from mdpd_deploy.runtimes.base import only
 from mdpd_deploy.runtimes.onnx import OnnxRunner
 from mdpd_deploy.train.methods import METHODS
 from mdpd_deploy.train.methods.direct import Direct
@@ -141,7 +142,7 @@ def test_every_gate_passed_and_the_manifest_says_so(image_bundle, image_run):
     assert manifest["faded"] and manifest["method"] == "mdpd"
     assert manifest["labels"] == ["blue", "green", "red"]
     assert manifest["source"]["run"] == "image"
-    assert manifest["inputs"][0]["shape"] == ["batch", 3, 16, 16]
+    assert manifest["graphs"][0]["inputs"][0]["shape"] == ["batch", 3, 16, 16]
     details = json.loads((image_bundle.path / "parity.json").read_text())
     assert details["parity"]["scaled_diff"] < details["parity"]["tolerance"] == 1e-4
     assert details["metric"]["onnx"] == details["metric"]["torch"] == details["metric"]["reported"]
@@ -150,7 +151,7 @@ def test_every_gate_passed_and_the_manifest_says_so(image_bundle, image_run):
 
 
 def test_the_graph_is_smaller_than_its_rival(image_bundle, rival_graph):
-    assert image_bundle.manifest["nodes"] < rival_graph.nodes
+    assert image_bundle.graph()["nodes"] < rival_graph.nodes
     names = {t.name for t in onnx.load(image_bundle.path / "model.onnx").graph.initializer}
     assert not any(name.startswith("side") for name in names)
 
@@ -179,11 +180,11 @@ def test_bare_norms_are_the_untouched_ones(image_bundle, image_run):
 def test_pairs_get_two_axes_a_tokenizer_and_a_recipe(pair_bundle):
     manifest = pair_bundle.manifest
     assert manifest["pair"] and manifest["data"]["columns"] == ["one", "two"]
-    assert manifest["shapes"]["sequence"] == {"min": 1, "opt": 20, "max": 20}
+    assert manifest["graphs"][0]["shapes"]["sequence"] == {"min": 1, "opt": 20, "max": 20}
     assert (pair_bundle.path / "preprocessor" / "tokenizer.json").is_file()
     assert manifest["engine"]["status"] == "to-build" and manifest["engine"]["reason"]
     recipe = json.loads((pair_bundle.path / "build_engine.json").read_text())
-    inputs = [port["name"] for port in manifest["inputs"]]
+    inputs = [port["name"] for port in manifest["graphs"][0]["inputs"]]
     assert recipe["profiles"][0] == {
         name: {"min": [1, 1], "opt": [8, 20], "max": [32, 20]} for name in inputs
     }
@@ -215,7 +216,7 @@ def test_profiles_follow_the_one_shape_spec():
     inputs = [{"name": "x", "shape": ["batch", 3, 8, 8]}]
     shapes = {"batch": {"min": 1, "opt": 2, "max": 4}}
     expected = {"min": [1, 3, 8, 8], "opt": [2, 3, 8, 8], "max": [4, 3, 8, 8]}
-    assert profile_shapes(inputs, shapes) == {"x": expected}
+    assert profile_shapes({"inputs": inputs, "shapes": shapes}) == {"x": expected}
 
 
 def test_method_side_deploys_its_side_network(side_bundle, side_run):
@@ -567,7 +568,7 @@ def test_constant_norms_do_not_confuse_the_identity_gate(method, images, tiny_vi
     bare = bundle.write_bare_graph(tmp_path / "bare.onnx")
     arrays = bundle.preprocess([images / "validation" / "red" / "0.png"])
     expected = torch_outputs(run.load_bare(), arrays)
-    np.testing.assert_allclose(OnnxRunner(bare)(arrays), expected, atol=1e-5)
+    np.testing.assert_allclose(only(OnnxRunner(bare)(arrays)), only(expected), atol=1e-5)
 
 
 MERGED = [name for name, m in METHODS.items() if issubclass(m, Direct) and not m.deploys_added]

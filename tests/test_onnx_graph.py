@@ -9,13 +9,15 @@ import onnx
 import pytest
 import torch
 
+from mdpd_deploy.artifacts.certificate import of_each
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.checks.parity import compare_with_torch, shape_batches, torch_outputs
 from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.errors import ExportError, UserError
 from mdpd_deploy.graphs.trace import changed_weights, export_onnx, graph_signature, same_structure
 from mdpd_deploy.machine import cpu_count, describe
-from mdpd_deploy.model import Deployed
+from mdpd_deploy.model import Deployed, TaskModel
+from mdpd_deploy.runtimes.base import only
 from mdpd_deploy.runtimes.onnx import OnnxRunner, compute_nodes_on_cpu
 from mdpd_deploy.tasks.head import Head
 
@@ -111,7 +113,7 @@ def test_padding_does_not_change_real_rows(graphs):
     runner = OnnxRunner(graph.path)
     short = model.backbone.preprocess(["a good film"])
     both = model.backbone.preprocess(["a good film", "the very very very bad film a a a"])
-    np.testing.assert_allclose(runner(short)[0], runner(both)[0], atol=1e-5)
+    np.testing.assert_allclose(only(runner(short))[0], only(runner(both))[0], atol=1e-5)
 
 
 def test_inputs_are_bound_by_name_not_by_order(graphs):
@@ -119,16 +121,68 @@ def test_inputs_are_bound_by_name_not_by_order(graphs):
     runner = OnnxRunner(graph.path)
     arrays = model.backbone.preprocess(["a good film", "bad"])
     turned = dict(reversed(arrays.items()))
-    np.testing.assert_allclose(runner(turned), torch_outputs(model, arrays), atol=1e-5)
+    np.testing.assert_allclose(only(runner(turned)), only(torch_outputs(model, arrays)), atol=1e-5)
+
+
+class Twofold(TaskModel):
+    """Gives what its head reads besides what it answers."""
+
+    names = ("logits", "image_vector")
+
+    @property
+    def output_names(self):
+        return self.names
+
+    def forward(self, *inputs):
+        vector = self.backbone(dict(zip(self.backbone.input_names, inputs, strict=True)))
+        return self.head(vector), vector * 1000
+
+
+@pytest.fixture
+def twofold(backbone_of):
+    backbone = backbone_of("vit")
+    return Twofold(backbone, Head(backbone.width, 3)).eval()
+
+
+def test_every_output_is_named_and_held_to_its_own_spread(twofold, tmp_path):
+    graph = export_onnx(twofold, tmp_path / "model.onnx")
+    runner, batches = OnnxRunner(graph.path), list(shape_batches(twofold))
+    assert runner.output_names == graph.output_names == ("logits", "image_vector")
+    parity = compare_with_torch(twofold, runner, batches)
+    assert parity.passed and len(parity.cases) == 2 * len(batches)
+    assert parity.to_json()["spread"].keys() == {"logits", "image_vector"}
+    assert of_each(parity.to_json()["spread"], names=runner.output_names) == parity.spread
+
+    def off(arrays):  # one part in a thousand of the small output, none of the large one's spread
+        found = runner(arrays)
+        return found | {"logits": found["logits"] + 1e-3 * parity.spread["logits"]}
+
+    seen = compare_with_torch(twofold, off, batches)
+    assert not seen.passed and seen.scaled_diff == pytest.approx(1e-3, rel=0.1)
+    lacking = compare_with_torch(twofold, lambda a: {"logits": runner(a)["logits"]}, batches)
+    assert not lacking.finite
+
+
+@pytest.mark.parametrize("name", ["softmax", "Vector", "a-b"])
+def test_an_output_is_not_called_as_an_operator(name, twofold, tmp_path):
+    twofold.names = ("logits", name)
+    with pytest.raises(ExportError, match=f"an output cannot be called '{name}'"):
+        export_onnx(twofold, tmp_path / "model.onnx")
+
+
+def test_an_output_that_is_called_as_another_value_is_refused(twofold, tmp_path):
+    twofold.names = ("logits", "pixel_values")
+    with pytest.raises(ExportError, match="two values of the graph are called 'pixel_values'"):
+        export_onnx(twofold, tmp_path / "model.onnx")
 
 
 def test_regression_graph_returns_scores_in_the_labels_unit(backbone_of, tmp_path):
     model = deployed(backbone_of("vit"), scale=(100.0, 15.0))
     graph = export_onnx(model, tmp_path / "model.onnx")
     arrays = {"pixel_values": np.random.default_rng(0).normal(size=(4, 3, 16, 16))}
-    scores = OnnxRunner(graph.path)({k: v.astype(np.float32) for k, v in arrays.items()})
-    assert graph.output_name == "scores" and scores.shape == (4, 1)
-    assert 0 < np.abs(scores - 100).max() < 200
+    found = OnnxRunner(graph.path)({k: v.astype(np.float32) for k, v in arrays.items()})
+    assert graph.output_names == ("scores",) and found["scores"].shape == (4, 1)
+    assert 0 < np.abs(found["scores"] - 100).max() < 200
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert"])

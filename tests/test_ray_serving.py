@@ -25,10 +25,10 @@ import psutil
 from ray.cluster_utils import Cluster
 
 from mdpd_deploy.artifacts.bundle import load_bundle
-from mdpd_deploy.artifacts.golden import load_golden
+from mdpd_deploy.runtimes.base import only
 
 bundle, log = load_bundle(sys.argv[1]), Path(sys.argv[2])
-golden = load_golden(bundle.path / "golden.safetensors")
+golden = bundle.golden()
 one = {"num_cpus": 1, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args=one)
 cluster.add_node(num_cpus=1)
@@ -62,13 +62,13 @@ try:
         given = {"name": "pixel_values", "datatype": "FP32", "shape": list(array.shape)}
         given["data"] = array.ravel().tolist()
         return ask("/v2/models/digits/infer", json.dumps({"inputs": [given]}).encode())
-    count = len(golden.outputs)
+    count = len(golden.raws)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(infer, [index % count for index in range(64)]))
     off = max(
         float(abs(value - right))
         for index, (status, answer) in enumerate(answers)
-        for value, right in zip(answer["outputs"][0]["data"], golden.outputs[index % count])
+        for value, right in zip(answer["outputs"][0]["data"], only(golden.outputs)[index % count])
     )
     replicas = [
         process for process in psutil.process_iter(["name", "cmdline", "ppid"])

@@ -31,6 +31,7 @@ from mdpd_deploy.cli import main
 from mdpd_deploy.commands.export import export_runs
 from mdpd_deploy.commands.serve import name_bundles
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.runtimes.base import only
 from mdpd_deploy.serve.core import CoreOptions, Refusal, RequestCore
 
 pytest.importorskip("fastapi", reason="serves over HTTP")
@@ -150,7 +151,7 @@ def test_health_and_metadata_follow_the_manifest(server, bundles):
     assert server.ask("GET", "/v2")[2]["extensions"] == ["binary_tensor_data"]
     for path in ("/v2/models/digits", "/v2/models/digits/versions/1"):
         status, _, plain = server.ask("GET", path)
-        ports = load_bundle(bundles["digits"]).manifest["inputs"]
+        ports = load_bundle(bundles["digits"]).graph()["inputs"]
         assert status == 200 and plain["versions"] == ["1"]
         assert [port["name"] for port in plain["inputs"]] == [port["name"] for port in ports]
         assert plain["inputs"][0] | {} == {
@@ -177,8 +178,8 @@ def test_a_standard_client_gets_what_the_bundle_says(server, bundles, as_binary,
     for name, array in arrays.items():
         inputs.append(client.InferInput(name, array.shape, "INT64"))
         inputs[-1].set_data_from_numpy(array, binary_data=as_binary)
-    expected = bundle.runner()(arrays)
-    (output,) = (port["name"] for port in bundle.manifest["outputs"])
+    expected = only(bundle.runner()(arrays))
+    (output,) = bundle.output_names
     with client.InferenceServerClient(f"127.0.0.1:{server.port}") as session:
         assert session.is_server_ready() and session.is_model_ready("texts", "1")
         assert session.get_model_metadata("texts")["name"] == "texts"
@@ -195,7 +196,9 @@ def test_pictures_as_tensors(server, bundles):
     arrays = bundle.preprocess([Image.open(io.BytesIO(picture_bytes()))])
     status, _, plain = server.post("/v2/models/digits/versions/1/infer", as_json(arrays))
     assert status == 200
-    np.testing.assert_allclose(plain["outputs"][0]["data"], bundle.runner()(arrays)[0], atol=1e-5)
+    np.testing.assert_allclose(
+        plain["outputs"][0]["data"], only(bundle.runner()(arrays))[0], atol=1e-5
+    )
 
 
 # Raw inputs
@@ -529,7 +532,7 @@ def test_rows_of_both_tasks_share_a_run_and_a_tensor_request_too(bundles):
     ):
         assert found.score == pytest.approx(expected.score, abs=1e-5)
     data = json.loads(infer.reply.body)["outputs"][0]["data"]
-    np.testing.assert_allclose(data, bundle.runner()(arrays)[0], atol=1e-5)
+    np.testing.assert_allclose(data, only(bundle.runner()(arrays))[0], atol=1e-5)
 
 
 def test_a_full_queue_and_a_deadline(bundles):

@@ -18,7 +18,7 @@ from PIL import Image
 from mdpd_deploy import load_bundle, triton_repository
 from mdpd_deploy.artifacts.bundle import Bundle
 from mdpd_deploy.artifacts.golden import load_golden
-from mdpd_deploy.artifacts.manifest import Manifest, Port, check_graph, read_checked, seal
+from mdpd_deploy.artifacts.manifest import Manifest, Port, check_graphs, read_checked, seal
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.export.triton.config import (
@@ -28,6 +28,7 @@ from mdpd_deploy.export.triton.config import (
     to_pbtxt,
 )
 from mdpd_deploy.export.triton.preprocess import MAX_BYTES, REQUIRED, TritonPreprocess
+from mdpd_deploy.runtimes.base import only
 from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 pytest.importorskip("onnxruntime", reason="exports and runs graphs")
@@ -76,9 +77,10 @@ def test_the_configuration_is_the_manifests(name, repository, image_bundle, text
     manifest = Manifest.model_validate(bundle.manifest)
     config = read_config(repository / name / "config.pbtxt")
     assert (config.name, config.backend) == (name, "onnxruntime")
-    assert config.max_batch_size == manifest.shapes["batch"].max == 32
+    assert config.max_batch_size == manifest.graph().shapes["batch"].max == 32
     types = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
-    for given, ports in ((config.input, manifest.inputs), (config.output, manifest.outputs)):
+    graph = manifest.graph()
+    for given, ports in ((config.input, graph.inputs), (config.output, graph.outputs)):
         assert [port.name for port in given] == [port.name for port in ports]
         for found, port in zip(given, ports, strict=True):
             assert name_of(found.data_type) == types[port.dtype]
@@ -94,7 +96,7 @@ def test_the_configuration_is_the_manifests(name, repository, image_bundle, text
 
 def test_warm_up_runs_every_bound_with_valid_values(repository, text_bundle):
     config = read_config(repository / "films" / "config.pbtxt")
-    shapes = text_bundle.manifest["shapes"]
+    shapes = text_bundle.graph()["shapes"]
     runner = OnnxRunner(repository / "films" / "1" / "model.onnx", threads=1)
     assert [sample.name for sample in config.model_warmup] == ["min", "opt", "max"]
     for sample in config.model_warmup:
@@ -106,15 +108,15 @@ def test_warm_up_runs_every_bound_with_valid_values(repository, text_bundle):
             row = np.frombuffer(raw, dtype="<i8").reshape(given.dims)
             arrays[name] = np.repeat(row[None], sample.batch_size, axis=0)  # as Triton does
         assert arrays["attention_mask"].any(axis=1).all()
-        assert np.isfinite(runner(arrays)).all()
+        assert np.isfinite(only(runner(arrays))).all()
 
 
 @pytest.mark.parametrize("name", ["digits", "films"])
 def test_the_graph_answers_from_the_repository(name, repository, image_bundle, text_bundle):
     bundle = {"digits": image_bundle, "films": text_bundle}[name]
     golden = load_golden(bundle.path / "golden.safetensors")
-    found = OnnxRunner(repository / name / "1" / "model.onnx", threads=1)(golden.arrays)
-    np.testing.assert_allclose(found, golden.outputs, atol=1e-4)
+    found = only(OnnxRunner(repository / name / "1" / "model.onnx", threads=1)(golden.arrays))
+    np.testing.assert_allclose(found, only(golden.outputs), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["digits", "films"])
@@ -191,9 +193,9 @@ def test_a_bundle_of_several_tasks_takes_the_task_of_each_row(mixed_bundle, tmp_
     assert "| 1 | two | neg, pos |" in (out / "README.md").read_text()
     path = out / "mixed" / "1" / "model.onnx" / "model.onnx"  # its weights lie beside it
     golden = load_golden(mixed_bundle.tasks[1].golden)
-    ids = np.ones(len(golden.outputs), dtype=np.int64)
-    found = OnnxRunner(path, threads=1)({**golden.arrays, "task_id": ids})
-    np.testing.assert_allclose(found[:, :2], golden.outputs, atol=1e-4)
+    ids = np.ones(len(golden.raws), dtype=np.int64)
+    found = only(OnnxRunner(path, threads=1)({**golden.arrays, "task_id": ids}))
+    np.testing.assert_allclose(found[:, :2], only(golden.outputs), atol=1e-4)
 
 
 def test_external_weights_make_the_model_a_folder(image_bundle, tmp_path):
@@ -211,14 +213,14 @@ def test_external_weights_make_the_model_a_folder(image_bundle, tmp_path):
         "model.onnx.data",
     ]
     golden = load_golden(image_bundle.path / "golden.safetensors")
-    found = OnnxRunner(version / "model.onnx" / "model.onnx", threads=1)(golden.arrays)
-    np.testing.assert_allclose(found, golden.outputs, atol=1e-4)
+    found = only(OnnxRunner(version / "model.onnx" / "model.onnx", threads=1)(golden.arrays))
+    np.testing.assert_allclose(found, only(golden.outputs), atol=1e-4)
 
 
 def with_engine(bundle, folder, batches):
     """A bundle with an engine as `build-engine` leaves it, but for the plan's own bytes."""
     shutil.copytree(bundle.path, folder)
-    shape = bundle.manifest["inputs"][0]["shape"][1:]
+    shape = bundle.graph()["inputs"][0]["shape"][1:]
     profile = {bound: [n, *shape] for bound, n in zip(("min", "opt", "max"), batches, strict=True)}
     key = {"tensorrt": "10.13.3.9", "gpu": "NVIDIA H100", "compute_capability": "9.0"}
     (folder / "model.plan").write_bytes(b"plan")
@@ -357,8 +359,8 @@ def test_texts_that_wait_together_get_one_length(repository, text_bundle):
     short, bad, empty, long = preprocessor(repository, "films").execute(requests)
     assert {array.shape[1] for array in (*short[0].values(), *long[0].values())} == {8}
     assert "not UTF-8" in bad[1].message() and "is empty" in empty[1].message()
-    found = np.concatenate([runner(short[0]), runner(long[0])])
-    alone = np.concatenate([runner(text_bundle.preprocess([text])) for text in texts])
+    found = np.concatenate([only(runner(short[0])), only(runner(long[0]))])
+    alone = np.concatenate([only(runner(text_bundle.preprocess([text]))) for text in texts])
     np.testing.assert_allclose(found, alone, atol=1e-4)
 
 
@@ -401,7 +403,7 @@ print(json.dumps(sorted(taken - set(sys.stdlib_module_names))))
 def test_a_changed_bundle_is_not_put_in(image_bundle, tmp_path):
     shutil.copytree(image_bundle.path, tmp_path / "b")
     _, manifest = read_checked(tmp_path / "b")
-    check_graph(tmp_path / "b", manifest)
+    check_graphs(tmp_path / "b", manifest)
     (tmp_path / "b" / "model.onnx").write_bytes(b"other")
     with pytest.raises(UserError, match="not the file that was exported"):
         triton_repository({"b": tmp_path / "b"}, tmp_path / "out")

@@ -32,7 +32,7 @@ manifest = bundle.manifest
 logger = recording_logger(trt)
 builder = trt.Builder(logger)
 kind, graph = sys.argv[3], bundle.path / "model.onnx"
-profiles = profiles.profile_shapes(manifest["inputs"], manifest["shapes"])
+profiles = profiles.profile_shapes(manifest["graphs"][0])
 if kind == "swap":
     graph, names = swap.constant_base(bundle, Path(sys.argv[4]))
     profiles = swap.swap_profiles(bundle, None)

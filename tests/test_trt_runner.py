@@ -9,6 +9,7 @@ from onnx import numpy_helper
 
 from mdpd_deploy.checks.engine_parity import Case
 from mdpd_deploy.errors import UserError, VerificationError, WorkFailed
+from mdpd_deploy.runtimes.base import only
 from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
@@ -67,22 +68,22 @@ def sentences(batch=3, tokens=5, seed=0):
 def test_it_is_called_as_the_onnx_runner_is(build, graph):
     runner, *_ = build()
     reference = OnnxRunner(graph)
-    for name in ("input_names", "output_name"):
+    for name in ("input_names", "output_names"):
         assert getattr(runner, name) == getattr(reference, name)
     assert runner.device == "cuda" and runner.metadata == {"mdpd.kind": "classify"}
     for batch, tokens in ((3, 5), (1, 1), (32, 24), (2, 24), (3, 5)):
         arrays = sentences(batch, tokens, seed=batch)
-        found = runner(arrays)
+        found = only(runner(arrays))
         assert found.dtype == np.float32 and found.shape == (batch, CLASSES)
-        np.testing.assert_allclose(found, reference(arrays), atol=1e-5)
+        np.testing.assert_allclose(found, only(reference(arrays)), atol=1e-5)
     turned = {name: np.asfortranarray(array) for name, array in sentences(4, 6).items()}
-    np.testing.assert_allclose(runner(turned), reference(sentences(4, 6)), atol=1e-5)
+    np.testing.assert_allclose(only(runner(turned)), only(reference(sentences(4, 6))), atol=1e-5)
 
 
 def test_a_small_batch_fills_a_static_engine(build, graph):
     runner, *_ = build(batch=(4, 4, 4))
     arrays = sentences(3, 7)
-    np.testing.assert_allclose(runner(arrays), OnnxRunner(graph)(arrays), atol=1e-5)
+    np.testing.assert_allclose(only(runner(arrays)), only(OnnxRunner(graph)(arrays)), atol=1e-5)
     assert runner.max_batch == 4
 
 
@@ -106,7 +107,7 @@ def test_what_is_outside_the_profile_is_the_callers_fault(build, name):
     with pytest.raises(UserError, match=words) as refused:
         runner(change(sentences()))
     assert "\n" not in str(refused.value)
-    assert runner.failed is None and runner(sentences()).shape == (3, CLASSES)
+    assert runner.failed is None and only(runner(sentences())).shape == (3, CLASSES)
 
 
 def test_a_failed_run_ends_the_runner(build):
@@ -139,7 +140,7 @@ def test_threads_share_a_runner(build, graph):
         thread.join()
     reference = OnnxRunner(graph)
     for index, arrays in enumerate(batches):
-        np.testing.assert_allclose(found[index], reference(arrays), atol=1e-5)
+        np.testing.assert_allclose(only(found[index]), only(reference(arrays)), atol=1e-5)
 
 
 def test_device_memory_is_given_back(build):
@@ -188,9 +189,13 @@ def test_a_delta_turns_the_engine_into_the_other_task(build, graph, other, first
     runner, *_ = build(refit=True)
     assert refittable_names(runner) == tuple(sorted(delta))
     apply_delta(runner, delta, golden(path), tolerance=1e-4)
-    np.testing.assert_allclose(runner(sentences()), OnnxRunner(path)(sentences()), atol=1e-4)
+    np.testing.assert_allclose(
+        only(runner(sentences())), only(OnnxRunner(path)(sentences())), atol=1e-4
+    )
     apply_delta(runner, first, golden(graph), tolerance=1e-4)
-    np.testing.assert_allclose(runner(sentences()), OnnxRunner(graph)(sentences()), atol=1e-4)
+    np.testing.assert_allclose(
+        only(runner(sentences())), only(OnnxRunner(graph)(sentences())), atol=1e-4
+    )
 
 
 MISFITS = {
@@ -211,7 +216,9 @@ def test_a_delta_that_does_not_fit_changes_nothing(build, graph, other, name):
     runner, *_ = build(refit=True)
     with pytest.raises(UserError, match=words):
         apply_delta(runner, change(delta), golden(path), tolerance=1e-4)
-    np.testing.assert_allclose(runner(sentences()), OnnxRunner(graph)(sentences()), atol=1e-5)
+    np.testing.assert_allclose(
+        only(runner(sentences())), only(OnnxRunner(graph)(sentences())), atol=1e-5
+    )
 
 
 FAULTS = {
@@ -240,7 +247,9 @@ def test_a_refit_that_fails_is_caught_and_put_back(build, graph, other, first, f
         trt._faults[fault] = how
         with pytest.raises(VerificationError):
             apply_delta(runner, delta, golden(path), tolerance=1e-4, previous=first)
-        np.testing.assert_allclose(runner(sentences()), OnnxRunner(graph)(sentences()), atol=1e-5)
+        np.testing.assert_allclose(
+            only(runner(sentences())), only(OnnxRunner(graph)(sentences())), atol=1e-5
+        )
 
 
 def test_an_engine_without_refit_says_so(build, other):
@@ -259,7 +268,7 @@ from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
 import mdpd_deploy.runtimes.tensorrt.refit, mdpd_deploy.runtimes.tensorrt.cache
 runner = TrtRunner(Path(sys.argv[1]))
 arrays = {name: np.ones((2, 4), dtype=np.int64) for name in runner.input_names}
-print(runner(arrays).shape)
+print({name: array.shape for name, array in runner(arrays).items()})
 sys.exit("torch" in sys.modules)
 """
 

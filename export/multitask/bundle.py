@@ -12,6 +12,8 @@ import onnx
 from mdpd_deploy.artifacts.bundle import Bundle, is_bundle, load_bundle
 from mdpd_deploy.artifacts.folders import atomic_folder, refuse_nonempty
 from mdpd_deploy.artifacts.manifest import (
+    BASE,
+    BASE_FILE,
     DELTA_FILE,
     GOLDEN_FILE,
     MODEL_FILE,
@@ -42,13 +44,14 @@ from mdpd_deploy.graphs.deltas import Delta
 from mdpd_deploy.graphs.mixed import OUTPUT, mixed_graph
 from mdpd_deploy.graphs.signature import graph_signature
 from mdpd_deploy.graphs.trace import OnnxGraph
+from mdpd_deploy.runtimes.base import TASK_ID, Forward
 from mdpd_deploy.runtimes.mixed import Swap, TaskRunner
-from mdpd_deploy.runtimes.onnx import TASK_ID, Forward, OnnxRunner
+from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 logger = logging.getLogger(__name__)
 
 _OF_A_TASK = ("task", "kind", "pair", "method", "labels", "metrics", "data", "preprocess", "source")
-_OF_ALL = ("modality", "faded", "shapes", "precision", "opset", "versions")
+_OF_ALL = ("modality", "faded", "pipeline", "precision", "versions")
 
 
 def pack_multi(
@@ -106,7 +109,7 @@ def _write(members: Sequence[Member], folder: Path, scratch: Path, options: Expo
         form="tensorrt" if options.fmt == "trt" else "explicit",
     )
     path = folder / MODEL_FILE
-    graph = OnnxGraph(path, base.traced.input_names, OUTPUT, len(mixed.graph.node))
+    graph = OnnxGraph(path, base.traced.input_names, (OUTPUT,), len(mixed.graph.node))
     facts = _describe(members, folder, graph, base, options)
     onnx.helper.set_model_props(mixed, graph_notes(facts))
     path.write_bytes(mixed.SerializeToString(deterministic=True))
@@ -183,10 +186,14 @@ def _describe(
         written = (folder / TASKS / member.name / "preprocess.json").read_text(encoding="utf-8")
         alone.append(describe_run(member.run, member.faded, graph, json.loads(written)))
     first, *others = alone
-    for bounds, wider in ((first["shapes"], other["shapes"]) for other in others):
-        for axis, limits in wider.items():
+    (model,) = first["graphs"]
+    bounds = model["shapes"]
+    for other in others:
+        for axis, limits in other["graphs"][0]["shapes"].items():
             bounds[axis] = {bound: max(bounds[axis][bound], limits[bound]) for bound in limits}
-    width = max(member.width for member in members)
+    (output,) = model["outputs"]
+    output["shape"] = ["batch", max(member.width for member in members)]
+    task_id = {"name": TASK_ID, "dtype": "int64", "shape": ["batch"]}
     return {
         "task": "+".join(member.name for member in members),
         "kind": "multi",
@@ -201,10 +208,11 @@ def _describe(
             {"name": member.name, **{name: facts[name] for name in _OF_A_TASK}}
             for member, facts in zip(members, alone, strict=True)
         ],
-        "inputs": [*first["inputs"], {"name": TASK_ID, "dtype": "int64", "shape": ["batch"]}],
-        "outputs": [{"name": OUTPUT, "dtype": "float32", "shape": ["batch", width]}],
-        "nodes": graph.nodes,
-        "mixed": {"base_nodes": base.traced.nodes, "base_sha256": base.sha256},
+        "graphs": [
+            {**model, "inputs": [*model["inputs"], task_id]},
+            {**model, "name": BASE, "file": BASE_FILE, "nodes": base.traced.nodes},
+        ],
+        "mixed": {"base_sha256": base.sha256},
         "engine": engine_state(options.fmt),
         "golden": options.golden,
         "source": {"backbone": first["source"]["backbone"]},

@@ -25,11 +25,11 @@ from mdpd_deploy.export.fade import Faded
 from mdpd_deploy.export.gates import Gate, check_parity, check_side_free, replayed
 from mdpd_deploy.export.multitask.base_graph import BaseGraph, comparable
 from mdpd_deploy.graphs.deltas import HEAD_BIAS
-from mdpd_deploy.graphs.mixed import added_nodes
+from mdpd_deploy.graphs.mixed import OUTPUT, added_nodes
 from mdpd_deploy.graphs.signature import graph_signature, values_sha256
 from mdpd_deploy.graphs.trace import export_onnx, same_structure
+from mdpd_deploy.runtimes.base import Forward, only
 from mdpd_deploy.runtimes.mixed import mixed_batch
-from mdpd_deploy.runtimes.onnx import Forward
 
 
 def check_structure(faded: Faded, base: BaseGraph, scratch: Path) -> list[Gate]:
@@ -67,16 +67,16 @@ def check_both_ways(
 ) -> tuple[list[Gate], Parity]:
     """PyTorch's numbers from the mixed graph (`parity`) and from the base graph (`swap`)."""
     assert task.golden is not None
-    golden = load_golden(task.golden)
-    gate, parity = check_parity(faded.model, mixed, golden)
-    other, _ = check_parity(faded.model, swapped, golden)
+    golden = load_golden(task.golden, names=(OUTPUT,))
+    gate, parity = check_parity(faded.model, mixed, golden, names=(OUTPUT,))
+    other, _ = check_parity(faded.model, swapped, golden, names=(OUTPUT,))
     return [gate, Gate("swap", other.verdict, other.note, other.details)], parity
 
 
 def check_golden_of(task: BundleTask, runner: Forward, parity: Parity) -> Gate:
     """Replay a task's golden file through its written preprocessing."""
     assert task.golden is not None
-    golden = load_golden(task.golden)
+    golden = load_golden(task.golden, names=(OUTPUT,))
     return replayed(golden, task.preprocess, runner, parity.spread, parity.tolerance)
 
 
@@ -91,16 +91,16 @@ def check_mixed_rows(
     requests, expected = [], []
     for task in tasks:
         assert task.golden is not None
-        golden = load_golden(task.golden)
+        golden = load_golden(task.golden, names=(OUTPUT,))
         requests += [(task, raw) for raw in golden.raws]
-        expected += list(golden.outputs)
+        expected += list(only(golden.outputs))
     order = np.random.default_rng(0).permutation(len(requests))
-    found = runner(mixed_batch([requests[place] for place in order]))
+    found = only(runner(mixed_batch([requests[place] for place in order])))
     worst = {task.index: 0.0 for task in tasks}
     for place, outputs in zip(order, found, strict=True):
         task = requests[place][0]
         gap = float(np.abs(outputs[: task.width] - expected[place]).max())
-        worst[task.index] = max(worst[task.index], gap / parities[task.index].spread)
+        worst[task.index] = max(worst[task.index], gap / parities[task.index].spread[OUTPUT])
     gates = []
     for task, parity in zip(tasks, parities, strict=True):
         if not worst[task.index] <= parity.tolerance:

@@ -76,11 +76,13 @@ class Settled:
     Attributes:
         gates: Its verdicts.
         facts: For the manifest.
+        graph: For the graph's entry there.
         details: All of `parity.json`.
     """
 
     gates: list[Gate]
     facts: dict[str, Any]
+    graph: dict[str, int]
     details: dict[str, Any]
 
 
@@ -113,10 +115,8 @@ def settle_precision(
             shutil.copyfile(chosen.graph, subject.graph.path)
     receipt, precision = chosen.receipt.to_json(), chosen.form.precision
     proto = onnx.load(subject.graph.path, load_external_data=False)
-    facts |= {
-        "precision": precision,
-        "receipt": receipt,
-        "conversion": chosen.how,
+    facts |= {"precision": precision, "receipt": receipt, "conversion": chosen.how}
+    graph = {
         "nodes": len(proto.graph.node),
         "opset": next(entry.version for entry in proto.opset_import if not entry.domain),
     }
@@ -127,7 +127,7 @@ def settle_precision(
     if chosen.gates:
         renewed = {gate.name for gate in chosen.gates}
         details["before_conversion"] = {g.name: g.details for g in passed if g.name in renewed}
-    return Settled(gates, facts, details)
+    return Settled(gates, facts, graph, details)
 
 
 class _Maker:

@@ -3,23 +3,22 @@
 They come after the FP32 graph has passed its own, so that what fails here is the precision's doing.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.artifacts.bundle import batches
+from mdpd_deploy.artifacts.bundle import run_batches
 from mdpd_deploy.artifacts.golden import Golden
 from mdpd_deploy.artifacts.scores import split_name
 from mdpd_deploy.checks.parity import Parity, compare_with_torch, torch_outputs
-from mdpd_deploy.checks.policy import ParityMode, Policy, agreement, paired_drop
+from mdpd_deploy.checks.policy import ParityMode, Policy, agreement, agreement_of_all, paired_drop
 from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.export.gates import Gate, Measured, parity_batches
 from mdpd_deploy.model import TaskModel
-from mdpd_deploy.runtimes.onnx import OnnxRunner
+from mdpd_deploy.runtimes.base import Forward, only
 from mdpd_deploy.tasks.metrics import compute, metric_text
 
 
@@ -46,15 +45,15 @@ class Reference:
         self.model.eval()
         return self.run(lambda arrays: torch_outputs(self.model, arrays))
 
-    def run(self, forward: Callable[..., NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Run any forward over all validation examples; outputs [n, C]."""
+    def run(self, forward: Forward) -> NDArray[np.float32]:
+        """Run any forward over all validation examples; its one output [n, C]."""
         assert self.measured is not None
-        parts = batches(self.measured.split.inputs, self.measured.batch)
-        return np.concatenate([forward(self.preprocess(part)) for part in parts])
+        measured = self.measured
+        return only(run_batches(self.preprocess, forward, measured.split.inputs, measured.batch))
 
 
 def check_reduced_parity(
-    reference: Reference, runner: OnnxRunner, policy: Policy, mode: ParityMode
+    reference: Reference, runner: Forward, policy: Policy, mode: ParityMode
 ) -> tuple[Gate, Parity]:
     """Finite outputs, their scaled difference, and the classes of the golden inputs."""
     allowed = np.inf if policy.scaled_diff is None else policy.scaled_diff
@@ -63,7 +62,7 @@ def check_reduced_parity(
     if not parity.finite:
         where = next(case.name for case in parity.cases if not case.finite)
         raise VerificationError(f"parity: outputs at {where} are not finite.")
-    found = agreement(golden.outputs, runner(golden.arrays), policy.drift * parity.spread)
+    found = agreement_of_all(golden.outputs, runner(golden.arrays), policy.drift, parity.spread)
     seen = f"largest difference {parity.scaled_diff:.1e} of the outputs' spread"
     limit = "reported only" if policy.scaled_diff is None else f"allowed {allowed:.0e}"
     problems = [] if parity.passed else [f"{seen}, {limit}"]
@@ -74,7 +73,7 @@ def check_reduced_parity(
 
 
 def check_reduced_metric(
-    reference: Reference, runner: OnnxRunner, policy: Policy, parity: Parity, mode: ParityMode
+    reference: Reference, runner: Forward, policy: Policy, parity: Parity, mode: ParityMode
 ) -> Gate:
     """Predictions and the primary metric on validation, paired example by example."""
     measured = reference.measured
@@ -84,7 +83,7 @@ def check_reduced_metric(
     expected, outputs = reference.outputs, reference.run(runner)
     if not np.isfinite(outputs).all():
         raise VerificationError("metric: outputs for validation examples are not finite.")
-    kept = agreement(expected, outputs, policy.drift * parity.spread)
+    kept = agreement(expected, outputs, policy.drift * max(parity.spread.values()))
     drop = paired_drop(names[0], expected, outputs, labels)
     allowed = max(policy.metric_drop, 1 / len(labels))  # one example may always count
     interval = f"[{100 * drop.low:+.2f}, {100 * drop.high:+.2f}]"

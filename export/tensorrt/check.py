@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from mdpd_deploy.artifacts.bundle import Bundle
-from mdpd_deploy.artifacts.golden import Golden, load_golden
-from mdpd_deploy.artifacts.manifest import GOLDEN_FILE, MODEL_FILE, TASKS
+from mdpd_deploy.artifacts.golden import Golden
+from mdpd_deploy.artifacts.manifest import MODEL_FILE
 from mdpd_deploy.checks.engine_parity import (
     Case,
     EngineParity,
@@ -18,12 +18,15 @@ from mdpd_deploy.checks.engine_parity import (
 from mdpd_deploy.checks.replay import prove, recorded
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.export.tensorrt.profiles import Profiles
-from mdpd_deploy.runtimes.onnx import TASK_ID, OnnxRunner, Runner
+from mdpd_deploy.runtimes.base import TASK_ID, Runtime, joined
+from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 CPU_LESS = frozenset({"bf16"})  # ONNX Runtime has no CPU kernels: golden vectors alone must do
 
 
-def check_engine(bundle: Bundle, runner: Runner, profiles: Profiles, *, tf32: bool) -> EngineParity:
+def check_engine(
+    bundle: Bundle, runner: Runtime, profiles: Profiles, *, tf32: bool
+) -> EngineParity:
     """Compare an engine with the golden vectors and, at its profile's corners, with the graph.
 
     What passes also passes the proof that a server asks before it serves the engine.
@@ -34,7 +37,7 @@ def check_engine(bundle: Bundle, runner: Runner, profiles: Profiles, *, tf32: bo
     """
     precision, graph = str(bundle.manifest["precision"]), bundle.path / MODEL_FILE
     if not bundle.mixed:
-        golden = load_golden(bundle.path / GOLDEN_FILE, bundle.read)
+        golden = bundle.golden()
     else:  # each task's own golden outputs were held against the graph at export
         golden = _all_tasks(bundle)
         golden = replace(golden, outputs=bundle.runner()(golden.arrays))
@@ -45,7 +48,7 @@ def check_engine(bundle: Bundle, runner: Runner, profiles: Profiles, *, tf32: bo
 
 
 def require_parity(
-    runner: Runner,
+    runner: Runtime,
     graph: Path,
     golden: Golden,
     profiles: Profiles,
@@ -89,8 +92,8 @@ def require_parity(
 
 def _all_tasks(bundle: Bundle) -> Golden:
     """Return the first task's golden inputs, asked of every task in turn."""
-    golden = load_golden(bundle.path / TASKS / bundle.tasks[0].name / GOLDEN_FILE, bundle.read)
+    golden = bundle.golden(bundle.tasks[0])
     count = len(bundle.tasks)
     arrays = {name: np.concatenate([array] * count) for name, array in golden.arrays.items()}
-    arrays[TASK_ID] = np.repeat(np.arange(count, dtype=np.int64), len(golden.outputs))
-    return Golden(golden.raws * count, arrays, np.concatenate([golden.outputs] * count))
+    arrays[TASK_ID] = np.repeat(np.arange(count, dtype=np.int64), len(golden.raws))
+    return Golden(golden.raws * count, arrays, joined([golden.outputs] * count))

@@ -110,9 +110,7 @@ def install_engine(bundle: Bundle, options: EngineOptions, *, rebuild: bool = Fa
             f"bundle {bundle.path} is {precision}, which TensorRT cannot read: export the run with "
             "--precision int8-trt."
         )
-    profiles = profile_shapes(
-        bundle.manifest["inputs"], bundle.manifest["shapes"], static_batch=options.static_batch
-    )
+    profiles = profile_shapes(bundle.graph(), static_batch=options.static_batch)
     wanted = EngineKey(
         onnx=graph_hashes(bundle.manifest),
         precision=precision,

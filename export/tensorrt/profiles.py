@@ -1,4 +1,4 @@
-"""From the bundle's one shape spec to TensorRT's optimisation profile."""
+"""From a graph's shape spec to TensorRT's optimisation profile."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,23 +11,18 @@ BATCH = "batch"
 Profiles = dict[str, dict[str, list[int]]]
 
 
-def profile_shapes(
-    inputs: Sequence[Mapping[str, Any]],
-    shapes: Mapping[str, Mapping[str, int]],
-    *,
-    static_batch: int | None = None,
-) -> Profiles:
-    """Return min, opt and max shape of each input, from the bundle's one shape spec.
+def profile_shapes(graph: Mapping[str, Any], *, static_batch: int | None = None) -> Profiles:
+    """Return min, opt and max shape of each input, from the graph's shape spec.
 
     Args:
-        inputs: `manifest.inputs`.
-        shapes: `manifest.shapes`, per axis name.
+        graph: Its entry in the manifest.
         static_batch: The only batch size, in place of the spec's range.
 
     Raises:
         UserError: If an axis has no range, or one that is not min <= opt <= max.
     """
-    spec = {axis: dict(bounds) for axis, bounds in shapes.items()}
+    inputs: Sequence[Mapping[str, Any]] = graph["inputs"]
+    spec = {axis: dict(bounds) for axis, bounds in graph["shapes"].items()}
     if static_batch is not None:
         spec[BATCH] = dict.fromkeys(BOUNDS, static_batch)
     for axis, bounds in spec.items():

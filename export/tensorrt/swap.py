@@ -10,8 +10,7 @@ from pathlib import Path
 import onnx
 
 from mdpd_deploy.artifacts.bundle import Bundle
-from mdpd_deploy.artifacts.golden import load_golden
-from mdpd_deploy.artifacts.manifest import BASE_FILE, DELTA_FILE, EXTERNAL_FILE, GOLDEN_FILE, TASKS
+from mdpd_deploy.artifacts.manifest import BASE, BASE_FILE, DELTA_FILE, EXTERNAL_FILE, TASKS
 from mdpd_deploy.checks.engine_parity import Case, limits
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.export.tensorrt.build import build_plan
@@ -19,7 +18,6 @@ from mdpd_deploy.export.tensorrt.options import EngineOptions
 from mdpd_deploy.export.tensorrt.profiles import Profiles, profile_shapes
 from mdpd_deploy.files import saying_disk_full
 from mdpd_deploy.graphs.deltas import load_delta
-from mdpd_deploy.runtimes.onnx import TASK_ID
 from mdpd_deploy.runtimes.tensorrt.library import import_trt
 from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
 from mdpd_deploy.runtimes.tensorrt.swap import EngineSwap, SwapTask
@@ -72,8 +70,7 @@ def constant_base(bundle: Bundle, folder: Path) -> tuple[Path, dict[str, tuple[i
 
 def swap_profiles(bundle: Bundle, static_batch: int | None) -> Profiles:
     """Return the engine's shapes: those of the bundle, without `task_id`."""
-    ports = [port for port in bundle.manifest["inputs"] if port["name"] != TASK_ID]
-    return profile_shapes(ports, bundle.manifest["shapes"], static_batch=static_batch)
+    return profile_shapes(bundle.graph(BASE), static_batch=static_batch)
 
 
 def _tasks(bundle: Bundle, shapes: dict[str, tuple[int, ...]]) -> dict[str, SwapTask]:
@@ -81,7 +78,7 @@ def _tasks(bundle: Bundle, shapes: dict[str, tuple[int, ...]]) -> dict[str, Swap
     found = {}
     for task in bundle.tasks:
         place = bundle.path / TASKS / task.name
-        golden = load_golden(place / GOLDEN_FILE, bundle.read)
+        golden = bundle.golden(task)
         tensors = load_delta(place / DELTA_FILE, base, bundle.read).fit(shapes)
         case = Case("golden inputs", golden.arrays, golden.outputs)
         found[task.name] = SwapTask(tensors, case)

@@ -55,7 +55,7 @@ class Signature:
 
     Attributes:
         inputs: Every input; the first axis is the batch.
-        outputs: The one output.
+        outputs: Every output.
         profiles: Shapes of all inputs by "min", "opt" and "max".
     """
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from mdpd_deploy.artifacts.bundle import Bundle
 from mdpd_deploy.artifacts.folders import atomic_folder, refuse_nonempty
-from mdpd_deploy.artifacts.golden import load_golden
 from mdpd_deploy.artifacts.manifest import EXTERNAL_FILE, MODEL_FILE, PREPROCESSOR, Manifest
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.export.triton.config import (
@@ -37,7 +36,7 @@ from mdpd_deploy.export.triton.config import (
 from mdpd_deploy.export.triton.preprocess import MODEL
 from mdpd_deploy.export.triton.readme import readme
 from mdpd_deploy.files import read_json, write_json
-from mdpd_deploy.runtimes.onnx import TASK_ID
+from mdpd_deploy.runtimes.base import TASK_ID
 
 PLAN_FILE, KEY_FILE = "model.plan", "model.plan.json"  # an engine and what it was built for
 FACTS_FILE = "repository.json"
@@ -94,7 +93,7 @@ def _write_models(
     manifest = Manifest.model_validate(bundle.manifest)
     backend, engine = _choose(bundle, options)
     profiles = _engine_profiles(engine, bundle) if engine else _graph_profiles(manifest)
-    signature = Signature(manifest.inputs, manifest.outputs, profiles)
+    signature = Signature(manifest.graph().inputs, manifest.graph().outputs, profiles)
     labels = () if bundle.mixed else bundle.label_names  # of several tasks, each has its own
     graph = graph_config(name, signature, backend, options, labelled=bool(labels))
     _write_config(folder / name, graph, labels)
@@ -102,7 +101,7 @@ def _write_models(
     _write_warmup(bundle, signature, folder / name / "warmup")
     configs = [graph]
     if options.preprocess and not bundle.mixed:
-        made = [port for port in manifest.inputs if port.name in bundle.preprocess.input_names]
+        made = [port for port in signature.inputs if port.name in bundle.preprocess.input_names]
         raw = raw_input(manifest.modality, pair=manifest.pair)
         python = preprocess_config(f"{name}_preprocess", raw, made, signature, options)
         both = ensemble_config(f"{name}_ensemble", graph, python)
@@ -151,8 +150,7 @@ def _write_warmup(bundle: Bundle, signature: Signature, folder: Path) -> None:
     """
     folder.mkdir()
     first = bundle.tasks[0]
-    assert first.golden is not None
-    arrays = load_golden(first.golden, bundle.read).arrays
+    arrays = bundle.golden(first).arrays
     arrays = {**arrays, TASK_ID: np.full(1, first.index, dtype=np.int64)}
     for _, rows in signature.rows().values():
         for port in signature.inputs:
@@ -178,14 +176,15 @@ def _choose(bundle: Bundle, options: TritonOptions) -> tuple[Backend, dict[str, 
 
 
 def _graph_profiles(manifest: Manifest) -> dict[str, Shapes]:
-    """Shapes from the bundle's one shape spec."""
+    """Shapes from the graph's shape spec."""
+    graph = manifest.graph()
     return {
         bound: {
             port.name: tuple(
-                getattr(manifest.shapes[axis], bound) if isinstance(axis, str) else axis
+                getattr(graph.shapes[axis], bound) if isinstance(axis, str) else axis
                 for axis in port.shape
             )
-            for port in manifest.inputs
+            for port in graph.inputs
         }
         for bound in ("min", "opt", "max")
     }
@@ -219,7 +218,7 @@ def _facts(
         "inputs": config["input"],
         "outputs": config["output"],
         "task": manifest.task,
-        "opset": manifest.opset,
+        "opset": manifest.graph().opset,
         "onnx_sha256": manifest.files[MODEL_FILE].sha256,
     }
     if manifest.tasks:

@@ -1,7 +1,8 @@
 """The bundle: what export leaves on disk, and how it is used. No torch here.
 
 BUNDLE/manifest.json       what it is, how it was verified, SHA-256 of every other file
-BUNDLE/model.onnx          the graph (+ model.onnx.data when the weights are large)
+BUNDLE/model.onnx          the graph that answers; a bundle may hold more of them, by name
+BUNDLE/model.onnx.data     weights that lie outside of the graphs, where they are large or shared
 BUNDLE/preprocessor/       raw input → arrays
 BUNDLE/golden.safetensors  a few raw inputs with the arrays and outputs they must give
 BUNDLE/parity.json         details of the verification
@@ -12,7 +13,6 @@ Of several tasks on one backbone (`mdpd export --multi`):
 
 BUNDLE/model.onnx          the mixed graph: `task_id` says which task each row of a batch asks
 BUNDLE/base.onnx           the bare backbone, whose norms and head a run may replace
-BUNDLE/model.onnx.data     the backbone's weights, which both read
 BUNDLE/tasks/NAME/         delta.safetensors, preprocess.json, golden.safetensors
 BUNDLE/preprocessor/       the tokenizer that tasks share
 BUNDLE/model.plan, model.plan.json, timing.cache   TensorRT engine, see `engine_cache.py`
@@ -23,18 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from mdpd_deploy.artifacts.golden import Golden, load_golden
 from mdpd_deploy.artifacts.manifest import (
     BARE_FILE,
     BASE_FILE,
     DELTA_FILE,
     EXTERNAL_FILE,
     FILE,
+    MODEL,
     MODEL_FILE,
     TASKS,
-    check_graph,
+    check_graphs,
     copy_listed,
     read_checked,
     reader,
@@ -45,8 +44,9 @@ from mdpd_deploy.data.examples import Raw, fits, refuse_empty, words_of
 from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.graphs.deltas import load_delta
+from mdpd_deploy.runtimes.base import TASK_ID, Forward, Outputs, Runtime, joined
 from mdpd_deploy.runtimes.mixed import Swap, TaskRunner, mixed_batch
-from mdpd_deploy.runtimes.onnx import TASK_ID, Forward, OnnxRunner, Runner
+from mdpd_deploy.runtimes.onnx import OnnxRunner
 from mdpd_deploy.tasks import Prediction
 
 __all__ = [
@@ -66,14 +66,14 @@ class Bundle:
 
     Attributes:
         path: The folder.
-        manifest: `manifest.json` as read.
+        manifest: `manifest.json`, in the words of today's schema.
         tasks: What the graph answers, in the order of `task_id`.
     """
 
     path: Path
     manifest: dict[str, Any]
     tasks: tuple[BundleTask, ...]
-    _open: OncePerProcess[Runner] = field(default_factory=OncePerProcess, repr=False)
+    _open: OncePerProcess[Runtime] = field(default_factory=OncePerProcess, repr=False)
 
     @property
     def mixed(self) -> bool:
@@ -87,6 +87,26 @@ class Bundle:
     def copy(self, name: str, target: Path) -> None:
         """Copy a file of the bundle; raises as `read`."""
         copy_listed(self.path, self.manifest, name, target)
+
+    def graph(self, name: str = MODEL) -> dict[str, Any]:
+        """Return what the manifest says of a graph; `UserError` names those that there are."""
+        graphs: dict[str, dict[str, Any]] = {
+            entry["name"]: entry for entry in self.manifest["graphs"]
+        }
+        if name not in graphs:
+            raise unknown(f"bundle {self.path}: graph", name, graphs)
+        return graphs[name]
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The outputs of the graph that answers, in order."""
+        return tuple(port["name"] for port in self.graph()["outputs"])
+
+    def golden(self, task: BundleTask | None = None) -> Golden:
+        """Return the golden vectors of a task, or of the only one; raises as `load_golden`."""
+        path = (task or self.task()).golden
+        assert path is not None
+        return load_golden(path, self.read, self.output_names)
 
     def task(self, name: str | None = None) -> BundleTask:
         """Return a task by name, or the only one; `UserError` names the valid ones."""
@@ -114,41 +134,45 @@ class Bundle:
         *,
         runtime: str = "onnx",
         entries: Mapping[str, str] | None = None,
-    ) -> Runner:
-        """Open the model on a device.
+        graph: str = MODEL,
+    ) -> Runtime:
+        """Open a graph on a device.
 
         Args:
             device: "cpu" or "cuda".
             threads: Threads inside one operator on the CPU; default: the CPU quota.
             entries: Further configuration entries of an ONNX Runtime session.
             runtime: "onnx", or "trt" for the bundle's TensorRT engine, which needs "cuda".
+            graph: Its name; an engine is of the graph `model`.
 
         Raises:
-            UserError: If the device, the runtime or an engine for this machine is missing, or ONNX
-                Runtime cannot compute in the bundle's precision there.
+            UserError: If the device, the runtime, the graph or an engine for this machine is
+                missing, or ONNX Runtime cannot compute in the graph's precision there.
             WorkFailed: If the model does not run on the device that was asked for.
         """
         if runtime not in RUNTIMES:
             raise unknown("--runtime", runtime, RUNTIMES)
+        entry = self.graph(graph)
         if runtime == "onnx":
-            if self.manifest["precision"] == "bf16" and device == "cpu":
+            precision = entry.get("precision") or self.manifest["precision"]
+            if precision == "bf16" and device == "cpu":
                 raise UserError(
                     f"bundle {self.path} is bf16, made for TensorRT, and ONNX Runtime has no "
                     "bfloat16 kernels on the CPU: build its engine on a GPU, or use an fp32 or "
                     "int8-cpu bundle."
                 )
-            graph = self.path / MODEL_FILE
-            return OnnxRunner(
-                graph, device=device, threads=threads, entries=entries, read=self.read
-            )
+            file = self.path / entry["file"]
+            return OnnxRunner(file, device=device, threads=threads, entries=entries, read=self.read)
+        if graph != MODEL:
+            raise UserError(f"--runtime trt: an engine is of the graph {MODEL!r}, not {graph!r}.")
         if device != "cuda":
             raise UserError(f"--device {device}: a TensorRT engine runs with --device cuda only.")
         from mdpd_deploy.runtimes.tensorrt.cache import open_bundle_engine
 
         return open_bundle_engine(self.path, self.manifest)
 
-    def runner_of(self, task: BundleTask, runner: Runner) -> Forward:
-        """Return what maps a task's arrays to its own outputs [B, C], on an open graph."""
+    def runner_of(self, task: BundleTask, runner: Runtime) -> Forward:
+        """Return what maps a task's arrays to its own columns [B, C], on an open graph."""
         return TaskRunner(runner, task) if self.mixed else runner
 
     def swap(self, device: str = "cpu", threads: int | None = None) -> Swap:
@@ -172,7 +196,7 @@ class Bundle:
         raws: Sequence[Raw],
         batch: int = 32,
         *,
-        runner: Runner | None = None,
+        runner: Runtime | None = None,
         task: str | None = None,
     ) -> list[Prediction]:
         """Predict raw inputs.
@@ -201,7 +225,7 @@ class Bundle:
         requests: Sequence[tuple[str, Raw]],
         batch: int = 32,
         *,
-        runner: Runner | None = None,
+        runner: Runtime | None = None,
     ) -> list[Prediction]:
         """Predict inputs of several tasks, mixed within each batch.
 
@@ -226,8 +250,9 @@ class Bundle:
             arrays = mixed_batch(part)
             if not self.mixed:
                 del arrays[TASK_ID]
-            for (task, _), row in zip(part, opened(arrays), strict=True):
-                found += task.decode(row[None])
+            outputs = opened(arrays)
+            for row, (task, _) in enumerate(part):
+                found += task.decode({n: array[row : row + 1] for n, array in outputs.items()})
         return found
 
     def write_bare_graph(self, path: Path) -> Path:
@@ -298,7 +323,7 @@ def load_bundle(path: Path | str) -> Bundle:
     """
     folder = Path(path)
     plain, manifest = read_checked(folder)
-    check_graph(folder, manifest, reader(folder, plain))
+    check_graphs(folder, manifest, reader(folder, plain))
     return Bundle(folder, plain, load_tasks(folder, plain, manifest))
 
 
@@ -315,6 +340,6 @@ def batches(raws: Sequence[Raw], size: int) -> Iterator[list[Raw]]:
 
 def run_batches(
     preprocess: Preprocess, forward: Forward, raws: Sequence[Raw], batch: int
-) -> NDArray[np.float32]:
-    """Preprocess and run raw inputs batch by batch; outputs [len(raws), C]."""
-    return np.concatenate([forward(preprocess(part)) for part in batches(raws, batch)])
+) -> Outputs:
+    """Preprocess and run raw inputs batch by batch; every output by name, [len(raws), …]."""
+    return joined(forward(preprocess(part)) for part in batches(raws, batch))

@@ -6,16 +6,51 @@ say what `model.onnx` must be without that backbone at hand. No torch here.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from mdpd_deploy.artifacts.manifest import PARITY_FILE
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.files import Read, read_json
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+ONE = "output"  # the only output of a graph, which is not named
+
+
+def one_or_all(numbers: Mapping[str, float]) -> float | dict[str, float]:
+    """Return a number of each output as it is written: alone where there is one output."""
+    return dict(numbers) if len(numbers) > 1 else next(iter(numbers.values()))
+
+
+def of_each(written: Any, *, names: Sequence[str] = ()) -> dict[str, float]:
+    """Return what `one_or_all` wrote, by name.
+
+    Args:
+        written: One positive number, or one for each output.
+        names: The outputs that there must be, in order; none given: those that are named.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    found = written if isinstance(written, dict) else {next(iter(names), ONE): written}
+    for number in found.values():
+        if type(number) not in (int, float) or not 0 < number < float("inf"):
+            raise ValueError("not a positive number for each output")
+    if names and set(found) != set(names):
+        raise ValueError(f"numbers of {', '.join(found)}, not of {', '.join(names)}")
+    return {name: float(number) for name, number in found.items()}
 
 
 class _Record(BaseModel):
@@ -59,24 +94,34 @@ class Identity(_Record):
 
 
 class Case(_Record):
-    """One batch that went through PyTorch and the graph."""
+    """One output of one batch that went through PyTorch and the graph.
+
+    The output has a name where the graph has several.
+    """
 
     name: str
+    output: str = ONE
     max_abs_diff: float = Field(ge=0)
     finite: bool
 
 
 class Parity(_Record):
-    """How far the graph's outputs are from PyTorch's, in standard deviations of the outputs.
+    """How far the graph's outputs are from PyTorch's, in standard deviations of each output.
 
     Without a tolerance the difference was reported, not gated.
     """
 
     cases: list[Case] = Field(min_length=1)
-    spread: float = Field(gt=0)
+    spread: Annotated[dict[str, float], BeforeValidator(of_each)]
     scaled_diff: float = Field(ge=0)
     tolerance: float | None = Field(ge=0)
     passed: bool
+
+    @model_validator(mode="after")
+    def _spread_of_every_case(self) -> Self:
+        if not {case.output for case in self.cases} <= set(self.spread):
+            raise ValueError("a case of an output whose spread is not told")
+        return self
 
 
 class Metric(_Record):

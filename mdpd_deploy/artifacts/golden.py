@@ -4,7 +4,7 @@ They start from *raw* input, so a wrong resize, channel order or tokenizer shows
 arrays in between tell which half is at fault.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from mdpd_deploy.data.images import open_image
 from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import Read
-from mdpd_deploy.runtimes.onnx import Forward
+from mdpd_deploy.runtimes.base import Forward, Outputs
 
 MOST = 256  # golden inputs that are read; they run as one batch, and an export keeps 8
+ONE = "output"  # what the file calls a graph's only output
 LONGEST_EDGE = 640  # pixels; larger pictures are scaled down before they become golden
 
 
@@ -31,19 +32,20 @@ class Golden:
     Attributes:
         raws: Texts, pairs, or RGB pictures.
         arrays: The graph's inputs by name, one batch.
-        outputs: What PyTorch gave for them [n, C].
+        outputs: What PyTorch gave for them, by the names of the graph's outputs [n, …].
     """
 
     raws: tuple[Raw, ...]
     arrays: dict[str, NDArray[Any]]
-    outputs: NDArray[np.float32]
+    outputs: Outputs
 
     def save(self, path: Path) -> None:
         """Write a safetensors file."""
         from safetensors.numpy import save
 
         tensors = {f"input.{name}": array for name, array in self.arrays.items()}
-        tensors["output"] = self.outputs
+        names = _keys(list(self.outputs))
+        tensors |= {key: self.outputs[name] for name, key in names.items()}
         for index, raw in enumerate(self.raws):
             tensors.update(_raw_to_arrays(index, raw))
         whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
@@ -52,7 +54,10 @@ class Golden:
 
 @dataclass(frozen=True)
 class Replay:
-    """How far a replay was from what is written, in standard deviations of the outputs."""
+    """How far a replay was from what is written, in standard deviations of the outputs.
+
+    Infinite: another shape or name, or a value that is not finite.
+    """
 
     preprocessing_diff: float
     output_diff: float
@@ -67,43 +72,63 @@ def keep_raw(raw: Raw) -> Raw:
     return image
 
 
-def load_golden(path: Path, read: Read = Path.read_bytes) -> Golden:
-    """Read what `Golden.save` wrote; raises `UserError` when it is damaged."""
+def load_golden(path: Path, read: Read = Path.read_bytes, names: Sequence[str] = (ONE,)) -> Golden:
+    """Read what `Golden.save` wrote; raises `UserError` when it is damaged.
+
+    Args:
+        path: The file.
+        read: How it is read.
+        names: The graph's outputs; a file of one output does not name it.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
         tensors = load(read(path))
-        outputs = tensors["output"]
-        if outputs.ndim != 2 or not 1 <= len(outputs) <= MOST:
-            raise ValueError(f"outputs of the shape {outputs.shape}")
-        raws = tuple(_raw_from_arrays(index, tensors) for index in range(len(outputs)))
+        outputs = {name: tensors[key] for name, key in _keys(names).items()}
+        count = len(next(iter(outputs.values())))
+        for array in outputs.values():
+            if array.ndim < 2 or not 1 <= len(array) == count <= MOST:
+                raise ValueError(f"outputs of the shape {array.shape}")
+        raws = tuple(_raw_from_arrays(index, tensors) for index in range(count))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as err:
         raise UserError(f"{path} holds no golden vectors ({err}); export the run again.") from err
     arrays = {n.removeprefix("input."): t for n, t in tensors.items() if n.startswith("input.")}
     return Golden(raws, arrays, outputs)
 
 
-def replay(golden: Golden, preprocess: Preprocess, runner: Forward, spread: float) -> Replay:
+def replay(
+    golden: Golden, preprocess: Preprocess, runner: Forward, spread: Mapping[str, float]
+) -> Replay:
     """Run golden inputs from raw to output and return how far off the result is.
 
     Args:
         golden: What is expected.
         preprocess: The bundle's preprocessing.
         runner: The bundle's graph on the device to be tested.
-        spread: Standard deviation of the model's outputs, which the difference is scaled by.
+        spread: Standard deviation of each output, which its difference is scaled by.
     """
     arrays = preprocess(golden.raws)
     if arrays.keys() != golden.arrays.keys():
         return Replay(float("inf"), float("inf"))
     before = max(_largest_gap(arrays[name], array) for name, array in golden.arrays.items())
-    return Replay(before, _largest_gap(runner(arrays), golden.outputs) / spread)
+    found = runner(arrays)
+    if found.keys() != golden.outputs.keys():
+        return Replay(before, float("inf"))
+    gaps = {name: _largest_gap(found[name], array) for name, array in golden.outputs.items()}
+    return Replay(before, max(gap / spread[name] for name, gap in gaps.items()))
+
+
+def _keys(names: Sequence[str]) -> dict[str, str]:
+    """Return the name of each output's tensor in the file."""
+    return {name: ONE if len(names) == 1 else f"{ONE}.{name}" for name in names}
 
 
 def _largest_gap(found: NDArray[Any], expected: NDArray[Any]) -> float:
     if found.shape != expected.shape:
         return float("inf")
-    return float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max())
+    gap = float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max())
+    return gap if np.isfinite(gap) else float("inf")  # NaN would get lost among others
 
 
 def _raw_to_arrays(index: int, raw: Raw) -> dict[str, NDArray[np.uint8]]:

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
-from mdpd_deploy.errors import UserError, printable
+from mdpd_deploy.errors import UserError, printable, unknown
 from mdpd_deploy.files import Read, fsync_path, read_json, sha256_file, write_json
+from mdpd_deploy.runtimes.base import TASK_ID
 
 FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
@@ -26,10 +27,12 @@ PARITY_FILE = "parity.json"
 BARE_FILE = "bare_norms.safetensors"
 PREPROCESSOR = "preprocessor"
 TASKS = "tasks"  # folder of a folder per task, where a bundle answers several
+MODEL, BASE = "model", "base"  # graphs that answer, and that tasks are deltas to
 BASE_FILE = "base.onnx"
 DELTA_FILE = "delta.safetensors"
 TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of a folder and of a word in a URL
-SCHEMA = "1.1"  # a reader refuses another major number, and ignores what a later minor one adds
+SCHEMA = "2.0"  # a reader refuses a later major number, and ignores what a later minor one adds
+NOTES_SCHEMA = "1"  # of the notes that a graph carries of itself
 METADATA_PREFIX = "mdpd."
 MAX_MANIFEST_BYTES = 16_000_000  # a real one has a few kB
 MOST_FILES = 20_000  # five for each of 512 tasks are 2,560
@@ -47,7 +50,7 @@ class FileEntry(BaseModel):
 
 
 class Port(BaseModel):
-    """An input or output of the graph; named axes are dynamic."""
+    """An input or output of a graph; named axes are dynamic."""
 
     name: str
     dtype: Literal["float32", "int64"]
@@ -66,6 +69,23 @@ class AxisRange(BaseModel):
         if not self.min <= self.opt <= self.max:
             raise ValueError("min, opt and max must not fall")
         return self
+
+
+class GraphEntry(BaseModel):
+    """One graph of the bundle, and what goes in and comes out.
+
+    `precision` is its own, where it is not the bundle's. Inputs that have a default in the graph,
+    as the weights that tasks replace, are not among `inputs`.
+    """
+
+    name: str = Field(pattern=TASK_NAME)
+    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\.onnx$")
+    inputs: Annotated[list[Port], FailFast()] = Field(min_length=1)
+    outputs: Annotated[list[Port], FailFast()] = Field(min_length=1)
+    shapes: dict[str, AxisRange]
+    opset: int
+    nodes: int
+    precision: str | None = None
 
 
 class Engine(BaseModel):
@@ -112,12 +132,9 @@ class Manifest(BaseModel):
     data: dict[str, Any]
     preprocess: dict[str, Any]
     tasks: Annotated[list[TaskEntry], FailFast()] = []
-    inputs: Annotated[list[Port], FailFast()] = Field(min_length=1)
-    outputs: list[Port] = Field(min_length=1, max_length=1)
-    shapes: dict[str, AxisRange]
+    graphs: Annotated[list[GraphEntry], FailFast()] = Field(min_length=1)
+    pipeline: Literal["single"]
     precision: str
-    opset: int
-    nodes: int
     engine: Engine
     verification: dict[str, Any]
     source: dict[str, Any]
@@ -131,16 +148,28 @@ class Manifest(BaseModel):
             raise ValueError("neither one task with metrics, nor several")
         if len({task.name for task in self.tasks}) < len(self.tasks):
             raise ValueError("two tasks have one name")
+        files = {graph.name: graph.file for graph in self.graphs}
+        wanted = {MODEL: MODEL_FILE, **({BASE: BASE_FILE} if self.tasks else {})}
+        if len(files) < len(self.graphs) or {**files, **wanted} != files:
+            raise ValueError(f"graphs of one name, or other ones than {', '.join(wanted)}")
         return self
+
+    def graph(self, name: str = MODEL) -> GraphEntry:
+        """Return a graph by its name; `UserError` names those that there are."""
+        found = {graph.name: graph for graph in self.graphs}
+        if name not in found:
+            raise unknown("graph", name, list(found))
+        return found[name]
 
     @property
     def needed(self) -> list[str]:
         """Files without which the bundle cannot be used."""
+        graphs = [graph.file for graph in self.graphs]
         if not self.tasks:
-            return [MODEL_FILE, f"{PREPROCESSOR}/preprocess.json"]
+            return [*graphs, f"{PREPROCESSOR}/preprocess.json"]
         own = ("preprocess.json", DELTA_FILE, GOLDEN_FILE)
-        graphs = [MODEL_FILE, BASE_FILE, EXTERNAL_FILE]
-        return graphs + [f"{TASKS}/{task.name}/{file}" for task in self.tasks for file in own]
+        tasks = [f"{TASKS}/{task.name}/{file}" for task in self.tasks for file in own]
+        return [*graphs, EXTERNAL_FILE, *tasks]
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +198,7 @@ def replace_caches(
     plain = read_json(folder / FILE, "bundle")
     old = list(plain["caches"])
     plain |= {"engine": engine, "caches": {name: _entry(staging / name) for name in names}}
-    Manifest.model_validate(plain)
+    Manifest.model_validate(upgraded(plain))
     write_json(staging / FILE, plain)
     for name in names:
         fsync_path(staging / name)
@@ -184,8 +213,26 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
 
 
+def upgraded(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest in the words of this schema, whichever schema it was written in."""
+    return from_schema_1(plain) if plain["schema"].partition(".")[0] == "1" else plain
+
+
+def from_schema_1(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest of schema 1 as one of schema 2, which lists its graphs by name."""
+    told = ("inputs", "outputs", "shapes", "opset", "nodes")
+    kept = {name: value for name, value in plain.items() if name not in told}
+    model = {name: plain[name] for name in told if name in plain}
+    graphs = [{"name": MODEL, "file": MODEL_FILE, **model}]
+    if plain.get("tasks"):
+        inputs = [port for port in model["inputs"] if port["name"] != TASK_ID]
+        base = {**model, "inputs": inputs, "nodes": plain["mixed"]["base_nodes"]}
+        graphs.append({"name": BASE, "file": BASE_FILE, **base})
+    return {**kept, "graphs": graphs, "pipeline": "single"}
+
+
 def read_checked(folder: Path) -> tuple[dict[str, Any], Manifest]:
-    """Return the manifest of a bundle whose every byte is what was written.
+    """Return the manifest of a bundle whose every byte is what was written, in today's schema.
 
     Raises:
         UserError: If the folder is no bundle, of another schema, or was changed; one sentence.
@@ -199,8 +246,7 @@ def read_checked(folder: Path) -> tuple[dict[str, Any], Manifest]:
     present = set(list_files(folder))
     if (folder / FILE).stat().st_size > MAX_MANIFEST_BYTES:
         raise _changed(folder, f"{FILE} is larger than any that was exported")
-    plain = read_json(folder / FILE, "bundle")
-    manifest = _parse(folder, plain)
+    plain, manifest = _parse(folder, read_json(folder / FILE, "bundle"))
     caches = {name: entry for name, entry in manifest.caches.items() if name in present}
     listed = {**manifest.files, **caches}  # a cache that is gone can be built again
     _compare_names(folder, present - {FILE}, set(listed))
@@ -255,8 +301,8 @@ def _listed(folder: Path, plain: Mapping[str, Any], name: str) -> Mapping[str, A
     return entry
 
 
-def check_graph(folder: Path, manifest: Manifest, read: Read = Path.read_bytes) -> None:
-    """Check that the graph's weights stay in the bundle and its own notes agree with the manifest.
+def check_graphs(folder: Path, manifest: Manifest, read: Read = Path.read_bytes) -> None:
+    """Check that each graph's weights stay in the bundle and its ports and notes are the manifest's.
 
     Args:
         folder: The bundle.
@@ -266,19 +312,18 @@ def check_graph(folder: Path, manifest: Manifest, read: Read = Path.read_bytes) 
     Raises:
         UserError: If they do not.
     """
-    proto = _checked_proto(folder, MODEL_FILE, manifest, read)
-    for ports, values in (
-        (manifest.inputs, proto.graph.input),
-        (manifest.outputs, proto.graph.output),
-    ):
-        if [(port.name, port.shape) for port in ports] != [_name_and_shape(v) for v in values]:
-            raise _changed(folder, f"inputs or outputs of {MODEL_FILE} contradict {FILE}")
-    if _notes(proto) != graph_notes(manifest.model_dump()):
-        raise _changed(folder, f"the notes inside {MODEL_FILE} contradict {FILE}")
-    if not manifest.tasks:
-        return
-    if _notes(_checked_proto(folder, BASE_FILE, manifest, read)) != base_notes(manifest):
-        raise _changed(folder, f"the notes inside {BASE_FILE} contradict {FILE}")
+    notes = {MODEL: graph_notes(manifest.model_dump())}
+    if manifest.tasks:
+        notes[BASE] = base_notes(manifest)
+    for graph in manifest.graphs:
+        proto = _checked_proto(folder, graph.file, manifest, read)
+        weights = {tensor.name for tensor in proto.graph.initializer}
+        asked = [value for value in proto.graph.input if value.name not in weights]
+        for ports, values in ((graph.inputs, asked), (graph.outputs, proto.graph.output)):
+            if [(port.name, port.shape) for port in ports] != [_name_and_shape(v) for v in values]:
+                raise _changed(folder, f"inputs or outputs of {graph.file} contradict {FILE}")
+        if _notes(proto) != notes.get(graph.name, _notes(proto)):
+            raise _changed(folder, f"the notes inside {graph.file} contradict {FILE}")
 
 
 def _checked_proto(folder: Path, name: str, manifest: Manifest, read: Read) -> Any:
@@ -339,13 +384,13 @@ def graph_notes(facts: Mapping[str, Any]) -> dict[str, str]:
         told = ("name", "task", "kind", "labels", "preprocess")
         tasks = [{key: task[key] for key in told} for task in facts["tasks"]]
         return {
-            f"{METADATA_PREFIX}schema": SCHEMA.partition(".")[0],
+            f"{METADATA_PREFIX}schema": NOTES_SCHEMA,
             f"{METADATA_PREFIX}task": facts["task"],
             f"{METADATA_PREFIX}kind": facts["kind"],
             f"{METADATA_PREFIX}tasks": json.dumps(tasks, sort_keys=True),
         }
     return {
-        f"{METADATA_PREFIX}schema": SCHEMA.partition(".")[0],
+        f"{METADATA_PREFIX}schema": NOTES_SCHEMA,
         f"{METADATA_PREFIX}task": facts["task"],
         f"{METADATA_PREFIX}kind": facts["kind"],
         f"{METADATA_PREFIX}labels": json.dumps(facts["labels"]),
@@ -381,17 +426,20 @@ def list_files(folder: Path) -> Iterator[str]:
             yield relative
 
 
-def _parse(folder: Path, plain: Any) -> Manifest:
+def _parse(folder: Path, plain: Any) -> tuple[dict[str, Any], Manifest]:
     found = plain.get("schema") if isinstance(plain, dict) else None
     if not isinstance(found, str):
         raise UserError(f"{folder}/{FILE} is not a manifest of mdpd-deploy: export the run again.")
-    if found.partition(".")[0] != SCHEMA.partition(".")[0]:
+    if found.partition(".")[0] not in ("1", SCHEMA.partition(".")[0]):
         raise UserError(
             f"{folder} has bundle schema {found!r:.40}, this version reads {SCHEMA}: use the mdpd-deploy "
             "that wrote it, or export the run again."
         )
     try:
-        return Manifest.model_validate(plain)
+        today = upgraded(plain)
+        return today, Manifest.model_validate(today)
+    except (KeyError, TypeError) as err:
+        raise _changed(folder, f"{FILE} is damaged ({err!r:.60})") from None
     except ValidationError as err:
         problem = err.errors()[0]
         field = ".".join(str(part) for part in problem["loc"])

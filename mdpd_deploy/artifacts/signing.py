@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mdpd_deploy.artifacts.bundle import Bundle, load_bundle
-from mdpd_deploy.artifacts.manifest import FILE, list_files
+from mdpd_deploy.artifacts.manifest import FILE, list_files, upgraded
 from mdpd_deploy.errors import UserError, VerificationError, missing_extra
 from mdpd_deploy.files import atomic_path
 
@@ -57,7 +57,10 @@ class Signed:
         Between a check of the signature and the opening of a bundle the folder may change.
         """
         raw = (folder / FILE).read_bytes()
-        if hashlib.sha256(raw).hexdigest() != self.manifest_sha256 or json.loads(raw) != plain:
+        if (
+            hashlib.sha256(raw).hexdigest() != self.manifest_sha256
+            or upgraded(json.loads(raw)) != plain
+        ):
             raise VerificationError(
                 f"bundle {folder} changed after its signature was checked: take a sound copy."
             )

@@ -7,6 +7,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mdpd_deploy.artifacts.manifest import (
     BASE_FILE,
     DELTA_FILE,
@@ -22,8 +25,8 @@ from mdpd_deploy.data.preprocess import TOKENIZER_FILE, Preprocess, load_preproc
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.files import Read, read_json
 from mdpd_deploy.graphs.deltas import load_delta
-from mdpd_deploy.runtimes.onnx import TASK_ID
-from mdpd_deploy.tasks import Outputs, Prediction, Task, task_of
+from mdpd_deploy.runtimes.base import TASK_ID, only
+from mdpd_deploy.tasks import Prediction, Task, task_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +56,11 @@ class BundleTask:
         """How many of the graph's output columns belong to the task, counted from the first."""
         return self.task.width
 
-    def decode(self, outputs: Outputs) -> list[Prediction]:
-        """Turn rows of the graph's outputs [n, at least C] into predictions."""
-        return self.task.decode({self.task.output: outputs[:, : self.width]})
+    def decode(self, outputs: Mapping[str, NDArray[np.float32]]) -> list[Prediction]:
+        """Turn rows of the graph's outputs, by name, into predictions; a mixed graph's has others' columns."""
+        if self.task.output in outputs:
+            return self.task.decode(outputs)
+        return self.task.decode({self.task.output: only(outputs)[:, : self.width]})
 
 
 def load_tasks(folder: Path, plain: dict[str, Any], manifest: Manifest) -> tuple[BundleTask, ...]:
@@ -167,7 +172,7 @@ def _check(
     read: Read,
 ) -> None:
     written = read_json(where / "preprocess.json", "preprocessing", read)
-    ports = [port.name for port in manifest.inputs]
+    ports = [port.name for port in manifest.graph().inputs]
     if written != facts["preprocess"] or ports != list(inputs):
         raise UserError(
             f"bundle {folder}: {where.relative_to(folder)}/ contradicts {FILE}; export the run again."

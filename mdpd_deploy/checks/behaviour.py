@@ -3,12 +3,14 @@
 import math
 
 from mdpd_deploy.artifacts.bundle import run_batches
-from mdpd_deploy.artifacts.golden import load_golden, replay
+from mdpd_deploy.artifacts.golden import replay
 from mdpd_deploy.artifacts.scores import split_name
 from mdpd_deploy.checks.policy import allowed_again
+from mdpd_deploy.checks.replay import recorded
 from mdpd_deploy.checks.subject import TOO_OLD, Seen, Subject
 from mdpd_deploy.data.examples import split_sha256
 from mdpd_deploy.errors import VerificationError
+from mdpd_deploy.runtimes.base import only
 from mdpd_deploy.tasks.metrics import agree, compute, metric_text
 
 BATCH = 32  # examples per run of the graph; the metric does not depend on it
@@ -19,7 +21,7 @@ def check_parity(subject: Subject) -> Seen:
     record = subject.certificate.parity
     if record is None:
         return TOO_OLD
-    worst = max(case.max_abs_diff for case in record.cases) / record.spread
+    worst = max(case.max_abs_diff / record.spread[case.output] for case in record.cases)
     finite = all(case.finite for case in record.cases)
     within = record.tolerance is None or record.scaled_diff <= record.tolerance
     consistent = math.isclose(worst, record.scaled_diff, rel_tol=1e-6, abs_tol=1e-12)
@@ -49,9 +51,9 @@ def check_golden(subject: Subject) -> Seen:
         return TOO_OLD
     if subject.needs_gpu:
         return Seen("recorded", f"{subject.precision} cannot be run on a CPU; held at export")
-    assert subject.task.golden is not None
-    golden = load_golden(subject.task.golden, subject.bundle.read)
-    found = replay(golden, subject.task.preprocess, subject.forward, record.spread)
+    golden = subject.bundle.golden(subject.task)
+    spread = recorded(subject.bundle, subject.task).spread
+    found = replay(golden, subject.task.preprocess, subject.forward, spread)
     if not found.preprocessing_diff == 0:  # also true for NaN
         raise VerificationError(
             f"preprocessing gives other arrays than at export (by {found.preprocessing_diff:.1e}): "
@@ -93,7 +95,7 @@ def check_metric(subject: Subject) -> Seen:
     outputs = run_batches(
         subject.task.preprocess, subject.forward, subject.validation.inputs, BATCH
     )
-    measured = compute(list(record.onnx), outputs, subject.validation.labels)
+    measured = compute(list(record.onnx), only(outputs), subject.validation.labels)
     for name, value in measured.items():
         before = record.onnx[name]
         if not agree(value, before, record.allowed.get(name, 0)):

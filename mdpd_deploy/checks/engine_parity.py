@@ -14,11 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mdpd_deploy.artifacts.certificate import one_or_all
 from mdpd_deploy.artifacts.golden import Golden
-from mdpd_deploy.checks.policy import POLICIES, agreement, allowed_again, spread_of
-from mdpd_deploy.runtimes.onnx import Runner, run_cut
-
-Arrays = dict[str, NDArray[Any]]
+from mdpd_deploy.checks.policy import (
+    POLICIES,
+    Agreement,
+    agreement_of_all,
+    allowed_again,
+    spreads_of,
+)
+from mdpd_deploy.runtimes.base import Arrays, Outputs, Runtime, run_cut
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +33,12 @@ class Case:
     Attributes:
         name: What is special about it.
         arrays: Inputs by name.
-        expected: Outputs [B, C]; None = they need only be finite.
+        expected: Outputs by name; None = they need only be finite.
     """
 
     name: str
     arrays: Arrays
-    expected: NDArray[np.float32] | None
+    expected: Outputs | None
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,10 @@ class EngineParity:
     """What was found.
 
     Attributes:
-        cases: Largest absolute difference by case; infinite for another shape or values that are
-            not finite.
-        spread: Standard deviation of the expected outputs.
-        scaled_diff: The largest difference over the spread.
+        cases: Largest absolute difference by case, and by output where there are several; infinite
+            for another shape or values that are not finite.
+        spread: Standard deviation of each expected output.
+        scaled_diff: The largest difference over its output's spread.
         tolerance: What it may be.
         agreement: Share of rows with the same class, among those whose margin exceeds the drift;
             of scores: within the drift.
@@ -52,7 +57,7 @@ class EngineParity:
     """
 
     cases: Mapping[str, float]
-    spread: float
+    spread: Mapping[str, float]
     scaled_diff: float
     tolerance: float
     agreement: float
@@ -67,7 +72,7 @@ class EngineParity:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers; only of a parity that passed, since JSON knows no infinity."""
-        return {**asdict(self), "cases": dict(self.cases), "passed": self.passed}
+        return {**asdict(self), "spread": one_or_all(self.spread), "passed": self.passed}
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def limits(precision: str, *, tf32: bool, known: float) -> Limits:
     return Limits(tolerance, policy.drift, policy.agreement)
 
 
-def compare_engine(runner: Runner, cases: Sequence[Case], held_to: Limits) -> EngineParity:
+def compare_engine(runner: Runtime, cases: Sequence[Case], held_to: Limits) -> EngineParity:
     """Run every case; batches beyond the runner's largest are cut.
 
     Args:
@@ -108,20 +113,18 @@ def compare_engine(runner: Runner, cases: Sequence[Case], held_to: Limits) -> En
         cases: At least one with expected outputs.
         held_to: What it is held to.
     """
-    expected = [case.expected for case in cases if case.expected is not None]
-    values = np.concatenate([array.ravel() for array in expected]).astype(np.float64)
-    spread = spread_of(values)
+    spread = spreads_of([case.expected for case in cases if case.expected is not None])
     found: dict[str, float] = {}
-    same = rows = 0
+    worst, same = 0.0, Agreement(0, 0, 0, 0)
     for case in cases:
         outputs = run_cut(runner, case.arrays)
-        found[case.name] = _difference(outputs, case.expected)
-        if case.expected is not None and np.isfinite(found[case.name]):
-            kept = agreement(case.expected, outputs, held_to.drift * spread)
-            rows, same = rows + kept.rows, same + kept.same
-    worst = max(found.values()) / spread
-    share = same / rows if rows else 1.0
-    return EngineParity(found, spread, worst, held_to.tolerance, share, held_to.agreement)
+        gaps = {name: _difference(outputs.get(name), case.expected, name) for name in spread}
+        worst = max(worst, *(gap / spread[name] for name, gap in gaps.items()))
+        for name, gap in gaps.items():
+            found[case.name if len(gaps) == 1 else f"{case.name}, {name}"] = gap
+        if case.expected is not None and np.isfinite(list(gaps.values())).all():
+            same += agreement_of_all(case.expected, outputs, held_to.drift, spread)
+    return EngineParity(found, spread, worst, held_to.tolerance, same.share, held_to.agreement)
 
 
 def shape_batches(
@@ -165,10 +168,12 @@ def _mask(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     return mask
 
 
-def _difference(outputs: NDArray[np.float32], expected: NDArray[np.float32] | None) -> float:
+def _difference(outputs: NDArray[np.float32] | None, expected: Outputs | None, name: str) -> float:
+    if outputs is None:
+        return float("inf")
     if expected is None:
         return 0.0 if np.isfinite(outputs).all() else float("inf")
-    if outputs.shape != expected.shape:
+    if outputs.shape != expected[name].shape:
         return float("inf")
-    gap = float(np.abs(outputs.astype(np.float64) - expected).max())
+    gap = float(np.abs(outputs.astype(np.float64) - expected[name]).max())
     return gap if np.isfinite(gap) else float("inf")

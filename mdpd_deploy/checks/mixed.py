@@ -44,7 +44,7 @@ def check_mixed_parameters(subject: Subject) -> Seen:
         record = certificate.side_free
         if record is None:
             return TOO_OLD
-        if record.graph_numbers > record.model_numbers + subject.bundle.manifest["nodes"]:
+        if record.graph_numbers > record.model_numbers + subject.bundle.graph()["nodes"]:
             raise VerificationError(f"the graph of {name} holds more than backbone and head")
     sizes = [sum(array.size for array in delta.tensors.values()) for delta in _deltas(subject)]
     tables = [t.dims for t in subject.graph.graph.initializer if t.name == TABLE]

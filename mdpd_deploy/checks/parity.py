@@ -4,7 +4,7 @@ Differences are scaled by the spread of the reference outputs: a fixed absolute 
 harmless misses noise on a head with large logits, and hides real ones on a head with small logits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,26 +12,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mdpd_deploy.checks.policy import POLICIES, spread_of
+from mdpd_deploy.artifacts.certificate import one_or_all
+from mdpd_deploy.checks.policy import POLICIES, spreads_of
 from mdpd_deploy.model import TaskModel
-from mdpd_deploy.runtimes.onnx import Forward
-
-Arrays = dict[str, NDArray[Any]]
+from mdpd_deploy.runtimes.base import Arrays, Forward, Outputs
 
 FP32_TOLERANCE = POLICIES["fp32"].drift  # of the outputs' standard deviation; 3e-6 is usual
 
 
 @dataclass(frozen=True)
 class Case:
-    """One batch that was put through both.
+    """One output of a batch that was put through both.
 
     Attributes:
-        name: What is special about it, e.g. `batch 1, 128 tokens`.
-        max_abs_diff: Largest absolute difference of an output.
-        finite: Whether every output of both was finite.
+        name: What is special about the batch, e.g. `batch 1, 128 tokens`.
+        output: The output's name.
+        max_abs_diff: Largest absolute difference of a value.
+        finite: Whether every value of both was finite, and the shapes equal.
     """
 
     name: str
+    output: str
     max_abs_diff: float
     finite: bool
 
@@ -41,14 +42,14 @@ class Parity:
     """Torch and graph side by side.
 
     Attributes:
-        cases: Every batch.
-        spread: Standard deviation of the reference outputs over all cases.
-        scaled_diff: Largest difference of any case over the spread.
+        cases: Every output of every batch.
+        spread: Standard deviation of each reference output over all batches.
+        scaled_diff: Largest difference of any case over its output's spread.
         tolerance: What `scaled_diff` may be; infinite where it is only reported.
     """
 
     cases: tuple[Case, ...]
-    spread: float
+    spread: Mapping[str, float]
     scaled_diff: float
     tolerance: float
 
@@ -62,18 +63,41 @@ class Parity:
         """Whether every output of both was finite and of the same shape."""
         return all(case.finite for case in self.cases)
 
+    def scaled(self, case: Case) -> float:
+        """Return a case's difference in standard deviations of its output."""
+        return case.max_abs_diff / self.spread[case.output]
+
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers for `parity.json`; no tolerance is None there."""
-        tolerance = None if np.isinf(self.tolerance) else self.tolerance
-        return {**asdict(self), "tolerance": tolerance, "passed": self.passed}
+        cases = [asdict(case) for case in self.cases]
+        if len(self.spread) == 1:
+            cases = [{key: case[key] for key in case if key != "output"} for case in cases]
+        return {
+            "cases": cases,
+            "spread": one_or_all(self.spread),
+            "scaled_diff": self.scaled_diff,
+            "tolerance": None if np.isinf(self.tolerance) else self.tolerance,
+            "passed": self.passed,
+        }
 
 
-def torch_outputs(model: TaskModel, arrays: Arrays) -> NDArray[np.float32]:
-    """Run the torch model on named arrays, on its own device and in its own mode; outputs [B, C]."""
+def torch_outputs(
+    model: TaskModel, arrays: Mapping[str, NDArray[Any]], names: Sequence[str] | None = None
+) -> Outputs:
+    """Run the torch model on named arrays, on its own device and in its own mode.
+
+    Args:
+        model: The model.
+        arrays: Its inputs by name.
+        names: What its outputs are called, in order; None = what the model calls them.
+    """
     device = next(model.parameters()).device
     inputs = [torch.from_numpy(arrays[name]).to(device) for name in model.backbone.input_names]
     with torch.inference_mode():
-        return np.asarray(model(*inputs).cpu().numpy(), dtype=np.float32)
+        found = model(*inputs)
+    tensors = (found,) if isinstance(found, torch.Tensor) else found
+    pairs = zip(names or model.output_names, tensors, strict=True)
+    return {name: np.asarray(tensor.cpu().numpy(), dtype=np.float32) for name, tensor in pairs}
 
 
 def compare_with_torch(
@@ -82,6 +106,7 @@ def compare_with_torch(
     batches: Sequence[tuple[str, Arrays]],
     *,
     tolerance: float = FP32_TOLERANCE,
+    names: Sequence[str] | None = None,
 ) -> Parity:
     """Run named batches through torch (FP32, eager mode, CPU) and through the graph.
 
@@ -89,21 +114,26 @@ def compare_with_torch(
         model: The model that was exported.
         runner: Its graph.
         batches: (name, arrays) of at least one batch; see `shape_batches`.
-        tolerance: Largest allowed difference, in standard deviations of the outputs.
+        tolerance: Largest allowed difference, in standard deviations of its output.
+        names: What the graph calls the model's outputs, in order; None = as the model does.
     """
     model.eval()
     cases, references = [], []
-    for name, arrays in batches:
-        reference, outputs = torch_outputs(model, arrays), runner(arrays)
-        finite = bool(np.isfinite(reference).all() and np.isfinite(outputs).all())
-        same_shape = reference.shape == outputs.shape
-        difference = float(np.abs(reference - outputs).max()) if finite and same_shape else np.inf
-        cases.append(Case(name, difference, finite and same_shape))
-        references.append(reference.ravel())
-    values = np.concatenate(references).astype(np.float64)
-    spread = spread_of(values)
-    worst = max(case.max_abs_diff for case in cases)
-    return Parity(tuple(cases), spread, worst / spread, tolerance)
+    for batch, arrays in batches:
+        reference, outputs = torch_outputs(model, arrays, names), runner(arrays)
+        cases += [_case(batch, name, array, outputs) for name, array in reference.items()]
+        references.append(reference)
+    spread = spreads_of(references)
+    worst = max(case.max_abs_diff / spread[case.output] for case in cases)
+    return Parity(tuple(cases), spread, worst, tolerance)
+
+
+def _case(batch: str, name: str, reference: NDArray[np.float32], outputs: Outputs) -> Case:
+    found = outputs.get(name)
+    if found is None or found.shape != reference.shape:
+        return Case(batch, name, np.inf, finite=False)
+    finite = bool(np.isfinite(reference).all() and np.isfinite(found).all())
+    return Case(batch, name, float(np.abs(reference - found).max()) if finite else np.inf, finite)
 
 
 def shape_batches(model: TaskModel, *, max_batch: int = 8) -> Iterator[tuple[str, Arrays]]:

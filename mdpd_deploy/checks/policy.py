@@ -11,13 +11,14 @@ The drift is what the outputs may be off by; for int8, whose difference is only 
 sound int8 graphs were seen to be off by. One example may always count.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mdpd_deploy.runtimes.base import Outputs
 from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, compute
 
 ParityMode = Literal["fail", "warn"]
@@ -79,6 +80,14 @@ def spread_of(outputs: NDArray[np.floating[Any]]) -> float:
     return max(float(outputs.std()), floor, 1e-30)
 
 
+def spreads_of(batches: Sequence[Outputs]) -> dict[str, float]:
+    """Return `spread_of` each output over several batches."""
+    return {
+        name: spread_of(np.concatenate([part[name].ravel() for part in batches]).astype(np.float64))
+        for name in batches[0]
+    }
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How many predictions stayed the same.
@@ -100,6 +109,10 @@ class Agreement:
         """Of the rows that count; 1 where none does."""
         return self.same / self.rows if self.rows else 1.0
 
+    def __add__(self, other: "Agreement") -> "Agreement":
+        mine, its = astuple(self), astuple(other)
+        return Agreement(*(one + two for one, two in zip(mine, its, strict=True)))
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -116,11 +129,12 @@ def agreement(
     """Compare predictions.
 
     Args:
-        reference: Logits [n, C], or scores [n, 1].
+        reference: Logits [n, C], or scores [n, 1]; of further axes, each row is flattened.
         outputs: The same from the graph.
         drift: Absolute difference that an output may show.
     """
     count = len(reference)
+    reference, outputs = reference.reshape(count, -1), outputs.reshape(count, -1)
     if reference.shape[1] == 1:
         same = int((np.abs(reference - outputs) <= drift).sum())
         return Agreement(count, same, count, same)
@@ -128,6 +142,16 @@ def agreement(
     clear = ordered[:, -1] - ordered[:, -2] > 2 * drift  # each of two logits may drift
     equal = reference.argmax(axis=1) == outputs.argmax(axis=1)
     return Agreement(int(clear.sum()), int((equal & clear).sum()), count, int(equal.sum()))
+
+
+def agreement_of_all(
+    reference: Outputs, outputs: Outputs, drift: float, spread: Mapping[str, float]
+) -> Agreement:
+    """Return `agreement` over every output; the drift is in standard deviations of each."""
+    return sum(
+        (agreement(one, outputs[name], drift * spread[name]) for name, one in reference.items()),
+        start=Agreement(0, 0, 0, 0),
+    )
 
 
 def label_spread(labels: NDArray[np.int64] | NDArray[np.float64]) -> float:

@@ -7,29 +7,31 @@ from functools import partial
 from typing import NamedTuple
 
 from mdpd_deploy.artifacts.bundle import Bundle
-from mdpd_deploy.artifacts.golden import load_golden, replay
+from mdpd_deploy.artifacts.certificate import of_each
+from mdpd_deploy.artifacts.golden import replay
 from mdpd_deploy.artifacts.manifest import PARITY_FILE
 from mdpd_deploy.artifacts.tasks import BundleTask
 from mdpd_deploy.checks.policy import allowed_again
 from mdpd_deploy.errors import UserError, VerificationError
 from mdpd_deploy.files import read_json
+from mdpd_deploy.runtimes.base import Runtime, run_cut
 from mdpd_deploy.runtimes.mixed import TaskRunner
-from mdpd_deploy.runtimes.onnx import PROVIDERS, Runner, run_cut
+from mdpd_deploy.runtimes.onnx import PROVIDERS
 
 
 class Recorded(NamedTuple):
     """What the export measured on a task's golden inputs.
 
     Attributes:
-        spread: Standard deviation of the outputs.
+        spread: Standard deviation of each output.
         output_diff: How far they were off PyTorch's, in that unit.
     """
 
-    spread: float
+    spread: dict[str, float]
     output_diff: float
 
 
-def prove(bundle: Bundle, runner: Runner) -> None:
+def prove(bundle: Bundle, runner: Runtime) -> None:
     """Replay every task's golden vectors, from raw input to output, on the device that will answer.
 
     An output may be off by the tolerance, or by twice what the export itself measured where a
@@ -46,9 +48,8 @@ def prove(bundle: Bundle, runner: Runner) -> None:
     on_cpu, cut = runner.provider == PROVIDERS["cpu"], partial(run_cut, runner)
     for task in bundle.tasks:
         spread, known = recorded(bundle, task)
-        assert task.golden is not None
         run = TaskRunner(cut, task) if bundle.mixed else cut
-        found = replay(load_golden(task.golden, bundle.read), task.preprocess, run, spread)
+        found = replay(bundle.golden(task), task.preprocess, run, spread)
         where = f"bundle {bundle.path}, task {task.name}"
         if not found.preprocessing_diff == 0:  # also true for NaN
             raise VerificationError(
@@ -72,7 +73,8 @@ def recorded(bundle: Bundle, task: BundleTask) -> Recorded:
     gates = read_json(bundle.path / PARITY_FILE, "parity", bundle.read)
     try:
         of_task = gates[task.name] if bundle.mixed else gates
-        return Recorded(float(of_task["parity"]["spread"]), float(of_task["golden"]["output_diff"]))
+        spread = of_each(of_task["parity"]["spread"], names=bundle.output_names)
+        return Recorded(spread, float(of_task["golden"]["output_diff"]))
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"bundle {bundle.path}: {PARITY_FILE} does not say how the golden vectors of "

@@ -16,7 +16,7 @@ from mdpd_deploy.artifacts.tasks import BundleTask
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.errors import MdpdError, VerificationError
 from mdpd_deploy.graphs.signature import Signature, graph_signature
-from mdpd_deploy.runtimes.onnx import Forward, Runner
+from mdpd_deploy.runtimes.base import Forward, Runtime
 
 Verdict = Literal["passed", "recorded", "not applicable", "not recorded", "not run", "failed"]
 KEEPING = ("side", "prompt", "prefix")  # methods that leave something beside backbone and head
@@ -65,7 +65,7 @@ class Subject:
     signer: str | None = None
     failed: set[str] = field(default_factory=set)
     asked: BundleTask | None = None
-    opened: dict[str, Runner] = field(default_factory=dict)
+    opened: dict[str, Runtime] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -132,7 +132,7 @@ class Subject:
             return graph_signature(self.path / MODEL_FILE, self.bundle.read)
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> Runtime:
         """The graph on the device."""
         if self.device not in self.opened:
             self.opened[self.device] = self.bundle.runner(self.device)

@@ -1,115 +1,89 @@
 """`mdpd bench-latency`: time a deployed model against its bare backbone and its rivals."""
 
+from __future__ import annotations
+
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mdpd_deploy.commands.options import split_numbers, split_words
+from mdpd_deploy.commands.subject import (
+    Subject,
+    default_folder,
+    inputs_of,
+    open_subject,
+    source_of,
+)
 from mdpd_deploy.commands.torch_defaults import torch_defaults
+from mdpd_deploy.commands.verb import Json, Overwrite, print_json, takes
 from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from mdpd_deploy.artifacts.bundle import Bundle
-    from mdpd_deploy.artifacts.run import Run
     from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
     from mdpd_deploy.serve.latency.benchmark import Grid
     from mdpd_deploy.serve.latency.cells import Plan
-    from mdpd_deploy.serve.latency.inputs import InputSource
-    from mdpd_deploy.serve.latency.report import LatencyReport
     from mdpd_deploy.serve.latency.variants import Variant
 
 log = logging.getLogger(__name__)
 
-DEFAULT_BATCHES = (1, 8, 32)
-DEFAULT_OPENINGS = 5
 REPORT_FILE = "latency.json"
 
 
-def command(
+@torch_defaults()
+def bench_latency(
     run_or_bundle: Annotated[
-        Path | None, typer.Argument(metavar="RUN|BUNDLE", help="Default: the newest run.")
+        Path | str | None,
+        typer.Argument(metavar="RUN|BUNDLE", help="Default: the newest run."),
     ] = None,
+    *,
     rivals: Annotated[
-        str | None,
+        Sequence[str] | None,
         typer.Option(
             help="bare, full, side networks, sherl-multi, lora, lora-unmerged, prompt, …. Default: "
             "bare,unipt,sherl; bare alone where no side network fits."
         ),
     ] = None,
     runtime: Annotated[
-        str | None, typer.Option(help="onnx, torch, trt. Default: onnx,torch.")
+        Sequence[str] | None,
+        typer.Option(
+            help="onnx, torch, and trt for a bundle with an engine, whose rivals are built alike. "
+            "Default: onnx,torch; for a bundle without its run onnx."
+        ),
     ] = None,
-    batch: Annotated[str | None, typer.Option(help="Batch sizes. Default: 1,8,32.")] = None,
+    batch: Annotated[Sequence[int], typer.Option(help="Batch sizes.")] = (
+        1,
+        8,
+        32,
+    ),
     seconds: Annotated[
         float | None,
-        typer.Option(help="Time per cell. Default: 100 rounds and 10 s, at most 20 s."),
+        typer.Option(
+            help="Time per cell, all openings together. Default: 100 rounds and 10 s, at most 20 s."
+        ),
     ] = None,
     openings: Annotated[
         int,
         typer.Option(
             help="Times every model is opened anew, each for its part of the time; at least 3."
         ),
-    ] = DEFAULT_OPENINGS,
-    out: Annotated[Path | None, typer.Option(help="Default: RUN/latency.")] = None,
+    ] = 5,
+    out: Annotated[
+        Path | str | None, typer.Option(help="Default: RUN/latency, numbered if taken.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Default: the CPU quota.")] = None,
-    seed: Annotated[int, typer.Option(help="Of inputs and order.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON only.")] = False,
-) -> None:
+    threads: Annotated[
+        int | None, typer.Option(help="Inside one operator. Default: the CPU quota.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of inputs, order and bootstrap.")] = 0,
+    overwrite: Overwrite = False,
+) -> dict[str, Any]:
     """Time the deployed model against its rivals, in turn, and say what the times allow.
 
     Writes latency.json (with every raw time), latency.svg and latency.png.
-    """
-    report, folder = _bench(
-        run_or_bundle,
-        rivals=None if rivals is None else split_words(rivals),
-        runtime=None if runtime is None else split_words(runtime),
-        batch=None if batch is None else split_numbers(batch, "--batch"),
-        seconds=seconds,
-        openings=openings,
-        out=out,
-        device=device,
-        threads=threads,
-        seed=seed,
-        overwrite=overwrite,
-    )
-    if json:
-        import json as encoder
-
-        plain = {**report.to_dict(raw=False), "folder": str(folder)}
-        typer.echo(encoder.dumps(plain, indent=2, allow_nan=False))
-        return
-    from mdpd_deploy.report.terminal import Console
-    from mdpd_deploy.serve.latency.table import render
-
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(render(report))
-    console.print(f"report and chart: {folder}")
-
-
-@torch_defaults()
-def bench_latency(
-    run_or_bundle: str | Path | None = None,
-    *,
-    rivals: Sequence[str] | None = None,
-    runtime: Sequence[str] | None = None,
-    batch: Sequence[int] | None = None,
-    seconds: float | None = None,
-    openings: int = DEFAULT_OPENINGS,
-    out: str | Path | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Time a deployed model against its rivals; the same words as `mdpd bench-latency`.
 
     Example:
         >>> from mdpd_deploy import bench_latency
@@ -118,22 +92,6 @@ def bench_latency(
         >>> [ratio["variant"] for ratio in report["ratios"] if not ratio["control"]]
         ['bare']
 
-    Args:
-        run_or_bundle: A run or a bundle; None = the newest completed run under `runs/`.
-        rivals: Names of `mdpd_deploy.serve.latency.variants.RIVALS`; None = bare, unipt, sherl (a bundle
-            without its run: bare).
-        runtime: `onnx`, `torch`, and `trt` for a bundle with a TensorRT engine, whose rivals are
-            built in the same way; None = onnx and torch (a bundle without its run: onnx).
-        batch: Examples per call; None = 1, 8, 32.
-        seconds: Measured seconds per cell, of all openings together; None = 100 rounds and 10 s, at most 20 s.
-        openings: Times every model is opened anew, at least 3, each for its part of the time: two
-            openings of one model may differ by some per cent, so that one alone can mislead.
-        out: Folder for latency.json and the chart; None = `RUN/latency`, numbered if taken.
-        device: `auto`, `cpu` or `cuda`.
-        threads: Threads inside one operator; None = the CPU quota.
-        seed: Of inputs, order and bootstrap.
-        overwrite: Replace what `out` holds.
-
     Returns:
         latency.json as a dict without the raw times, and `folder`, where it was written.
 
@@ -141,74 +99,52 @@ def bench_latency(
         UserError: For a wrong path, name, number or device.
         WorkFailed: If a model cannot be exported or the disk is full.
     """
-    report, folder = _bench(
-        Path(run_or_bundle) if run_or_bundle is not None else None,
-        rivals=rivals,
-        runtime=runtime,
-        batch=batch,
-        seconds=seconds,
-        openings=openings,
-        out=Path(out) if out is not None else None,
-        device=device,
-        threads=threads,
-        seed=seed,
-        overwrite=overwrite,
-    )
-    return {**report.to_dict(raw=False), "folder": str(folder)}
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What is timed: a run, a bundle, or a bundle that lies in its run."""
-
-    path: Path
-    run: "Run | None"
-    bundle: "Bundle | None"
-
-
-def _bench(
-    run_or_bundle: Path | None,
-    *,
-    rivals: Sequence[str] | None,
-    runtime: Sequence[str] | None,
-    batch: Sequence[int] | None,
-    seconds: float | None,
-    openings: int,
-    out: Path | None,
-    device: str,
-    threads: int | None,
-    seed: int,
-    overwrite: bool,
-) -> "tuple[LatencyReport, Path]":
     from mdpd_deploy.artifacts.bundle import is_bundle
     from mdpd_deploy.artifacts.folders import atomic_folder, refuse_nonempty
     from mdpd_deploy.serve.latency.benchmark import run_benchmark
     from mdpd_deploy.serve.latency.chart import write_chart
 
-    subject = _open(run_or_bundle)
+    subject = open_subject(None if run_or_bundle is None else Path(run_or_bundle))
     plan = _plan(seconds, openings)
     grid = _grid(subject, runtime, batch, plan, device, threads, seed)
     variants = _variants(subject, rivals)
-    folder = out if out is not None else _default_out(subject)
+    folder = default_folder(subject) if out is None else Path(out)
     if any(is_bundle(parent) for parent in (folder.resolve(), *folder.resolve().parents)):
         raise UserError(
             f"--out {folder} lies in a bundle, whose files are all listed: choose a folder outside."
         )
     refuse_nonempty(folder, overwrite=overwrite, ours=_is_report, needed=(subject.path,))
-    inputs = _inputs(subject)
+    inputs = inputs_of(subject)
     with tempfile.TemporaryDirectory(prefix="mdpd-latency-") as graphs:
         place = Path(graphs)
         engine_of = _engines(subject, place) if "trt" in grid.runtimes else None
         report = run_benchmark(
-            variants, inputs, grid, source=_source(subject), folder=place, engine_of=engine_of
+            variants, inputs, grid, source=source_of(subject), folder=place, engine_of=engine_of
         )
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         report.write(temporary / REPORT_FILE)
         write_chart(report, temporary)
-    return report, folder
+    return {**report.to_dict(raw=False), "folder": str(folder)}
 
 
-def _engines(subject: _Subject, folder: Path) -> "Callable[[str, Path], TrtRunner]":
+@takes(bench_latency)
+def command(json: Json = False, **asked: Any) -> None:
+    found = bench_latency(**asked)
+    if json:
+        print_json(found)
+        return
+    from pydantic import TypeAdapter
+
+    from mdpd_deploy.report.terminal import Console
+    from mdpd_deploy.serve.latency.report import LatencyReport
+    from mdpd_deploy.serve.latency.table import render
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(render(TypeAdapter(LatencyReport).validate_python(found)))
+    console.print(f"report and chart: {found['folder']}")
+
+
+def _engines(subject: Subject, folder: Path) -> Callable[[str, Path], TrtRunner]:
     """Return what opens the engine of a variant: the bundle's own, or one built like it."""
     from mdpd_deploy.export.tensorrt.install import build_alike
     from mdpd_deploy.runtimes.tensorrt.cache import open_bundle_engine
@@ -217,7 +153,7 @@ def _engines(subject: _Subject, folder: Path) -> "Callable[[str, Path], TrtRunne
     bundle = subject.bundle
     assert bundle is not None
 
-    def engine_of(name: str, graph: Path) -> "TrtRunner":
+    def engine_of(name: str, graph: Path) -> TrtRunner:
         if name in (DEPLOYED, CONTROL):
             return open_bundle_engine(bundle.path, bundle.manifest)
         plan = folder / f"{name}.plan"
@@ -232,39 +168,7 @@ def _is_report(folder: Path) -> bool:
     return (folder / REPORT_FILE).is_file()
 
 
-def _open(path: Path | None) -> _Subject:
-    from mdpd_deploy.artifacts.bundle import is_bundle, load_bundle
-    from mdpd_deploy.artifacts.run import Run
-
-    if path is None or not is_bundle(path):
-        run = Run.open(path)
-        if path is None:
-            log.info("run: %s (the newest)", run.path)
-        return _Subject(run.path, run, None)
-    bundle = load_bundle(path)
-    if bundle.mixed:
-        raise UserError(
-            f"bundle {path} answers several tasks, and rivals belong to one: name a run, or a "
-            "bundle of one task."
-        )
-    precision = bundle.manifest["precision"]
-    if precision != "fp32":
-        log.info("%s bundle: timed alone, since its run's rivals exist in fp32 only", precision)
-        return _Subject(path, None, bundle)
-    home = path.resolve().parent
-    if home.name != "bundles" or not (home.parent / "summary.json").is_file():
-        return _Subject(path, None, bundle)
-    run = Run.open(home.parent)
-    if bundle.manifest["source"].get("config_sha256") != run.config.sha256():
-        raise UserError(
-            f"bundle {path} was not exported from the run it lies in ({run.path}): "
-            "export that run again, or move the bundle elsewhere to time it alone."
-        )
-    log.info("run of this bundle: %s", run.path)
-    return _Subject(path, run, bundle)
-
-
-def _plan(seconds: float | None, openings: int) -> "Plan":
+def _plan(seconds: float | None, openings: int) -> Plan:
     from mdpd_deploy.serve.latency.cells import FEWEST_OPENINGS, Plan
 
     if seconds is not None and not 0 < seconds < float("inf"):
@@ -278,14 +182,14 @@ def _plan(seconds: float | None, openings: int) -> "Plan":
 
 
 def _grid(
-    subject: _Subject,
+    subject: Subject,
     runtime: Sequence[str] | None,
-    batch: Sequence[int] | None,
-    plan: "Plan",
+    batch: Sequence[int],
+    plan: Plan,
     device: str,
     threads: int | None,
     seed: int,
-) -> "Grid":
+) -> Grid:
     from mdpd_deploy.machine import cpu_count
     from mdpd_deploy.serve.latency.benchmark import Grid
     from mdpd_deploy.serve.latency.runtimes import DEFAULT_RUNTIMES, RUNTIMES, choose_device
@@ -304,7 +208,7 @@ def _grid(
         )
     if "trt" in runtimes:
         _require_engine(subject)
-    batches = DEFAULT_BATCHES if batch is None else tuple(dict.fromkeys(batch))
+    batches = tuple(dict.fromkeys(batch))
     if min(batches, default=0) < 1:
         raise UserError(f"--batch {','.join(map(str, batches))}: a batch holds at least 1 example.")
     if threads is not None and threads < 1:
@@ -318,7 +222,7 @@ def _grid(
     return Grid(runtimes, batches, chosen, threads or cpu_count(), plan, seed, precision)
 
 
-def _require_engine(subject: _Subject) -> None:
+def _require_engine(subject: Subject) -> None:
     from mdpd_deploy.runtimes.tensorrt.cache import read_key
 
     if subject.bundle is None:
@@ -333,7 +237,7 @@ def _require_engine(subject: _Subject) -> None:
         )
 
 
-def _variants(subject: _Subject, rivals: Sequence[str] | None) -> "list[Variant]":
+def _variants(subject: Subject, rivals: Sequence[str] | None) -> list[Variant]:
     from mdpd_deploy.artifacts.manifest import MODEL_FILE
     from mdpd_deploy.serve.latency.variants import (
         DEFAULT_RIVALS,
@@ -354,66 +258,3 @@ def _variants(subject: _Subject, rivals: Sequence[str] | None) -> "list[Variant]
     assert subject.bundle is not None and graph is not None
     names = rival_names(("bare",) if rivals is None else rivals)
     return variants_of_bundle(graph, subject.bundle.write_bare_graph, names)
-
-
-def _inputs(subject: _Subject) -> "InputSource":
-    from mdpd_deploy.serve.latency.inputs import InputSource
-
-    if subject.run is not None:
-        return input_source(subject.run)
-    assert subject.bundle is not None
-    outputs = subject.bundle.task().width
-    return InputSource("random, shaped like real inputs", subject.bundle.preprocess, outputs)
-
-
-def input_source(run: "Run") -> "InputSource":
-    """Return the validation examples of a run, or random ones where they cannot be read."""
-    from mdpd_deploy.serve.latency.inputs import InputSource
-
-    outputs = run.task.width
-    try:
-        raws = run.load_evaluation()["validation"].inputs
-    except UserError as err:
-        log.info("timing with random inputs, since the run's data cannot be read: %s", err)
-        return InputSource("random, shaped like real inputs", run.preprocess, outputs)
-    return InputSource("validation examples of the run", run.preprocess, outputs, raws)
-
-
-def _source(subject: _Subject) -> dict[str, Any]:
-    """Names only: a report is shown to others, and paths of this machine are nobody's business."""
-    name = subject.path.resolve().name
-    if subject.run is None:
-        assert subject.bundle is not None
-        manifest = subject.bundle.manifest
-        backbone = manifest["source"].get("backbone")
-        facts = {key: manifest[key] for key in ("task", "method")}
-        facts["side"] = manifest["source"].get("side")
-        return {"kind": "bundle", "name": name, **facts, "backbone": backbone_name(backbone)}
-    summary = subject.run.summary
-    facts = {key: summary.get(key) for key in ("task", "method", "side")}
-    kind = "run" if subject.bundle is None else "bundle of a run"
-    return {
-        "kind": kind,
-        "name": name,
-        **facts,
-        "backbone": backbone_name(summary.get("backbone")),
-    }
-
-
-def backbone_name(backbone: Any) -> str:
-    """Return what a report calls a backbone: never a path."""
-    name = str(backbone.get("name") if isinstance(backbone, dict) else backbone)
-    return Path(name).name if name.startswith(("/", "~", ".")) else name
-
-
-def _default_out(subject: _Subject) -> Path:
-    """`RUN/latency`, or beside a bundle that has no run (inside it, it would break the bundle)."""
-    if subject.run is not None:
-        first = subject.run.path / "latency"
-    else:
-        first = subject.path.resolve().parent / f"{subject.path.resolve().name}-latency"
-    number, folder = 2, first
-    while folder.exists() and any(folder.iterdir()):
-        folder = first.with_name(f"{first.name}-{number}")
-        number += 1
-    return folder

@@ -1,87 +1,28 @@
 """`mdpd build-engine`: build and verify a bundle's TensorRT engine on the GPU that will run it."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Unpack
 
 import typer
 
+from mdpd_deploy.commands.options import EngineWords
+from mdpd_deploy.commands.verb import Json, fields_of, print_json, takes
 
-def command(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder of `mdpd export`.")],
-    static_batch: Annotated[
-        int | None, typer.Option(help="One batch size instead of a range; 0: the range.")
-    ] = None,
-    tf32: Annotated[
-        bool | None, typer.Option("--tf32/--no-tf32", help="TF32 in FP32 products.")
-    ] = None,
-    version_compatible: Annotated[
-        bool | None,
-        typer.Option(
-            "--version-compatible/--no-version-compatible",
-            help="Run on later releases of TensorRT too; slower.",
-        ),
-    ] = None,
-    hardware_compatible: Annotated[
-        str | None, typer.Option(help="none, ampere+ or same-compute-capability; slower.")
-    ] = None,
-    refit: Annotated[
-        bool | None, typer.Option("--refit/--no-refit", help="Norms and head can be exchanged.")
-    ] = None,
-    workspace: Annotated[
-        int | None, typer.Option(help="Memory limit of the build in MiB. Default: none.")
-    ] = None,
-    rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Build though the engine is up to date.")
-    ] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the engine's record as JSON only.")
-    ] = False,
-) -> None:
+
+def build_engine(
+    bundle: Annotated[
+        Path | str, typer.Argument(metavar="BUNDLE", help="A folder of `mdpd export`.")
+    ],
+    *,
+    rebuild: Annotated[bool, typer.Option(help="Build though the engine is up to date.")] = False,
+    **words: Unpack[EngineWords],
+) -> dict[str, Any]:
     """Build the TensorRT engine of a bundle, verify it, and keep it beside the ONNX model.
 
     What is not given is as the bundle's recipe has it. If the build or its verification fails, the
     bundle is as it was.
-    """
-    record = build_engine(
-        bundle,
-        static_batch=static_batch,
-        tf32=tf32,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-        refit=refit,
-        workspace=workspace,
-        rebuild=rebuild,
-    )
-    if json:
-        import json as encoder
-
-        typer.echo(encoder.dumps(record, indent=2))
-    else:
-        _print(bundle, record)
-
-
-def build_engine(
-    bundle: str | Path,
-    *,
-    static_batch: int | None = None,
-    tf32: bool | None = None,
-    version_compatible: bool | None = None,
-    hardware_compatible: str | None = None,
-    refit: bool | None = None,
-    workspace: int | None = None,
-    rebuild: bool = False,
-) -> dict[str, Any]:
-    """Build a bundle's TensorRT engine; the same words as `mdpd build-engine`.
-
-    Args:
-        bundle: A bundle's folder. What is None below is as its recipe has it.
-        static_batch: The engine's only batch size; 0 = the bundle's range.
-        tf32: Whether FP32 products may use TF32.
-        version_compatible: The engine also runs on later releases of TensorRT; slower.
-        hardware_compatible: `none`, `ampere+` or `same-compute-capability`.
-        refit: Norms and head can be exchanged.
-        workspace: Limit of the memory while building [MiB].
-        rebuild: Build though the engine that is there is the one asked for.
 
     Returns:
         `model.plan.json`: the engine's key, layers and parity; `built` and `reason` tell whether
@@ -96,22 +37,20 @@ def build_engine(
     from mdpd_deploy.export.tensorrt.install import install_engine
     from mdpd_deploy.export.tensorrt.recipe import read_recipe
 
+    chosen = fields_of(EngineWords, words, "build_engine")
     opened = load_bundle(bundle)
-    chosen = {
-        "static_batch": static_batch,
-        "tf32": tf32,
-        "version_compatible": version_compatible,
-        "hardware_compatible": hardware_compatible,
-        "refit": refit,
-        "workspace_mib": workspace,
-    }
     options = read_recipe(opened.path).override(chosen)
     installed = install_engine(opened, options, rebuild=rebuild)
     load_bundle(bundle)
     return {**installed.record, "built": installed.built, "reason": installed.reason}
 
 
-def _print(bundle: Path, record: dict[str, Any]) -> None:
+@takes(build_engine)
+def command(json: Json = False, **asked: Any) -> None:
+    record = build_engine(**asked)
+    if json:
+        print_json(record)
+        return
     key, layers, parity = record["key"], record["layers"], record["parity"]
     if record["built"]:
         typer.echo(f"built in {record['build_seconds']:.1f} s: {record['reason']}")
@@ -126,4 +65,5 @@ def _print(bundle: Path, record: dict[str, Any]) -> None:
     typer.echo(f"layers      {layers['layers']} ({kinds})")
     limit = "reported only" if parity["tolerance"] is None else f"allowed {parity['tolerance']:.0e}"
     typer.echo(f"parity      {parity['scaled_diff']:.1e} of the outputs' spread, {limit}")
-    typer.echo(f"engine      {bundle / 'model.plan'}, {record['plan_bytes'] / 1e6:.1f} MB")
+    place = Path(asked["bundle"]) / "model.plan"
+    typer.echo(f"engine      {place}, {record['plan_bytes'] / 1e6:.1f} MB")

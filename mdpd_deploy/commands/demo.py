@@ -1,52 +1,35 @@
 """`mdpd demo`: the whole promise on real handwritten digits, offline, in minutes on two cores."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdpd_deploy.commands.verb import Json, print_json, takes
+
 if TYPE_CHECKING:
     from mdpd_deploy.artifacts.bundle import Bundle
     from mdpd_deploy.artifacts.run import Run
 
-EPOCHS = 5.0
-SECONDS = 8.0  # per latency cell
 PAGE = "demo.html"
 TITLE = "handwritten digits · MDPD over UniPT · validation, 797 digits, which choose nothing"
 DEPLOYED = "accuracy, deployed backbone"
 
 
-def command(
+def demo(
+    *,
     out: Annotated[
         Path | None, typer.Option(help="Folder for all of it; default runs/demo, then demo-2, …")
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the 1,000 training digits.")] = EPOCHS,
-    seconds: Annotated[float, typer.Option(help="Measuring time per latency cell.")] = SECONDS,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
-) -> None:
-    """Fine-tune a small vision transformer on handwritten digits, fade, export, and time it."""
-    result = demo(out=out, epochs=epochs, seconds=seconds, quiet=json)
-    if json:
-        from json import dumps
-
-        print(dumps(result))
-    else:
-        _print(result)
-
-
-def demo(
-    *,
-    out: Path | str | None = None,
-    epochs: float = EPOCHS,
-    seconds: float = SECONDS,
+    epochs: Annotated[float, typer.Option(help="Passes over the 1,000 training digits.")] = 5.0,
+    seconds: Annotated[float, typer.Option(help="Measuring time per latency cell.")] = 8.0,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train with MDPD and with what is simpler, export to ONNX, measure latency; return the figures.
+    """Fine-tune a small vision transformer on handwritten digits, fade, export, and time it.
 
     Args:
-        out: Folder of the run (the bundle, the latency report and `demo.html` lie inside it).
-        epochs: Passes over the training digits, for each of the three trainings.
-        seconds: Measured seconds per latency cell.
         quiet: Nothing on stderr.
     """
     from mdpd_deploy.artifacts.folders import free_path
@@ -61,17 +44,12 @@ def demo(
     folder = Path(out) if out is not None else free_path(Path("runs/demo"))
     say("1/5  MDPD: backbone and side network teach each other (1,000 digits, frozen ViT)")
     # The reported digits choose nothing: the last weights count, not the best on them.
-    last: dict[str, Any] = {
-        "task": "digits",
-        "epochs": epochs,
-        "quiet": quiet,
-        "set": ["train.keep=last"],
-    }
-    run = fit(out=folder, **last)
+    last: dict[str, Any] = {"epochs": epochs, "quiet": quiet, "set": ["train.keep=last"]}
+    run = fit(task="digits", out=folder, **last)
     say("2/5  linear probe on the same frozen backbone, for comparison")
-    probe = fit(method="probe", lr=1e-2, out=folder / "probe", **last)
+    probe = fit(task="digits", method="probe", lr=1e-2, out=folder / "probe", **last)
     say("3/5  norms and head trained directly, without a side network, for comparison")
-    norms = fit(method="norms", out=folder / "norms", **last)
+    norms = fit(task="digits", method="norms", out=folder / "norms", **last)
     say("4/5  the side network fades: export to ONNX, through every gate")
     bundle = export_run(run.path)
     say("5/5  latency in ONNX Runtime, batch 1: deployed, bare backbone, side-network rivals")
@@ -82,7 +60,7 @@ def demo(
 
 
 def _figures(
-    run: "Run", probe: "Run", norms: "Run", bundle: "Bundle", latency: dict[str, Any]
+    run: Run, probe: Run, norms: Run, bundle: Bundle, latency: dict[str, Any]
 ) -> dict[str, Any]:
     metrics, params = run.summary["metrics"], run.summary["params"]
     return {
@@ -150,25 +128,26 @@ def _write_page(path: Path, result: dict[str, Any]) -> None:
 
 
 def _print(result: dict[str, Any]) -> None:
-    from rich.table import Table
+    from mdpd_deploy.report.terminal import print_table
 
-    from mdpd_deploy.report.terminal import Console
-
-    table = Table(title=TITLE, show_header=False)
-    for name, value in _rows(result):
-        table.add_row(name, value, style="bold" if name == DEPLOYED else None)
-    console = Console()
-    console.print(table)
+    console = print_table(TITLE, ("", ""), _rows(result), bold={DEPLOYED})
     for line in result["warnings"]:
-        console.print(line, style="yellow", highlight=False)
-    for name in ("page", "report", "bundle"):
-        console.print(f"{name:8}{result[name]}", highlight=False, soft_wrap=True)
-    console.print(f"latency {result['latency_folder']}", highlight=False, soft_wrap=True)
+        console.print(line, style="yellow")
+    for name in ("page", "report", "bundle", "latency_folder"):
+        console.print(f"{name.removesuffix('_folder'):8}{result[name]}")
     console.print(
         "\nThe same on your own data, an image folder with train/CLASS/*.jpg\n"
         "(or a table: --text COLUMN --label COLUMN --backbone hf:NAME):\n"
         "  mdpd train --task classify --data FOLDER --backbone timm:vit_base_patch16_224\n"
         "  mdpd export --fmt onnx\n"
-        "  mdpd bench-latency",
-        highlight=False, markup=False,
-    )  # fmt: skip
+        "  mdpd bench-latency"
+    )
+
+
+@takes(demo)
+def command(json: Json = False, **asked: Any) -> None:
+    result = demo(**asked, quiet=json)
+    if json:
+        print_json(result)
+    else:
+        _print(result)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdpd_deploy.commands.torch_defaults import torch_defaults
+from mdpd_deploy.commands.verb import Json, print_json
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from mdpd_deploy.artifacts.tasks import BundleTask
     from mdpd_deploy.data.examples import Split
     from mdpd_deploy.data.preprocess import Preprocess
+    from mdpd_deploy.runtimes.base import Forward
     from mdpd_deploy.tasks.metrics import Values
 
-    Forward = Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def command(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON only.")] = False,
+    json: Json = False,
 ) -> None:
     """Measure a run or a bundle on data."""
     from mdpd_deploy.artifacts.bundle import is_bundle
@@ -78,9 +78,7 @@ def command(
     else:
         found = evaluate_run(run_or_bundle, data, batch=batch, device=device)
     if json:
-        import json as encoder
-
-        typer.echo(encoder.dumps(asdict(found), indent=2))
+        print_json(asdict(found))
     else:
         _print(found)
 
@@ -90,12 +88,7 @@ def evaluate_bundle(
 ) -> Evaluation:
     """Measure a bundle with ONNX Runtime.
 
-    Args:
-        path: The bundle.
-        data: A file or folder; None works where the data needs no path (`digits`, `hub:NAME`).
-        task: Which task to measure; needed where the bundle has several.
-        batch: Examples per run of the graph.
-        device: cpu or cuda.
+    Without data it works where the data needs no path (`digits`, `hub:NAME`).
 
     Raises:
         UserError: If the bundle or the data cannot be used.
@@ -149,12 +142,6 @@ def bundle_splits(bundle: Bundle, asked: BundleTask, data: str | None) -> dict[s
 def evaluate_run(path: Path | None, data: str | None, *, batch: int, device: str) -> Evaluation:
     """Measure a run with PyTorch: the deployed model and, for MDPD, its side network.
 
-    Args:
-        path: The run; None = the newest completed one.
-        data: A file or folder; None = the run's own evaluation data.
-        batch: Examples per forward pass.
-        device: cpu or cuda.
-
     Raises:
         UserError: If the run, the data or the device cannot be used.
     """
@@ -201,6 +188,7 @@ def _measure(
 
     from mdpd_deploy.artifacts.bundle import batches
     from mdpd_deploy.artifacts.scores import in_order
+    from mdpd_deploy.runtimes.base import only
     from mdpd_deploy.tasks.metrics import compute
 
     metrics = {}
@@ -210,7 +198,7 @@ def _measure(
         for raws in batches(examples.inputs, batch):
             arrays = preprocess(raws)
             for model, forward in models.items():
-                parts[model].append(forward(arrays))
+                parts[model].append(only(forward(arrays)))
         metrics[split] = {
             model: compute(names, np.concatenate(found), examples.labels)
             for model, found in parts.items()
@@ -223,18 +211,15 @@ def _sizes(splits: dict[str, Split]) -> dict[str, int]:
 
 
 def _print(found: Evaluation) -> None:
-    from rich.table import Table
-
-    from mdpd_deploy.report.terminal import Console
+    from mdpd_deploy.report.terminal import print_table
     from mdpd_deploy.tasks.metrics import metric_text
 
-    table = Table(title=f"{found.task} · {found.runtime} on {found.provider}")
-    for heading in ("split", "examples", "model", "metric", "value"):
-        table.add_column(heading)
-    for split, models in found.metrics.items():
-        for model, metrics in models.items():
-            for metric, value in metrics.items():
-                table.add_row(split, str(found.examples[split]), model, metric, metric_text(value))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
+    rows = [
+        (split, str(found.examples[split]), model, metric, metric_text(value))
+        for split, models in found.metrics.items()
+        for model, metrics in models.items()
+        for metric, value in metrics.items()
+    ]
+    title = f"{found.task} · {found.runtime} on {found.provider}"
+    console = print_table(title, ("split", "examples", "model", "metric", "value"), rows)
     console.print(f"measured: {found.source}")

@@ -1,36 +1,87 @@
-"""Options that several verbs have, spelled once, and how their words are split."""
+"""Options that several verbs have, written once; each stands for one option of the config or engine."""
 
-import re
-from typing import Annotated
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TypedDict
 
 import typer
 
-from mdpd_deploy.errors import UserError
-
-Data = Annotated[
-    str | None, typer.Option(help="File, folder or hub:NAME; for glue and vtab their root.")
-]
-EvalData = Annotated[str | None, typer.Option(help="Separate evaluation data.")]
-Text = Annotated[str | None, typer.Option(help="Text column, or two: A,B.")]
-Image = Annotated[str | None, typer.Option(help="Column of image paths.")]
-Label = Annotated[str | None, typer.Option(help="Label column.")]
-Backbone = Annotated[
-    str | None, typer.Option(help="timm:NAME, hf:NAME[@revision] or a local folder.")
-]
-Steps = Annotated[int | None, typer.Option(help="Optimiser steps of a training.")]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the data; default 10.")]
-Batch = Annotated[int | None, typer.Option(help="Examples per step; default 32.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+from mdpd_deploy.commands.names import METHODS, SIDES
 
 
-def split_words(text: str) -> list[str]:
-    """Split at commas outside brackets; empty words are left out."""
-    return [word.strip() for word in re.split(r",(?![^\[]*\])", text) if word.strip()]
+class SharedWords(TypedDict, total=False):
+    """The words of `mdpd compare` for what all its trainings share; `mdpd train` has them too."""
+
+    data: Annotated[
+        str | Path | None,
+        typer.Option(help="File, folder or hub:NAME; for glue and vtab their root."),
+        "data.path",
+    ]
+    eval_data: Annotated[
+        str | Path | None, typer.Option(help="Separate evaluation data."), "data.eval_path"
+    ]
+    text: Annotated[
+        str | Sequence[str] | None, typer.Option(help="Text column, or two: A,B."), "data.text"
+    ]
+    image: Annotated[str | None, typer.Option(help="Column of image paths."), "data.image"]
+    label: Annotated[str | None, typer.Option(help="Label column."), "data.label"]
+    backbone: Annotated[
+        str | Path | None,
+        typer.Option(help="timm:NAME, hf:NAME[@revision] or a local folder."),
+        "backbone.name",
+    ]
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of a training."), "train.steps"]
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data; default 10."), "train.epochs"
+    ]
+    batch: Annotated[int | None, typer.Option(help="Examples per step; default 32."), "train.batch"]
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda."), "train.device"]
 
 
-def split_numbers(text: str, option: str) -> list[int]:
-    """Split whole numbers at commas; `option` names them in the message."""
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} {text}: give whole numbers with commas, as in 1,8,32.") from None
+class TrainWords(SharedWords, total=False):
+    """The words of `mdpd train`."""
+
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="glue/NAME, vtab/NAME, classify, regress or digits; default: classify with --data "
+            "of classes, digits without --data."
+        ),
+        "task",
+    ]
+    method: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(METHODS)}. Default: mdpd."),
+        "method",
+    ]
+    side: Annotated[
+        str | None, typer.Option(help=f"{', '.join(SIDES)}. Default: unipt."), "side.name"
+    ]
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate."), "optim.lr"]
+    seed: Annotated[int | None, typer.Option(help="Of everything random; default 0."), "train.seed"]
+    out: Annotated[
+        Path | str | None, typer.Option(help="Run folder; default runs/DATE-TASK-METHOD."), "out"
+    ]
+
+
+class EngineWords(TypedDict, total=False):
+    """The words of `mdpd build-engine`, which `mdpd export --fmt trt` has too; None = not given."""
+
+    static_batch: Annotated[
+        int | None, typer.Option(help="One batch size instead of a range; 0: the range.")
+    ]
+    tf32: Annotated[bool | None, typer.Option(help="TF32 in FP32 products. Default: yes.")]
+    version_compatible: Annotated[
+        bool | None, typer.Option(help="Run on later releases of TensorRT too; slower.")
+    ]
+    hardware_compatible: Annotated[
+        str | None, typer.Option(help="none, ampere+ or same-compute-capability; slower.")
+    ]
+    refit: Annotated[bool | None, typer.Option(help="Norms and head can be exchanged.")]
+    workspace: Annotated[
+        int | None,
+        typer.Option(help="Memory limit of the build in MiB. Default: none."),
+        "workspace_mib",
+    ]

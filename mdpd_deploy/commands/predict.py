@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mdpd_deploy.commands.verb import Json, print_json
 from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,9 +38,7 @@ def command(
     runtime: Annotated[
         str, typer.Option(help="onnx; or trt: the bundle's TensorRT engine.")
     ] = "onnx",
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the predictions as JSON only.")
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Predict: a label with its probability, or a score."""
     from mdpd_deploy.artifacts.bundle import load_bundle
@@ -51,8 +50,6 @@ def command(
     runner = opened.runner(place, runtime=runtime)
     predictions = opened.predict(raws, batch, runner=runner, task=asked.name)
     if json:
-        import json as encoder
-
         rows = [
             {"input": name, **prediction.to_json(top)}
             for name, prediction in zip(names, predictions, strict=True)
@@ -63,7 +60,7 @@ def command(
             "provider": runner.provider,
             "predictions": rows,
         }
-        typer.echo(encoder.dumps(plain, indent=2))
+        print_json(plain)
     else:
         _print(names, predictions, top)
 
@@ -112,24 +109,10 @@ def _shown(raw: Raw) -> str:
 
 
 def _print(names: Sequence[str], predictions: Sequence[Prediction], top: int) -> None:
-    from rich.table import Table
+    from mdpd_deploy.report.terminal import print_table
 
-    from mdpd_deploy.report.terminal import Console
-
-    table = Table()
-    table.add_column("input", overflow="fold")
-    for heading in predictions[0].cells(top):
-        table.add_column(heading)
-    for name, prediction in zip(names, predictions, strict=True):
-        shown = name if len(name) <= SHOWN else f"{name[: SHOWN - 1]}…"
-        table.add_row(_plain(shown), *map(_plain, prediction.cells(top).values()))
-    Console(highlight=False).print(table)
-
-
-def _plain(text: str) -> Any:
-    """Keep brackets from being read as rich's markup, and widths those of what is shown."""
-    from rich.text import Text
-
-    from mdpd_deploy.text import shown
-
-    return Text(shown(text))
+    rows = [
+        (name if len(name) <= SHOWN else f"{name[: SHOWN - 1]}…", *prediction.cells(top).values())
+        for name, prediction in zip(names, predictions, strict=True)
+    ]
+    print_table(None, ["input", *predictions[0].cells(top)], rows)

@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack
 
 import typer
 
+from mdpd_deploy.commands.verb import REPEATED, takes
 from mdpd_deploy.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from mdpd_deploy.serve.ray_app import Scaling
 
 ENGINES = ("local", "ray")
 
 
-def command(
+class CoreWords(TypedDict, total=False):
+    """Fields of `CoreOptions` as a user gives them."""
+
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads in one operator; default the CPU quota.")
+    ]
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Most rows in one run; default the bundle's maximum.")
+    ]
+    max_delay_ms: Annotated[
+        float, typer.Option(min=0, help="How long an idle device waits for more rows.")
+    ]
+    queue: Annotated[
+        int, typer.Option(min=1, help="Most rows of a model in progress; more get a 503.")
+    ]
+    timeout_s: Annotated[
+        float, typer.Option(min=0.001, help="A request's time limit; later is a 504.")
+    ]
+    drain_s: Annotated[
+        int, typer.Option(min=1, help="After SIGTERM, time for requests in progress.")
+    ]
+    key: Annotated[Path, typer.Option(help="Public key, PEM, that must have signed every bundle.")]
+
+
+def serve(
     bundles: Annotated[
         list[str],
         typer.Argument(
             metavar="BUNDLE...", help="Folders of `mdpd export`, or NAME=FOLDER for another name."
         ),
     ],
+    *,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
     ] = "127.0.0.1",
@@ -36,39 +62,19 @@ def command(
     runtime: Annotated[
         str, typer.Option(help="onnx; or trt: the bundle's TensorRT engine.")
     ] = "onnx",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads in one operator; default the CPU quota.")
-    ] = None,
-    max_batch: Annotated[
-        int | None, typer.Option(min=1, help="Most rows in one run; default the bundle's maximum.")
-    ] = None,
-    max_delay_ms: Annotated[
-        float | None, typer.Option(min=0, help="How long an idle device waits for more rows.")
-    ] = None,
-    queue: Annotated[
-        int | None, typer.Option(min=1, help="Most rows of a model in progress; more get a 503.")
-    ] = None,
-    timeout_s: Annotated[
-        float | None, typer.Option(min=0.001, help="A request's time limit; later is a 504.")
-    ] = None,
     max_pixels: Annotated[
         int | None,
         typer.Option(min=1, max=40_000_000, help="Largest picture; default 25 million pixels."),
     ] = None,
-    drain_s: Annotated[
-        int | None, typer.Option(min=1, help="After SIGTERM, time for requests in progress.")
-    ] = None,
-    key: Annotated[
-        Path | None, typer.Option(help="Public key, PEM, that must have signed every bundle.")
-    ] = None,
     allow_host: Annotated[
-        list[str] | None,
+        Sequence[str],
         typer.Option(
             metavar="NAME",
             help="A name that clients call this server by; repeatable. Addresses and localhost "
             "always may, *.NAME is all below one.",
         ),
-    ] = None,
+        REPEATED,
+    ] = (),
     engine: Annotated[
         str, typer.Option(help="local: this process; ray: replicas on a Ray cluster.")
     ] = "local",
@@ -76,13 +82,14 @@ def command(
         str | None,
         typer.Option(metavar="N|MIN-MAX", help="Of --engine ray; default 1, a range autoscales."),
     ] = None,
+    **words: Unpack[CoreWords],
 ) -> None:
     """Serve bundles over HTTP: the Open Inference Protocol, raw texts and pictures, a page."""
     if engine not in ENGINES:
         raise unknown("--engine", engine, ENGINES)
     if replicas is not None and engine != "ray":
         raise UserError("--replicas belongs to --engine ray: add that, or leave it out.")
-    if threads is not None and runtime == "trt" and engine == "local":
+    if "threads" in words and runtime == "trt" and engine == "local":
         raise UserError(
             "--threads belongs to --runtime onnx: an engine runs on the GPU; leave it out."
         )
@@ -91,20 +98,13 @@ def command(
     from mdpd_deploy.serve.web.run import serve_bundles
 
     named = name_bundles(bundles)
-    asked: dict[str, Any] = {
-        "device": device or usual_device(runtime),
-        "runtime": runtime,
-        "threads": threads,
-        "max_batch": max_batch,
-        "max_delay_ms": max_delay_ms,
-        "queue": queue,
-        "timeout_s": timeout_s,
-        "drain_s": drain_s,
-        "key": key,
-        "allow_hosts": tuple(allow_host or ()),
-        "limits": Limits() if max_pixels is None else Limits(pixels=max_pixels),
-    }
-    options = CoreOptions(**{name: value for name, value in asked.items() if value is not None})
+    options = CoreOptions(
+        device=device or usual_device(runtime),
+        runtime=runtime,
+        allow_hosts=tuple(allow_host),
+        limits=Limits() if max_pixels is None else Limits(pixels=max_pixels),
+        **words,
+    )
 
     def say(url: str) -> None:
         typer.echo(f"serving {', '.join(named)} at {url}")
@@ -118,10 +118,13 @@ def command(
     serve_on_ray(named, options, scaling, host=host, port=port, on_ready=say)
 
 
+@takes(serve, words_last=True)
+def command(**asked: Any) -> None:
+    serve(**asked)
+
+
 def read_scaling(words: str) -> Scaling:
     """Return `N` or `MIN-MAX` replicas; `UserError` for anything else."""
-    import re
-
     from mdpd_deploy.serve.ray_app import Scaling
 
     found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", words)
@@ -137,8 +140,6 @@ def name_bundles(words: list[str]) -> dict[str, Path]:
     Raises:
         UserError: For a name that a URL cannot hold as it is, or one that is given twice.
     """
-    import re
-
     pairs = [word.partition("=") for word in words]
     plain = [
         word for word, (_, equals, _) in zip(words, pairs, strict=True)

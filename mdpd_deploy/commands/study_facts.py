@@ -76,7 +76,7 @@ def _time(
     import tempfile
 
     from mdpd_deploy.artifacts.folders import atomic_folder
-    from mdpd_deploy.commands.bench_latency import backbone_name, input_source
+    from mdpd_deploy.commands.subject import backbone_name, input_source
     from mdpd_deploy.machine import cpu_count
     from mdpd_deploy.serve.latency.benchmark import Grid, run_benchmark
     from mdpd_deploy.serve.latency.cells import Plan

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdpd_deploy.commands.options import split_words
-from mdpd_deploy.errors import UserError, unknown
+from mdpd_deploy.commands.options import SharedWords
+from mdpd_deploy.commands.verb import fields_of, split_words
+from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from mdpd_deploy.config import Config
     from mdpd_deploy.study import Ask, Plan
 
 METHODS = "probe,norms,bitfit,lora,full,unipt,mdpd:unipt"
-FACTORS = "0.3,1,3"
-FLAGS = ("data", "eval_data", "text", "image", "label", "backbone", "steps", "epochs", "batch",
-         "device")  # fmt: skip
+DEFAULT_FACTORS = (0.3, 1, 3)
+FACTORS = ",".join(map(str, DEFAULT_FACTORS))
 SHARED = ("task", "method", "out", "side.name", "train.seed", "train.steps", "train.epochs",
           "train.batch", "train.accumulate", "train.device")  # fmt: skip
 
@@ -25,7 +25,7 @@ SHARED = ("task", "method", "out", "side.name", "train.seed", "train.steps", "tr
 def shared_config(
     config: Path | str | Config | None,
     sets: Sequence[str],
-    flags: dict[str, Any],
+    words: Mapping[str, Any],
     *,
     guess: bool = False,
 ) -> tuple[Config, str]:
@@ -33,14 +33,12 @@ def shared_config(
 
     `guess` settles a task that it does not name by the data.
     """
-    from mdpd_deploy.commands.train import build_config
+    from mdpd_deploy.commands.run_config import build_config
     from mdpd_deploy.config import Config
 
-    for name in flags:
-        if name not in FLAGS:
-            raise unknown("compare", name, FLAGS)
+    fields_of(SharedWords, words, "compare")  # the others of `mdpd train` differ between methods
     plain = Config()
-    base = build_config(config, sets, flags, guess=guess)
+    base = build_config(config, sets, words, guess=guess)
     for name in ("method", "out", "side.name"):
         if base.flat()[name] != plain.flat()[name]:
             raise UserError(
@@ -160,7 +158,7 @@ def method_configs(
     base: Config, words: Sequence[str]
 ) -> tuple[dict[str, Config], dict[str, float]]:
     """Return label → config and label → learning rate of the methods that the words name."""
-    from mdpd_deploy.commands.train import build_config
+    from mdpd_deploy.commands.run_config import build_config
     from mdpd_deploy.train import apply_entry, check_options, parse_entry
 
     configs: dict[str, Config] = {}
@@ -196,13 +194,3 @@ def _refuse_difference(folder: Path, stored: Config, base: Config) -> None:
                 f"--out {folder} holds a comparison with {name}={before.get(name)}, and this one "
                 f"has {name}={value}: choose another folder."
             )
-
-
-def parse_factors(text: str) -> tuple[float, ...]:
-    """Read --lr-factors, numbers with commas; each once."""
-    try:
-        return tuple(dict.fromkeys(float(word) for word in split_words(text)))
-    except ValueError:
-        raise UserError(
-            f"--lr-factors {text}: give numbers with commas, as in {FACTORS}."
-        ) from None

@@ -32,7 +32,7 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from mdpd_deploy.errors import ExportError
 from mdpd_deploy.graphs.deltas import HEAD_BIAS, HEAD_WEIGHT, Tensors
-from mdpd_deploy.runtimes.onnx import TASK_ID
+from mdpd_deploy.runtimes.base import TASK_ID
 
 Form = Literal["explicit", "fused", "tensorrt"]
 OUTPUT = "outputs"  # logits of one task, scores of another

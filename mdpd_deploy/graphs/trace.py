@@ -1,14 +1,16 @@
 """One torch module → one ONNX graph: what export and the benchmark both need.
 
 The graph takes the backbone's inputs by name with a named `batch` axis (text: also `sequence`)
-and returns one tensor, `logits` or `scores`. It is opset 20 with eager attention, holds only
+and gives the model's outputs by name, as `logits` or `scores`. It is opset 20 with eager attention, holds only
 operators of the default domain and carries no stack trace, path or other note of the machine that
 made it. How two graphs are compared is in `graph_signature.py`.
 """
 
 import contextlib
+import re
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ OPSET = (
     20  # the exporter's default in torch 2.11 to 2.15; LayerNorm is one node, all runtimes read it
 )
 EXTERNAL_ABOVE_BYTES = 1_500_000_000  # protobuf cannot pass 2 GB; beyond this weights get a file
+_WORD = re.compile(r"[a-z][a-z0-9_]*")
 EXAMPLE_BATCH, EXAMPLE_TOKENS = 2, 7  # a batch of 1 or an even length can hide a fixed axis
 
 
@@ -47,13 +50,13 @@ class OnnxGraph:
     Attributes:
         path: The `.onnx` file; `path.name + ".data"` lies beside it when the weights are large.
         input_names: The graph's inputs in order.
-        output_name: What the head calls its result, e.g. `logits`.
+        output_names: The graph's outputs in order, e.g. `logits`.
         nodes: How many operators it runs.
     """
 
     path: Path
     input_names: tuple[str, ...]
-    output_name: str
+    output_names: tuple[str, ...]
     nodes: int
 
 
@@ -73,6 +76,7 @@ def export_onnx(
             this module.
     """
     weights = sum(_checked_bytes(name, tensor) for name, tensor in model.state_dict().items())
+    _refuse_operator_names(model.output_names)
     program = _trace(model)
     external = weights > external_above_bytes
     program.save(str(path), external_data=external)
@@ -80,9 +84,10 @@ def export_onnx(
     strip_notes(proto)
     axes = axes_of(model)
     _check_rules(proto, axes)
+    _check_names(proto, model.output_names)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path), full_check=True)
-    return OnnxGraph(path, tuple(axes), output_name_of(model), len(proto.graph.node))
+    return OnnxGraph(path, tuple(axes), model.output_names, len(proto.graph.node))
 
 
 def axes_of(model: TaskModel) -> dict[str, dict[int, str]]:
@@ -92,9 +97,29 @@ def axes_of(model: TaskModel) -> dict[str, dict[int, str]]:
     return {name: axes for name in model.backbone.input_names}
 
 
-def output_name_of(model: TaskModel) -> str:
-    """Return what the head calls its result."""
-    return model.head.output
+def _refuse_operator_names(names: Sequence[str]) -> None:
+    """Refuse outputs called like an operator, as runtimes may call values inside the graph."""
+    operators = {schema.name.lower() for schema in onnx.defs.get_all_schemas()}
+    for name in names:
+        if not _WORD.fullmatch(name) or name in operators:
+            raise ExportError(
+                f"an output cannot be called {name!r}: use lowercase words that are not the name of "
+                "an operator, e.g. image_vector."
+            )
+
+
+def _check_names(proto: onnx.ModelProto, outputs: Sequence[str]) -> None:
+    """Every value of the graph has a name of its own, and the outputs have those asked for."""
+    graph = proto.graph
+    if [value.name for value in graph.output] != list(outputs):
+        raise ExportError("the graph's outputs are not the model's, in order.")
+    made = [name for node in graph.node for name in node.output if name]
+    names = Counter([*made, *(v.name for v in graph.input), *(t.name for t in graph.initializer)])
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise ExportError(
+            f"two values of the graph are called {twice[0]!r}: name outputs otherwise."
+        )
 
 
 def _checked_bytes(name: str, tensor: torch.Tensor) -> int:
@@ -129,7 +154,7 @@ def _trace(model: TaskModel) -> Any:
                 dynamo=True,
                 dynamic_shapes=(tuple(axes[name] for name in names),),
                 input_names=names,
-                output_names=[output_name_of(model)],
+                output_names=list(model.output_names),
                 opset_version=OPSET,
                 verbose=False,
             )

@@ -6,7 +6,6 @@ pages. Equal input gives equal text.
 """
 
 import io
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,6 +153,11 @@ def pareto_front(dots: Sequence[Dot]) -> list[Dot]:
     return front
 
 
+_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
+_PLACES = [(reach, *side) for reach in (6, 14, 24, 36) for side in _SIDES]  # of a name, in points
+_HELD = {1: ("left", 0.0), 0: ("center", 0.5), -1: ("right", 1.0)}  # at the end near its dot
+
+
 def _name_dots(axes: Axes, dots: Sequence[Dot]) -> None:
     """Write each name beside its dot, in its colour, where it covers no dot and no other name if that can be."""
     scale = axes.figure.dpi / 72
@@ -161,43 +165,31 @@ def _name_dots(axes: Axes, dots: Sequence[Dot]) -> None:
     near = 4 * scale
     taken = [(x - near, y - near, x + near, y + near) for x, y in spots]
     frame = axes.get_window_extent()
+
+    def cost(box: tuple[float, ...]) -> float:
+        outside = box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1
+        return sum(_overlap(box, other) for other in taken) + 1e6 * outside
+
     for dot, (x, y) in sorted(zip(dots, spots, strict=True), key=lambda pair: pair[1]):
         lines = dot.name.split("\n")
-        width = 5.0 * scale * max(map(len, lines))
-        height = 9.5 * scale * len(lines)
-        best, least = None, math.inf
-        for reach in (6, 14, 24, 36):
-            for side, rise in (
-                (1, 0),
-                (-1, 0),
-                (0, 1),
-                (0, -1),
-                (1, 1),
-                (1, -1),
-                (-1, 1),
-                (-1, -1),
-            ):
-                middle_x = x + side * (reach * scale + width / 2)
-                middle_y = y + rise * (reach * scale + height / 2)
-                box = (middle_x - width / 2, middle_y - height / 2,
-                       middle_x + width / 2, middle_y + height / 2)  # fmt: skip
-                outside = box[0] < frame.x0 or box[2] > frame.x1
-                outside |= box[1] < frame.y0 or box[3] > frame.y1
-                cost = sum(_overlap(box, other) for other in taken) + 1e6 * outside + reach
-                if cost < least:
-                    best, least = (box, side), cost
-        assert best is not None
-        box, side = best
+        width, height = 5.0 * scale * max(map(len, lines)), 9.5 * scale * len(lines)
+        boxes = []
+        for reach, side, rise in _PLACES:
+            left = x + side * (reach * scale + width / 2) - width / 2
+            low = y + rise * (reach * scale + height / 2) - height / 2
+            boxes.append((left, low, left + width, low + height))
+        costs = [cost(box) + place[0] for box, place in zip(boxes, _PLACES, strict=True)]
+        best = costs.index(min(costs))
+        box = boxes[best]
         taken.append(box)
-        # Held at the end near its dot: a reader's font may be wider than the one assumed here.
-        held = {1: ("left", box[0], 0.0), 0: ("center", (box[0] + box[2]) / 2, 0.5),
-                -1: ("right", box[2], 1.0)}  # fmt: skip
-        align, place, end = held[side]
-        at_x, at_y = axes.transData.inverted().transform((place, (box[1] + box[3]) / 2))
+        align, end = _HELD[_PLACES[best][1]]  # a reader's font may be wider than the one assumed
+        place = (box[0] + end * width, (box[1] + box[3]) / 2)
+        at_x, at_y = axes.transData.inverted().transform(place)
+        colour = _SERIES[dot.colour - 1]
         axes.annotate(
             dot.name, (dot.x, dot.y), xytext=(float(at_x), float(at_y)),
-            ha=align, va="center", color=_SERIES[dot.colour - 1],
-            arrowprops=dict(arrowstyle="-", color=_SERIES[dot.colour - 1], linewidth=0.5,
+            ha=align, va="center", color=colour,
+            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.5,
                             relpos=(end, 0.5), shrinkA=0, shrinkB=2),
         )  # fmt: skip
 

@@ -18,9 +18,8 @@ from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import Read
 from mdpd_deploy.graphs.deltas import Delta
-from mdpd_deploy.runtimes.onnx import TASK_ID, Forward, OnnxRunner
-
-Arrays = dict[str, NDArray[Any]]
+from mdpd_deploy.runtimes.base import TASK_ID, Arrays, Forward, Outputs, first_columns
+from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 
 def mixed_batch(requests: Sequence[tuple[BundleTask, Raw]]) -> Arrays:
@@ -59,16 +58,16 @@ def _joined(count: int, parts: Sequence[tuple[list[int], Arrays, int]]) -> Array
 
 
 class TaskRunner:
-    """One task of an open mixed graph: arrays in, the task's own outputs [B, C] out."""
+    """One task of an open mixed graph: arrays in, the task's own columns [B, C] out."""
 
     def __init__(self, runner: Forward, task: BundleTask) -> None:
         self.runner = runner
         self.task = task
 
-    def __call__(self, arrays: Arrays, /) -> NDArray[np.float32]:
+    def __call__(self, arrays: Mapping[str, NDArray[Any]], /) -> Outputs:
         rows = len(next(iter(arrays.values())))
         ids = np.full(rows, self.task.index, dtype=np.int64)
-        return self.runner({**arrays, TASK_ID: ids})[:, : self.task.width]
+        return first_columns(self.runner({**arrays, TASK_ID: ids}), self.task.width)
 
 
 class Swap(Mapping[str, Forward]):
@@ -128,5 +127,5 @@ class _Fed:
         self._width = delta.width
         self._weights = delta.fit(base.replaceable)
 
-    def __call__(self, arrays: Arrays, /) -> NDArray[np.float32]:
-        return self._base({**arrays, **self._weights})[:, : self._width]
+    def __call__(self, arrays: Mapping[str, NDArray[Any]], /) -> Outputs:
+        return first_columns(self._base({**arrays, **self._weights}), self._width)

@@ -3,9 +3,9 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,8 @@ from mdpd_deploy.artifacts.manifest import EXTERNAL_FILE
 from mdpd_deploy.errors import UserError, WorkFailed, missing_extra
 from mdpd_deploy.files import Read
 from mdpd_deploy.machine import cpu_count
+from mdpd_deploy.runtimes.base import TASK_ID, Outputs, check_task_ids
 
-TASK_ID = "task_id"  # input int64 [B] of a graph that answers many tasks: which one each row asks
 TASKS_NOTE = "mdpd.tasks"  # note of such a graph: its tasks in the order of `task_id`
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -27,48 +27,8 @@ COMPUTE_OPS = frozenset({"MatMul", "Gemm", "Conv", "LayerNormalization", "Softma
 SLOW_FUSIONS = {"cpu": ["SkipLayerNormFusion"]}
 
 
-class Forward(Protocol):
-    """Anything that maps a batch of named arrays to outputs [B, C]."""
-
-    def __call__(self, arrays: dict[str, NDArray[Any]], /) -> NDArray[np.float32]: ...
-
-
-class Runner(Forward, Protocol):
-    """A batch of named arrays in, one array [B, C] out, whatever runs it.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        provider: What runs it, as it calls itself.
-        input_names: The graph's inputs in order.
-        output_name: The graph's output.
-        metadata: The graph's own `mdpd.*` notes.
-        max_batch: The largest batch it takes; None = any.
-        failed: Why it answers no more, so that its process is to be started again; None while all
-            is well.
-    """
-
-    device: str
-    provider: str
-    input_names: tuple[str, ...]
-    output_name: str
-    metadata: dict[str, str]
-    max_batch: int | None
-    failed: str | None
-
-
-def run_cut(runner: Runner, arrays: dict[str, NDArray[Any]], /) -> NDArray[np.float32]:
-    """Run a batch of any size in pieces that the runner takes; outputs [B, C]."""
-    rows = len(next(iter(arrays.values())))
-    size = runner.max_batch or rows
-    parts = [
-        runner({name: array[start : start + size] for name, array in arrays.items()})
-        for start in range(0, rows, size)
-    ]
-    return np.concatenate(parts)
-
-
 class OnnxRunner:
-    """A batch of named arrays in, one array out.
+    """A graph in ONNX Runtime: a batch of named arrays in, its outputs by name out.
 
     Args:
         path: The `.onnx` file.
@@ -80,7 +40,7 @@ class OnnxRunner:
     Attributes:
         provider: The execution provider that the session really uses.
         input_names: The graph's inputs in order.
-        output_name: The graph's output.
+        output_names: The graph's outputs in order.
         metadata: The graph's own `mdpd.*` notes.
         task_names: Tasks by `task_id`; empty for a graph without that input.
         replaceable: Weights that a run may be fed in place of the graph's own, with their shapes.
@@ -110,8 +70,7 @@ class OnnxRunner:
         self._session = open_session(path, device, self.threads, entries=entries, read=read)
         self.provider: str = self._session.get_providers()[0]
         self.input_names = tuple(item.name for item in self._session.get_inputs())
-        (output,) = self._session.get_outputs()
-        self.output_name: str = output.name
+        self.output_names = tuple(item.name for item in self._session.get_outputs())
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         tasks = json.loads(self.metadata.get(TASKS_NOTE, "[]"))
         self.task_names = tuple(str(task["name"]) for task in tasks)
@@ -119,14 +78,14 @@ class OnnxRunner:
             item.name: tuple(item.shape) for item in self._session.get_overridable_initializers()
         }
 
-    def __call__(self, arrays: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def __call__(self, arrays: Mapping[str, NDArray[Any]], /) -> Outputs:
         """Run one batch.
 
         Args:
             arrays: Every input by name, batch axis first.
 
         Returns:
-            The output [B, C], float32.
+            Every output by name, batch axis first, float32.
 
         Raises:
             UserError: If `task_id` is missing or names no task. ONNX Runtime counts a negative one
@@ -136,39 +95,13 @@ class OnnxRunner:
         if TASK_ID in self.input_names:
             check_task_ids(arrays, self.task_names)
         try:
-            (result,) = self._session.run([self.output_name], arrays)
+            results = self._session.run(list(self.output_names), dict(arrays))
         except Exception as err:  # ONNX Runtime has no base class of its own for these
             raise WorkFailed(
                 f"ONNX Runtime could not run the graph: {str(err).splitlines()[0][:300]}"
             ) from err
-        return np.asarray(result, dtype=np.float32)
-
-
-def check_task_ids(arrays: Mapping[str, NDArray[Any]], names: Sequence[str]) -> None:
-    """Refuse a mixed batch unless every row names one of the tasks.
-
-    Args:
-        arrays: The graph's inputs, batch axis first.
-        names: The tasks in the order of `task_id`.
-
-    Raises:
-        UserError: With the valid values.
-    """
-    valid = ", ".join(f"{index} ({name})" for index, name in enumerate(names[:8]))
-    more = f", … {len(names) - 1} ({names[-1]})" if len(names) > 8 else ""
-    wanted = f"give int64 [batch] with values of {valid}{more}"
-    ids = arrays.get(TASK_ID)
-    rows = {array.shape[:1] for name, array in arrays.items() if name != TASK_ID}
-    if ids is None:
-        raise UserError(f"this graph answers several tasks and {TASK_ID} is missing: {wanted}.")
-    if ids.dtype != np.int64 or ids.ndim != 1 or {ids.shape} != rows:
-        counts = ", ".join(str(count) for shape in sorted(rows) for count in shape)
-        raise UserError(
-            f"{TASK_ID} is {ids.dtype} {list(ids.shape)}, other inputs have {counts} rows: {wanted}."
-        )
-    outside = ids[(ids < 0) | (ids >= len(names))]
-    if len(outside):
-        raise UserError(f"{TASK_ID} {outside[0]} names no task: {wanted}.")
+        pairs = zip(self.output_names, results, strict=True)
+        return {name: np.asarray(result, dtype=np.float32) for name, result in pairs}
 
 
 def provider_of(device: str) -> str:

@@ -2,9 +2,11 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from mdpd_deploy.artifacts.scores import key_of, split_name
 from mdpd_deploy.report.intervals import student_interval
@@ -137,6 +139,13 @@ class Results:
     latency_setting: str
     facts: Mapping[str, Any]
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Results":
+        """Return what `to_dict` has written."""
+        own = {"rows", "latency", "latency_setting"}
+        facts = {name: value for name, value in plain.items() if name not in own}
+        return TypeAdapter(cls).validate_python({**plain, "facts": facts})
+
     @property
     def tasks(self) -> tuple[str, ...]:
         """Every task once, in order."""
@@ -147,7 +156,8 @@ class Results:
         """Every label once: those with a score on every task first, the best of them at the top."""
         labels = dict.fromkeys(row.method for row in self.rows)
         overall = {label: self.overall(label) for label in labels}
-        return tuple(sorted(labels, key=lambda label: -_or(overall[label], -9.0)))
+        order = {label: -9.0 if mean is None else mean for label, mean in overall.items()}
+        return tuple(sorted(labels, key=order.__getitem__, reverse=True))
 
     def of(self, method: str) -> list[Row]:
         """Return a method's rows."""
@@ -218,37 +228,36 @@ def collect(
 
 
 def _row(outcome: CellOutcome) -> Row:
-    cell = outcome.cell
-    good = {seed: found for seed, found in outcome.seeds.items() if found.summary is not None}
-    summaries = [found.summary for found in good.values() if found.summary is not None]
-    first = summaries[0] if summaries else None
-    repeats = {seed: found for seed, found in outcome.seeds.items() if seed != cell.seeds[0]}
+    cell, seeds = outcome.cell, outcome.seeds
+    summaries = [found.summary for found in seeds.values() if found.summary is not None]
+    first: dict[str, Any] = summaries[0] if summaries else {}
+    split = "test" if "metrics_test" in first else "validation"
+    scores = {seed: s for seed, found in seeds.items() if (s := found.score(split)) is not None}
     tried = [(factor, cell.seeds[0], found) for factor, found in outcome.sweep.items()]
-    tried += [(outcome.factor or 1.0, seed, found) for seed, found in repeats.items()]
-    split = "test" if first is not None and "metrics_test" in first else "validation"
-    scores = {seed: score for seed, o in good.items() if (score := o.score(split)) is not None}
+    tried += [
+        (outcome.factor or 1.0, seed, o) for seed, o in seeds.items() if seed != cell.seeds[0]
+    ]
+    metric, params = first.get("primary_metric", ""), first.get("params", {})
+    chosen_on_it = len(outcome.sweep) > 1 or first.get("weights_chosen_on") == split
     return Row(
         task=cell.task,
         method=cell.method,
-        metric=first["primary_metric"] if first else "",
+        metric=metric,
         split=split,
-        examples=(first or {}).get("data", {}).get(split),
-        optimistic=split == "validation"
-        and (len(outcome.sweep) > 1 or bool(first and first.get("weights_chosen_on") == split)),
+        examples=first.get("data", {}).get(split),
+        optimistic=split == "validation" and chosen_on_it,
         score=_spread(scores.values()),
         scores=scores,
         gap=None,
-        validation=_spread(found.score() for found in good.values()),
-        side=_spread(_side(summary, split) for summary in summaries),
-        majority=first.get(key_of("majority", split), {}).get(first["primary_metric"])
-        if first
-        else None,
+        validation=_spread(found.score() for found in seeds.values()),
+        side=_spread(s[key_of("metrics", split)].get("side", {}).get(metric) for s in summaries),
+        majority=first.get(key_of("majority", split), {}).get(metric),
         factor=outcome.factor,
         lr=outcome.lr,
         sweep={f"{factor:g}": found.score() for factor, found in outcome.sweep.items()},
-        trained=first["params"]["trained"] if first else None,
-        deployed_delta=first["params"]["deployed_delta"] if first else None,
-        peak_live_bytes=first["memory"].get("peak_live_bytes") if first else None,
+        trained=params.get("trained"),
+        deployed_delta=params.get("deployed_delta"),
+        peak_live_bytes=first.get("memory", {}).get("peak_live_bytes"),
         train_s=statistics.mean(s["time"]["train_s"] for s in summaries) if summaries else None,
         failures=tuple(
             f"lr×{factor:g} seed {seed}: {found.reason}"
@@ -258,16 +267,6 @@ def _row(outcome: CellOutcome) -> Row:
     )
 
 
-def _or(value: float | None, other: float) -> float:
-    return other if value is None else value
-
-
-def _spread(values: Any) -> Spread | None:
+def _spread(values: Iterable[float | None]) -> Spread | None:
     known = [value for value in values if value is not None]
     return Spread.of(known) if known else None
-
-
-def _side(summary: dict[str, Any], split: str) -> float | None:
-    metrics = summary[key_of("metrics", split)]
-    value = metrics.get("side", {}).get(summary["primary_metric"])
-    return None if value is None else float(value)

@@ -47,7 +47,7 @@ def run_trials(
     """
     cells = plan.cells()
     total = sum(len(cell.factors) + len(cell.seeds) - 1 for cell in cells)
-    outcomes: dict[tuple[str, str, float, int], Outcome] = {}
+    outcomes: dict[Path, Outcome] = {}
     waiting: dict[Future[Outcome], tuple[Trial, Cell]] = {}
     already: set[Future[Outcome]] = set()
 
@@ -70,13 +70,13 @@ def run_trials(
             ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in ended:
                 trial, cell = waiting.pop(future)
-                outcome = outcomes[_key(trial)] = _ended(future, study / TRIALS / trial.folder)
+                outcome = outcomes[trial.folder] = _ended(future, study / TRIALS / trial.folder)
                 words = f"{_words(outcome)}{' (found)' if future in already else ''}"
                 say(f"[{len(outcomes)}/{total}] {trial}: {words}")
                 if trial.seed != cell.seeds[0]:
                     continue
-                if all(_key(other) in outcomes for other in plan.sweep(cell)):
-                    chosen = choose({t.factor: outcomes[_key(t)] for t in plan.sweep(cell)})
+                if all(other.folder in outcomes for other in plan.sweep(cell)):
+                    chosen = choose({t.factor: outcomes[t.folder] for t in plan.sweep(cell)})
                     repeats = [] if chosen is None else plan.repeats(cell, chosen)
                     total -= len(cell.seeds) - 1 - len(repeats)
                     for repeat in repeats:
@@ -109,21 +109,15 @@ def choose(sweep: dict[float, Outcome]) -> float | None:
     return max(ended, key=worth, default=None)
 
 
-def _cell_outcome(
-    plan: Plan, cell: Cell, outcomes: dict[tuple[str, str, float, int], Outcome]
-) -> CellOutcome:
-    sweep = {trial.factor: outcomes[_key(trial)] for trial in plan.sweep(cell)}
+def _cell_outcome(plan: Plan, cell: Cell, outcomes: dict[Path, Outcome]) -> CellOutcome:
+    sweep = {trial.factor: outcomes[trial.folder] for trial in plan.sweep(cell)}
     factor = choose(sweep)
     if factor is None:
         return CellOutcome(cell, sweep, None, None, {})
     seeds = {cell.seeds[0]: sweep[factor]}
-    seeds |= {trial.seed: outcomes[_key(trial)] for trial in plan.repeats(cell, factor)}
+    seeds |= {trial.seed: outcomes[trial.folder] for trial in plan.repeats(cell, factor)}
     rate = plan.trial(cell, factor, cell.seeds[0]).config.optim.lr
     return CellOutcome(cell, sweep, factor, rate, seeds)
-
-
-def _key(trial: Trial) -> tuple[str, str, float, int]:
-    return trial.task, trial.method, trial.factor, trial.seed
 
 
 def _words(outcome: Outcome) -> str:

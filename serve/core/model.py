@@ -15,7 +15,7 @@ from mdpd_deploy.checks.replay import prove
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError, WorkFailed
-from mdpd_deploy.runtimes.onnx import TASK_ID, Runner
+from mdpd_deploy.runtimes.base import TASK_ID, Runtime, only
 from mdpd_deploy.serve.core.graph_values import read_value_ranges
 from mdpd_deploy.serve.core.json_limit import texts_limit
 from mdpd_deploy.serve.core.options import CoreOptions
@@ -37,10 +37,10 @@ VERSION = "1"  # a bundle is one version; another one is another bundle
 ENTRIES = {"session.intra_op.allow_spinning": "0"}
 
 
-RunnerFactory = Callable[[Bundle, CoreOptions], Runner]
+RunnerFactory = Callable[[Bundle, CoreOptions], Runtime]
 
 
-def open_runner(bundle: Bundle, options: CoreOptions) -> Runner:
+def open_runner(bundle: Bundle, options: CoreOptions) -> Runtime:
     """Open a bundle's graph, or its engine; see `Bundle.runner` for what it raises."""
     return bundle.runner(options.device, options.threads, runtime=options.runtime, entries=ENTRIES)
 
@@ -79,14 +79,14 @@ class ServedModel:
     ) -> None:
         self.name = name
         self.bundle, _ = load_signed(path, options.key)
-        manifest = self.bundle.manifest
+        graph = self.bundle.graph()
         self.runner = make_runner(self.bundle, options)
         self.tasks: dict[str, BundleTask] = {task.name: task for task in self.bundle.tasks}
         ranges = read_value_ranges(path / MODEL_FILE, self.bundle.read) | {
             TASK_ID: (0, len(self.tasks) - 1)
         }
-        self.inputs = read_specs(manifest["inputs"], manifest["shapes"], ranges)
-        self.outputs = read_specs(manifest["outputs"], manifest["shapes"], {})
+        self.inputs = read_specs(graph["inputs"], graph["shapes"], ranges)
+        self.outputs = read_specs(graph["outputs"], graph["shapes"], {})
         self.max_batch = self._choose_max_batch(options.max_batch)
         limits = options.limits
         self.texts_limit = texts_limit(self.max_batch, limits.text_bytes, limits.texts_bytes)
@@ -193,7 +193,7 @@ class ServedModel:
             raise draining()
         counts = [len(job[self.inputs[0].name]) for job in jobs]
         rows = sum(counts)
-        outputs = self.runner(self._collate(jobs, rows))[:rows]
+        outputs = only(self.runner(self._collate(jobs, rows)))[:rows]
         if not np.isfinite(outputs).all():
             if len(jobs) > 1:  # whose it is comes out when they are run apart
                 raise FloatingPointError("an output is not finite")

@@ -345,7 +345,7 @@ class RequestCore:
             with self._batchers[name].reserve(rows):
                 arrays = await prepare(chosen)
                 done: Done = await self._batchers[name].submit(arrays, rows)
-        predictions = tuple(chosen.decode(done.outputs))
+        predictions = tuple(chosen.decode({model.outputs[0].name: done.outputs}))
         times = done.queue_ms, done.compute_ms, done.batch_rows
         return Answer(model.name, chosen.name, predictions, *times)
 

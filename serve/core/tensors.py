@@ -103,8 +103,8 @@ def read_specs(
     """Return the specs of a manifest's inputs or outputs.
 
     Args:
-        ports: `manifest["inputs"]` or `["outputs"]`.
-        shapes: `manifest["shapes"]`: the range of every named axis.
+        ports: `inputs` or `outputs` of the graph's entry.
+        shapes: Its `shapes`: the range of every named axis.
         values: Ranges of values by input name, where known.
     """
     return tuple(

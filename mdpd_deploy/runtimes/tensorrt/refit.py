@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mdpd_deploy.checks.engine_parity import Case, Limits, compare_engine
 from mdpd_deploy.errors import UserError, VerificationError, WorkFailed
+from mdpd_deploy.runtimes.base import Outputs, first_columns, only
 from mdpd_deploy.runtimes.tensorrt.library import import_trt, said
 from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
 
@@ -40,8 +41,8 @@ def apply_delta(
     Args:
         runner: An engine built with `--refit`.
         tensors: A value for every refittable weight, by its ONNX name.
-        golden: Inputs of the task with the outputs [B, C] they must give; a head narrower than the
-            engine's fills C of its columns.
+        golden: Inputs of the task with the one output [B, C] they must give; a head narrower than
+            the engine's fills C of its columns.
         tolerance: Largest difference of an output, in standard deviations of the golden outputs.
         previous: What the engine holds now; put back when the new weights fail, so that the engine
             goes on with the task it had. Without it a failed refit leaves the engine `failed`.
@@ -87,14 +88,14 @@ class _Columns:
 
     def __init__(self, runner: TrtRunner, golden: Case) -> None:
         self.device, self.provider = runner.device, runner.provider
-        self.input_names, self.output_name = runner.input_names, runner.output_name
+        self.input_names, self.output_names = runner.input_names, runner.output_names
         self.metadata, self.max_batch = runner.metadata, runner.max_batch
         self.failed = runner.failed
         self._runner = runner
-        self._count = None if golden.expected is None else golden.expected.shape[1]
+        self._count = None if golden.expected is None else only(golden.expected).shape[1]
 
-    def __call__(self, arrays: dict[str, NDArray[Any]], /) -> NDArray[np.float32]:
-        return self._runner(arrays)[:, : self._count]
+    def __call__(self, arrays: Mapping[str, NDArray[Any]], /) -> Outputs:
+        return first_columns(self._runner(arrays), self._count)
 
 
 def _checked(runner: TrtRunner, tensors: Tensors) -> dict[str, NDArray[Any]]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdpd_deploy.errors import UserError, WorkFailed
+from mdpd_deploy.runtimes.base import Outputs
 from mdpd_deploy.runtimes.tensorrt.cuda import current_gpu
 from mdpd_deploy.runtimes.tensorrt.execution import Execution, Shape
 from mdpd_deploy.runtimes.tensorrt.library import import_trt, open_engine, recording_logger
@@ -41,7 +42,7 @@ class EngineInput:
 
 
 class TrtRunner:
-    """A batch of named arrays in, one array out.
+    """An engine: a batch of named arrays in, its outputs by name out.
 
     A batch below the engine's smallest is filled up with copies of its last row, which are dropped
     again: a static engine computes all of its rows anyway. Everything else outside the engine's
@@ -57,7 +58,7 @@ class TrtRunner:
         device: "cuda".
         provider: "TensorRT" with its version.
         input_names: The engine's inputs in order.
-        output_name: The engine's output.
+        output_names: The engine's outputs in order.
         inputs: Dtype and range of shapes of every input.
         max_batch: The largest batch.
         stream: What calls run on.
@@ -88,24 +89,20 @@ class TrtRunner:
         self.engine, self._runtime = open_engine(
             trt, plan, self.logger, host_code=host_code, sha256=sha256
         )
-        self.inputs, outputs = _ports(trt, self.engine)
-        self.input_names = tuple(self.inputs)
-        if len(outputs) != 1:
-            raise WorkFailed(f"the engine {plan.name} has {len(outputs)} outputs, expected one.")
-        self._outputs = outputs
-        (self.output_name,) = outputs
+        self.inputs, self._outputs = _ports(trt, self.engine)
+        self.input_names, self.output_names = tuple(self.inputs), tuple(self._outputs)
         self.max_batch: int | None = min(port.high[0] for port in self.inputs.values())
         self._execution = self.execution()
         self.stream = self._execution.stream
 
-    def __call__(self, arrays: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def __call__(self, arrays: Mapping[str, NDArray[Any]], /) -> Outputs:
         """Run one batch.
 
         Args:
             arrays: Every input by name, batch axis first.
 
         Returns:
-            The output [B, C], float32.
+            Every output by name, batch axis first, float32.
 
         Raises:
             UserError: If a name, dtype or shape is not one of the engine's.
@@ -117,11 +114,11 @@ class TrtRunner:
             try:
                 self._execution.load(checked)
                 self._execution.run()
-                found = self._execution.fetch()[self.output_name]
+                found = self._execution.fetch()
             except WorkFailed as err:
                 self.failed = str(err)
                 raise
-        return np.asarray(found[:rows], dtype=np.float32)
+        return {name: np.asarray(array[:rows], dtype=np.float32) for name, array in found.items()}
 
     def execution(self) -> Execution:
         """Return a further context on the same engine, for a caller that keeps inputs loaded."""

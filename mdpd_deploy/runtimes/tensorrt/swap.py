@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from mdpd_deploy.checks.engine_parity import Case
-from mdpd_deploy.runtimes.onnx import Forward
+from mdpd_deploy.runtimes.base import Forward, Outputs, first_columns, only
 from mdpd_deploy.runtimes.tensorrt.refit import Tensors, apply_delta
 from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
 
@@ -25,7 +24,7 @@ class SwapTask:
 
     Attributes:
         tensors: A value for every refittable weight (`Delta.fit`).
-        golden: Inputs with the outputs [B, C] that they must give; C is the task's own width.
+        golden: Inputs with the one output [B, C] that they must give; C is the task's own width.
     """
 
     tensors: Tensors
@@ -35,7 +34,7 @@ class SwapTask:
     def width(self) -> int:
         """C."""
         assert self.golden.expected is not None
-        return int(self.golden.expected.shape[1])
+        return int(only(self.golden.expected).shape[1])
 
 
 class EngineSwap(Mapping[str, Forward]):
@@ -80,11 +79,11 @@ class EngineSwap(Mapping[str, Forward]):
             )
             self.in_place = name
 
-    def run(self, name: str, arrays: dict[str, NDArray[Any]], /) -> NDArray[np.float32]:
+    def run(self, name: str, arrays: Mapping[str, NDArray[Any]], /) -> Outputs:
         """Answer a batch as a task, which is put in first if need be."""
         with self.runner.lock:
             self.put_in(name)
-            return self.runner(arrays)[:, : self._tasks[name].width]
+            return first_columns(self.runner(arrays), self._tasks[name].width)
 
     def __getitem__(self, name: str) -> Forward:
         if name not in self._tasks:

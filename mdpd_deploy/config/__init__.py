@@ -1,0 +1,29 @@
+"""The options of a run (`options`), and how a file and the command line become one config (`load`)."""
+
+from mdpd_deploy.config.load import check_config, load_config, read_config
+from mdpd_deploy.config.options import (
+    SIDE_ALIASES,
+    BackboneConfig,
+    Config,
+    DataConfig,
+    DistillConfig,
+    LossConfig,
+    OptimConfig,
+    PeftConfig,
+    SideConfig,
+)
+
+__all__ = [
+    "SIDE_ALIASES",
+    "BackboneConfig",
+    "Config",
+    "DataConfig",
+    "DistillConfig",
+    "LossConfig",
+    "OptimConfig",
+    "PeftConfig",
+    "SideConfig",
+    "check_config",
+    "load_config",
+    "read_config",
+]
