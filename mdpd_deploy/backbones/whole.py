@@ -2,7 +2,7 @@
 
 Its blocks and norms are found by watching one forward (`discover.py`), which is all that the methods
 without a side network need. A side network must know how the tokens of its taps lie, and adapters
-which layers are maps of the attention: only declared families say so (`vit.py`, `bert.py`).
+which layers are maps of the attention: only declared families say so (`vit.py`, `stages.py`, `bert.py`).
 """
 
 from collections.abc import Iterable, Sequence

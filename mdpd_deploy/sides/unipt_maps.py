@@ -91,8 +91,10 @@ class MapUniPT(UniPT):
     def read(self, taps: Sequence[Tensor]) -> Sequence[Tensor]:
         """Bring each stage to the last grid."""
         *stages, guide = (taps[layer] for layer in self.layers)
-        pairs = zip(self.before, stages, strict=True)
-        return [*(self.kept_small(sum_, x, guide) for sum_, x in pairs), guide]
+        summed = [
+            self.kept_small(layer, x, guide) for layer, x in zip(self.before, stages, strict=True)
+        ]
+        return [*summed, guide]
 
     def feature_layout(self, layer: int, layouts: Sequence[Layout]) -> Layout:
         """Return how s_l lies: in the side width, on the last stage's grid."""
