@@ -69,9 +69,9 @@ def _geometry(facts: Any) -> tuple[Size, float, str]:
     if not facts.do_resize:
         raise ValueError("it takes pictures of any size")
     size: Any = facts.size
-    square = size.height is not None and size.width is not None
-    short = size.shortest_edge
-    scaled: Size = (size.height, size.width) if square else (short, short)
+    height, width, short = (getattr(size, edge) for edge in ("height", "width", "shortest_edge"))
+    square = height is not None and width is not None
+    scaled: Size = (height, width) if square else (short, short)
     mode = "squash" if square else "center"
     kind = type(facts).__name__
     if kind.startswith("ConvNext"):
