@@ -69,10 +69,9 @@ def _geometry(facts: Any) -> tuple[Size, float, str]:
     if not facts.do_resize:
         raise ValueError("it takes pictures of any size")
     size: Any = facts.size
-    height, width, short = (getattr(size, edge) for edge in ("height", "width", "shortest_edge"))
-    square = height is not None and width is not None
-    scaled: Size = (height, width) if square else (short, short)
-    mode = "squash" if square else "center"
+    height, width, short = size.height, size.width, size.shortest_edge
+    scaled: Size = (short, short) if height is None or width is None else (height, width)
+    mode = "center" if height is None or width is None else "squash"
     kind = type(facts).__name__
     if kind.startswith("ConvNext"):
         if scaled[0] >= CONVNEXT_SQUASHES:
