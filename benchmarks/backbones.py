@@ -156,7 +156,7 @@ def tiny_config(kind: str, tiny: dict[str, Any]) -> Any:
 def small(plain: Any, tiny: dict[str, Any]) -> dict[str, Any]:
     """Return the entries of a config that make it small; lists keep their length."""
     sizes = {name: v for name, v in tiny.items() if isinstance(getattr(plain, name, None), int)}
-    if isinstance(getattr(plain, "depths", None), list):
+    if isinstance(getattr(plain, "depths", None), (list, tuple)):
         sizes["depths"] = [1 for _ in plain.depths]
         for name in (
             "hidden_size",

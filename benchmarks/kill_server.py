@@ -31,7 +31,7 @@ def make_asks(path: str, count: int) -> list[tuple[str, bytes, list[float]]]:
     asks = []
     for number in range(count):
         task = bundle.tasks[number % len(bundle.tasks)]
-        if bundle.manifest["modality"] == "image":
+        if "image" in bundle.tasks[0].fields:
             pixels = rng.integers(0, 256, (*rng.integers(20, 90, 2), 3), dtype=np.uint8)
             raw: object = Image.fromarray(pixels)
             stream = io.BytesIO()
@@ -46,7 +46,7 @@ def make_asks(path: str, count: int) -> list[tuple[str, bytes, list[float]]]:
                 "the cold was great",
             ]
             text = " ".join(rng.choice(words, rng.integers(1, 4)))
-            raw = (text, text[::-1]) if task.pair else text
+            raw = (text, text[::-1]) if len(task.fields) > 1 else text
             plain = {"inputs": [raw], "task": task.name, "top": 1000}
             where, body = "predict", json.dumps(plain).encode()
         (expected,) = bundle.predict([raw], task=task.name)

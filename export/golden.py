@@ -8,7 +8,7 @@ from PIL import Image
 
 from mdpd_deploy.artifacts.golden import Golden, keep_raw, spread_evenly
 from mdpd_deploy.checks.parity import torch_outputs
-from mdpd_deploy.data.examples import Raw
+from mdpd_deploy.data.examples import Field, Raw
 from mdpd_deploy.data.preprocess import ImagePreprocess, Preprocess
 from mdpd_deploy.model import TaskModel
 
@@ -28,7 +28,7 @@ _SENTENCES = (
 
 
 def make_golden(
-    model: TaskModel, preprocess: Preprocess, raws: Sequence[Raw], *, pair: bool
+    model: TaskModel, preprocess: Preprocess, raws: Sequence[Raw], fields: Sequence[Field]
 ) -> Golden:
     """Run raw inputs through the PyTorch model.
 
@@ -36,20 +36,20 @@ def make_golden(
         model: The reference, FP32 on the CPU.
         preprocess: What the bundle will carry.
         raws: Validation inputs to choose from; empty = synthetic ones.
-        pair: Whether synthetic texts are pairs.
+        fields: What one input is made of.
     """
-    chosen = spread_evenly(raws, COUNT) if raws else synthetic_inputs(preprocess, pair=pair)
+    chosen = spread_evenly(raws, COUNT) if raws else synthetic_inputs(preprocess, fields)
     kept = tuple(keep_raw(raw) for raw in chosen)
     arrays = preprocess(kept)
     model.eval()
     return Golden(kept, arrays, torch_outputs(model, arrays))
 
 
-def synthetic_inputs(preprocess: Preprocess, *, pair: bool) -> list[Raw]:
+def synthetic_inputs(preprocess: Preprocess, fields: Sequence[Field]) -> list[Raw]:
     """Return inputs that hold nothing of anyone's data: sentences of ours, or seeded noise."""
     if isinstance(preprocess, ImagePreprocess):
         return [_picture(index, preprocess.size) for index in range(COUNT)]
-    if pair:
+    if len(fields) > 1:
         return list(zip(_SENTENCES, reversed(_SENTENCES), strict=True))
     return list(_SENTENCES)
 

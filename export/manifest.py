@@ -6,7 +6,6 @@ from typing import Any
 
 from mdpd_deploy.artifacts.manifest import MODEL, MODEL_FILE
 from mdpd_deploy.artifacts.run import Run
-from mdpd_deploy.data.glue import GLUE
 from mdpd_deploy.data.preprocess import ImagePreprocess
 from mdpd_deploy.export.fade import Faded
 from mdpd_deploy.graphs.trace import OPSET, OnnxGraph
@@ -28,17 +27,15 @@ def describe_run(
         graph: Its graph.
         preprocess: `preprocess.json` as written into the bundle.
     """
-    columns = input_columns(run)
     return {
         "task": run.config.task,
         "kind": run.task.kind,
-        "modality": preprocess["kind"],
-        "pair": len(columns) == 2,
+        "fields": list(run.fields),
         "method": run.config.method,
         "faded": faded.faded,
         "labels": list(run.task.labels),
         "metrics": list(run.summary["metrics"]["deployed"]),
-        "data": _data_options(run, columns),
+        "data": _data_options(run),
         "preprocess": preprocess,
         "graphs": [_graph_entry(run, graph)],
         "pipeline": "single",
@@ -81,25 +78,13 @@ def _graph_entry(run: Run, graph: OnnxGraph) -> dict[str, Any]:
     }
 
 
-def input_columns(run: Run) -> list[str]:
-    """Return the columns that inputs come from: one, or two for pairs of texts."""
-    config = run.config.data
-    family, _, member = run.config.task.partition("/")
-    if family == "glue" and member in GLUE:
-        return list(GLUE[member].text)
-    if config.text:
-        return list(config.text)
-    image = isinstance(run.preprocess, ImagePreprocess)
-    return [config.image or "image"] if image else ["text"]
-
-
-def _data_options(run: Run, columns: list[str]) -> dict[str, Any]:
+def _data_options(run: Run) -> dict[str, Any]:
     """Return what `eval BUNDLE` needs to read data as training did, but for where it lies."""
     options = run.config.data.model_dump(mode="json", exclude={"path", "eval_path", "labels"})
     path = run.config.data.path
     if path is not None and path.startswith(HUB):
         options["path"] = path
-    return {"columns": columns, "seed": run.config.train.seed, "options": options}
+    return {"columns": list(run.columns), "seed": run.config.train.seed, "options": options}
 
 
 def _without_paths(value: Any) -> Any:

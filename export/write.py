@@ -28,7 +28,7 @@ from mdpd_deploy.errors import UserError, VerificationError
 from mdpd_deploy.export import gates
 from mdpd_deploy.export.fade import Faded, bare_norms, fade
 from mdpd_deploy.export.golden import GoldenSource, make_golden
-from mdpd_deploy.export.manifest import describe_run, input_columns
+from mdpd_deploy.export.manifest import describe_run
 from mdpd_deploy.export.precision.choose import Subject, settle_precision
 from mdpd_deploy.export.precision.forms import Target
 from mdpd_deploy.export.precision.trials import TimeGraphs
@@ -199,7 +199,7 @@ def _pass_gates(
     model, runner = faded.model, OnnxRunner(graph.path)
     passed = [gates.check_side_free(faded, graph), gates.check_identity(faded, graph)]
     raws = validation.inputs if validation and options.golden == "validation" else ()
-    golden = make_golden(model, run.preprocess, raws, pair=len(input_columns(run)) == 2)
+    golden = make_golden(model, run.preprocess, raws, run.fields)
     golden.save(folder / GOLDEN_FILE)
     gate, parity = gates.check_parity(model, runner, golden, mode=options.parity)
     passed.append(gate)

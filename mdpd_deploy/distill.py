@@ -109,8 +109,8 @@ class FeatureDistiller(nn.Module):
         layers = list(features)
         split = config.shallow_layers
         split = (len(layers) + 1) // 2 if split is None else min(split, len(layers))
-        self.shallow = tuple(layers[:split]) if imitate else ()
-        self.deep = tuple(layers[split:]) if generate else ()
+        self.shallow: tuple[int, ...] = tuple(layers[:split]) if imitate else ()
+        self.deep: tuple[int, ...] = tuple(layers[split:]) if generate else ()
         self.config = config
         self.features = dict(features)
         self.grids = {layer: layouts[layer].grid for layer in features}

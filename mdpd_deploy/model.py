@@ -24,7 +24,7 @@ class TaskModel(nn.Module):
     @property
     def output_names(self) -> tuple[str, ...]:
         """What an exported graph calls the results, in order."""
-        return ("scores",) if self.head.regression else ("logits",)
+        return (self.head.output,)
 
 
 class Deployed(TaskModel):

@@ -321,7 +321,7 @@ def test_regression_and_a_stored_backbone_merge_too(tmp_path, text_options, many
     options = {**text_options, "task": "regress", "data": many / "scores", "steps": 3}
     options["set"] = ["data.max_length=24", "backbone.pretrained=false", "train.precision=bf16"]
     run = fit(out=tmp_path / "run", method="lora", quiet=True, **options)
-    assert isinstance(run.load_deployed().head, Head) and run.load_deployed().head.regression
+    assert isinstance(run.load_deployed().head, Head) and run.load_deployed().head.scaled
     inputs = inputs_of(run.load_backbone())
     with torch.no_grad():
         torch.testing.assert_close(

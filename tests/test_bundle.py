@@ -56,8 +56,7 @@ def sealed(model, tmp_path_factory):
     facts = {
         "task": "classify",
         "kind": "classify",
-        "modality": "image",
-        "pair": False,
+        "fields": ["image"],
         "method": "mdpd",
         "faded": True,
         "labels": LABELS,

@@ -179,7 +179,7 @@ def test_bare_norms_are_the_untouched_ones(image_bundle, image_run):
 
 def test_pairs_get_two_axes_a_tokenizer_and_a_recipe(pair_bundle):
     manifest = pair_bundle.manifest
-    assert manifest["pair"] and manifest["data"]["columns"] == ["one", "two"]
+    assert manifest["fields"] == ["text", "text"] and manifest["data"]["columns"] == ["one", "two"]
     assert manifest["graphs"][0]["shapes"]["sequence"] == {"min": 1, "opt": 20, "max": 20}
     assert (pair_bundle.path / "preprocessor" / "tokenizer.json").is_file()
     assert manifest["engine"]["status"] == "to-build" and manifest["engine"]["reason"]
@@ -327,7 +327,7 @@ def frozen_bias(backbone):
 
 def test_parity_gate_refuses_other_numbers(image_run, image_bundle):
     model, runner = fade(image_run).model, image_bundle.runner()
-    golden = make_golden(model, image_run.preprocess, (), pair=False)
+    golden = make_golden(model, image_run.preprocess, (), ("image",))
     gate, parity = gates.check_parity(model, runner, golden)
     assert gate.verdict == "passed"
     assert [case.name for case in parity.cases][-1] == "golden inputs" and len(parity.cases) == 4
@@ -351,8 +351,8 @@ def test_predictions_may_flip_only_within_the_drift():
 def test_synthetic_inputs_fit_every_preprocessing(image_run, pair_run):
     assert isinstance(image_run.preprocess, ImagePreprocess)
     assert isinstance(pair_run.preprocess, TextPreprocess)
-    assert image_run.preprocess(synthetic_inputs(image_run.preprocess, pair=False))
-    pairs = synthetic_inputs(pair_run.preprocess, pair=True)
+    assert image_run.preprocess(synthetic_inputs(image_run.preprocess, ("image",)))
+    pairs = synthetic_inputs(pair_run.preprocess, ("text", "text"))
     assert all(isinstance(pair, tuple) for pair in pairs) and pair_run.preprocess(pairs)
 
 

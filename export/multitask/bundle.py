@@ -31,7 +31,7 @@ from mdpd_deploy.data.preprocess import TOKENIZER_FILE
 from mdpd_deploy.errors import MdpdError, UserError
 from mdpd_deploy.export.gates import Gate, Measured, check_metric
 from mdpd_deploy.export.golden import make_golden
-from mdpd_deploy.export.manifest import describe_run, input_columns
+from mdpd_deploy.export.manifest import describe_run
 from mdpd_deploy.export.multitask import gates as multi_gates
 from mdpd_deploy.export.multitask.base_graph import BaseGraph, delta_of, export_base
 from mdpd_deploy.export.multitask.runs import Member, fade_all, refuse_strangers, task_names
@@ -50,8 +50,18 @@ from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 logger = logging.getLogger(__name__)
 
-_OF_A_TASK = ("task", "kind", "pair", "method", "labels", "metrics", "data", "preprocess", "source")
-_OF_ALL = ("modality", "faded", "pipeline", "precision", "versions")
+_OF_A_TASK = (
+    "task",
+    "kind",
+    "fields",
+    "method",
+    "labels",
+    "metrics",
+    "data",
+    "preprocess",
+    "source",
+)
+_OF_ALL = ("faded", "pipeline", "precision", "versions")
 
 
 def pack_multi(
@@ -146,9 +156,7 @@ def _write_task(member: Member, folder: Path, base: BaseGraph, options: ExportOp
     run.preprocess.save(folder)
     validation = member.validation if options.golden == "validation" else None
     raws = validation.inputs if validation else ()
-    make_golden(model, run.preprocess, raws, pair=len(input_columns(run)) == 2).save(
-        folder / GOLDEN_FILE
-    )
+    make_golden(model, run.preprocess, raws, run.fields).save(folder / GOLDEN_FILE)
     delta = delta_of(model, base.sha256)
     delta.save(folder / DELTA_FILE)
     return delta
@@ -197,7 +205,7 @@ def _describe(
     return {
         "task": "+".join(member.name for member in members),
         "kind": "multi",
-        "pair": False,
+        "fields": [],
         "method": "+".join(dict.fromkeys(facts["method"] for facts in alone)),
         "labels": [],
         "metrics": [],

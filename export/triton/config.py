@@ -158,12 +158,12 @@ def ensemble_config(name: str, graph: dict[str, Any], preprocess: dict[str, Any]
     }
 
 
-def raw_input(modality: str, *, pair: bool) -> dict[str, Any]:
+def raw_input(fields: Sequence[str]) -> dict[str, Any]:
     """Return the raw input of one row: an encoded picture, a text, or a pair of texts."""
     return {
-        "name": "image" if modality == "image" else "text",
+        "name": fields[0],
         "data_type": Word("TYPE_STRING"),
-        "dims": [2 if pair else 1],
+        "dims": [len(fields)],
     }
 
 

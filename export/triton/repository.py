@@ -102,7 +102,7 @@ def _write_models(
     configs = [graph]
     if options.preprocess and not bundle.mixed:
         made = [port for port in signature.inputs if port.name in bundle.preprocess.input_names]
-        raw = raw_input(manifest.modality, pair=manifest.pair)
+        raw = raw_input(manifest.fields)
         python = preprocess_config(f"{name}_preprocess", raw, made, signature, options)
         both = ensemble_config(f"{name}_ensemble", graph, python)
         _write_config(folder / python["name"], python, ())

@@ -13,11 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from mdpd_deploy.errors import UserError, printable, unknown
 from mdpd_deploy.files import Read, fsync_path, read_json, sha256_file, write_json
 from mdpd_deploy.runtimes.base import TASK_ID
+from mdpd_deploy.tasks import KINDS
 
 FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
@@ -40,6 +49,16 @@ MOST_FILES = 20_000  # five for each of 512 tasks are 2,560
 
 # A list of half a million wrong items would be half a million errors, with words for each.
 Words = Annotated[list[str], FailFast()]
+
+
+def _known(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r:.60} is no kind of task")
+    return kind
+
+
+Kind = Annotated[str, AfterValidator(_known)]
+Fields = Annotated[list[Literal["text", "image"]], FailFast()]  # of one input, in order
 
 
 class FileEntry(BaseModel):
@@ -102,8 +121,8 @@ class TaskEntry(BaseModel):
 
     name: str = Field(pattern=TASK_NAME)
     task: str
-    kind: Literal["classify", "regress"]
-    pair: bool
+    kind: Kind
+    fields: Fields = Field(min_length=1)
     labels: Words
     metrics: Words = Field(min_length=1)
     data: dict[str, Any]
@@ -115,16 +134,15 @@ class Manifest(BaseModel):
     """Everything `predict`, `eval`, the benchmark and the server need to know.
 
     A bundle of several tasks has `kind` multi and says of each in `tasks` what stands here for
-    one; labels, metrics, data and preprocess of its own are empty.
+    one; fields, labels, metrics, data and preprocess of its own are empty.
     """
 
     model_config = ConfigDict(extra="allow")
 
     schema_: str = Field(alias="schema")
     task: str
-    kind: Literal["classify", "regress", "multi"]
-    modality: Literal["text", "image"]
-    pair: bool
+    kind: Kind | Literal["multi"]
+    fields: Fields
     method: str
     faded: bool
     labels: Words
@@ -225,10 +243,19 @@ def from_schema_1(plain: dict[str, Any]) -> dict[str, Any]:
     model = {name: plain[name] for name in told if name in plain}
     graphs = [{"name": MODEL, "file": MODEL_FILE, **model}]
     if plain.get("tasks"):
+        kept["tasks"] = [_with_fields(task, plain["modality"]) for task in plain["tasks"]]
+    kept = _with_fields(kept, plain["modality"])
+    if plain.get("tasks"):
         inputs = [port for port in model["inputs"] if port["name"] != TASK_ID]
         base = {**model, "inputs": inputs, "nodes": plain["mixed"]["base_nodes"]}
         graphs.append({"name": BASE, "file": BASE_FILE, **base})
     return {**kept, "graphs": graphs, "pipeline": "single"}
+
+
+def _with_fields(facts: dict[str, Any], modality: str) -> dict[str, Any]:
+    """Say what one input is made of as schema 2 does."""
+    kept = {name: value for name, value in facts.items() if name not in ("modality", "pair")}
+    return {**kept, "fields": [modality] * (2 if facts["pair"] else 1)}
 
 
 def read_checked(folder: Path) -> tuple[dict[str, Any], Manifest]:

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mdpd_deploy.config import Config, read_config
 from mdpd_deploy.data.check import check_images, readable
-from mdpd_deploy.data.examples import Split, TaskData
+from mdpd_deploy.data.examples import Field, Split, TaskData
+from mdpd_deploy.data.glue import GLUE
 from mdpd_deploy.data.load import load_evaluation, load_task
 from mdpd_deploy.data.preprocess import ImagePreprocess, Preprocess, load_preprocess
 from mdpd_deploy.errors import UserError
@@ -105,6 +106,23 @@ class Run:
         if self.config.method == "side":
             return "side network"
         return "virtual tokens" if self.config.method in TOKENS else None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that inputs come from: one for each field."""
+        config = self.config.data
+        family, _, member = self.config.task.partition("/")
+        if family == "glue" and member in GLUE:
+            return GLUE[member].text
+        if config.text:
+            return tuple(config.text)
+        takes = self.preprocess.takes
+        return ((config.image if takes == "image" else None) or takes,)
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """What one input is made of, in order."""
+        return (self.preprocess.takes,) * len(self.columns)
 
     @cached_property
     def preprocess(self) -> Preprocess:

@@ -123,7 +123,7 @@ def meaning_of(
         read: How files are read.
     """
     tokenizer = tokenizer_of(folder, task)
-    outputs = [task or name_of(facts), facts["kind"], facts["pair"], facts["labels"]]
+    outputs = [task or name_of(facts), facts["kind"], len(facts["fields"]) > 1, facts["labels"]]
     return {
         "outputs_sha256": _sha256_of(outputs),
         "preprocessing_sha256": _sha256_of(facts["preprocess"]),
@@ -159,8 +159,7 @@ def _task(
     name: str, index: int, facts: Mapping[str, Any], preprocess: Preprocess, golden: Path
 ) -> BundleTask:
     task = task_of(facts["kind"], facts["labels"])
-    fields = (preprocess.takes,) * (2 if facts["pair"] else 1)
-    return BundleTask(name, index, task, fields, preprocess, facts, golden)
+    return BundleTask(name, index, task, tuple(facts["fields"]), preprocess, facts, golden)
 
 
 def _check(

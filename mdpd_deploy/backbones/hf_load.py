@@ -211,7 +211,7 @@ class _Source:
         for name in TOWERS[self.tower]:
             part = getattr(model, name, None)
             if part is not None:
-                return part  # type: ignore[no-any-return]
+                return part
         raise UserError(
             f"{self.option} ({self.facts.model_type}) has no {self.tower} encoder that stands "
             "alone: take an image-text model of two encoders, such as CLIP or SigLIP."

@@ -68,17 +68,18 @@ def _geometry(facts: Any) -> tuple[Size, float, str]:
     """Return size, crop_pct and crop_mode."""
     if not facts.do_resize:
         raise ValueError("it takes pictures of any size")
-    size = facts.size
-    square = size.height is not None and size.width is not None
-    scaled: Size = (size.height, size.width) if square else (size.shortest_edge,) * 2
-    mode = "squash" if square else "center"
+    size: Any = facts.size
+    height, width, short = size.height, size.width, size.shortest_edge
+    scaled: Size = (short, short) if height is None or width is None else (height, width)
+    mode = "center" if height is None or width is None else "squash"
     kind = type(facts).__name__
     if kind.startswith("ConvNext"):
         if scaled[0] >= CONVNEXT_SQUASHES:
             return scaled, 1.0, "squash"
         return scaled, facts.crop_pct, "center"
     if kind.startswith("Levit"):
-        scaled = (int(LEVIT_SCALE * scaled[0]),) * 2
+        edge = int(LEVIT_SCALE * scaled[0])
+        scaled = (edge, edge)
     if not getattr(facts, "do_center_crop", None):
         return scaled, 1.0, mode
     crop: Size = (facts.crop_size.height, facts.crop_size.width)

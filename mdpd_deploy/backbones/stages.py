@@ -3,7 +3,7 @@
 Their blocks work on maps, in stages: from one to the next the map shrinks and its channels grow,
 in a merge between them (Swin, ConvNeXt) or within a stage's first block (the others). A merge is
 run with the blocks, counts its norm with the block behind it, and gives no tap. The widths and
-grids of the taps are those of one forward of a random picture.
+grids of the taps are found by running the shapes of one picture.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -31,8 +31,6 @@ class Transformer(Thinnable):
     """
 
     family = "transformers"
-    prefix_tokens = 0
-    grid = None
     pooling = "mean"
 
     def __init__(self, model: "PreTrainedModel", declared: Declaration) -> None:
@@ -106,7 +104,9 @@ class TextTransformer(Transformer):
         preprocess: Its tokenizer with the lengths in use.
     """
 
+    prefix_tokens = 0
     has_cls = True
+    grid = None
 
     def __init__(
         self, model: "PreTrainedModel", declared: Declaration, preprocess: TextPreprocess
@@ -141,6 +141,7 @@ class TextTransformer(Transformer):
 
         The global random state is untouched.
         """
+        assert isinstance(self.preprocess, TextPreprocess)
         device = next(self.parameters()).device
         return random_texts(self.preprocess, self.model.config.vocab_size, batch, tokens, device)
 

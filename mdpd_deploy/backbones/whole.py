@@ -2,7 +2,8 @@
 
 Its blocks and norms are found by watching one forward (`discover.py`), which is all that the methods
 without a side network need. A side network must know how the tokens of its taps lie, and adapters
-which layers are maps of the attention: only declared families say so (`vit.py`, `declared.py`).
+which layers are maps of the attention: only declared families say so (`vit.py`, `stages.py`,
+`declared.py`).
 """
 
 from collections.abc import Iterable, Sequence

@@ -9,11 +9,16 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides.base import SideShape
 
 
-class TokenBatchNorm(nn.BatchNorm1d):
+class TokenBatchNorm(nn.Module):
     """Batch norm over the tokens of all pictures: [B, N, D] → [B, N, D]."""
 
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        out: Tensor = self.norm(x.flatten(0, 1))
+        return out.unflatten(0, x.shape[:2])
 
 
 def map_norm(shape: SideShape) -> Callable[[int], nn.Module]:

@@ -50,6 +50,7 @@ class UniPT(SideNetwork):
     """
 
     options = ("reduction", "variant", "projection")
+    layers: tuple[int, ...]
 
     def __init__(
         self,

@@ -72,6 +72,7 @@ class MapUniPT(UniPT):
             deep_projection=deep_projection,
             norm=norm,
         )
+        self.ends = tuple(layers)
         self.before = nn.ModuleList(PreInteraction(x, layouts[-1]) for x in layouts[:-1])
 
     @classmethod
@@ -90,9 +91,9 @@ class MapUniPT(UniPT):
 
     def read(self, taps: Sequence[Tensor]) -> Sequence[Tensor]:
         """Bring each stage to the last grid."""
-        *stages, guide = (taps[layer] for layer in self.layers)
-        pairs = zip(self.before, stages, strict=True)
-        return [*(self.kept_small(sum_, x, guide) for sum_, x in pairs), guide]
+        guide = taps[self.last_tap]
+        pairs = zip(self.before, self.ends, strict=False)
+        return [*(self.kept_small(sum_, taps[layer], guide) for sum_, layer in pairs), guide]
 
     def feature_layout(self, layer: int, layouts: Sequence[Layout]) -> Layout:
         """Return how s_l lies: in the side width, on the last stage's grid."""
