@@ -425,7 +425,7 @@ def test_what_is_no_http_is_answered_in_our_form_and_counted(server):
     chunked = "POST /nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     for raw in ("\0\0\r\n\r\n", "GET / HTTP/9\r\n\r\n", "GET /a b HTTP/1.1\r\nHost: a\r\n\r\n"):
         found = exchange(server, raw.encode())
-        assert found.startswith("HTTP/1.1 400") and '{"error": "' in found
+        assert found.startswith("HTTP/1.1 400") and '{"error":"' in found
         assert "x-content-type-options: nosniff" in found.lower()
     assert counted() == before + 3
     with server.connect() as line:  # damaged only after the answer has begun
