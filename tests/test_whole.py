@@ -10,7 +10,7 @@ from transformers import DebertaV2Config, ElectraConfig, ModernBertConfig, MPNet
 
 from mdpd_deploy import bench_latency, export_run, load_bundle
 from mdpd_deploy.backbones import load_backbone
-from mdpd_deploy.checks.parity import shape_batches
+from mdpd_deploy.checks.reference import shape_batches
 from mdpd_deploy.config import BackboneConfig, load_config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.graphs.signature import same_structure

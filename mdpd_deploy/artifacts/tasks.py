@@ -15,8 +15,8 @@ from mdpd_deploy.artifacts.manifest import (
     PREPROCESSOR,
     TASKS,
     Manifest,
-    reader,
 )
+from mdpd_deploy.artifacts.sealed import reader
 from mdpd_deploy.data.preprocess import TOKENIZER_FILE, Preprocess, load_preprocess
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.files import Read, read_json

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from mdpd_deploy.artifacts.bundle import Bundle
     from mdpd_deploy.artifacts.run import Run
+    from mdpd_deploy.export.options import ExportOptions
     from mdpd_deploy.export.precision.forms import Form
     from mdpd_deploy.export.precision.trials import Race
-    from mdpd_deploy.export.write import ExportOptions
 
 log = logging.getLogger(__name__)
 
@@ -268,9 +268,10 @@ def export_run(
         _one_of("--fmt", fmt, FORMATS)
     _one_of("--golden", golden, GOLDEN)
     _one_of("--parity", parity, PARITY)
+    from mdpd_deploy.export.options import ExportOptions
     from mdpd_deploy.export.precision.forms import AUTO, place_of
     from mdpd_deploy.export.tensorrt.options import EngineOptions
-    from mdpd_deploy.export.write import ExportOptions, pack
+    from mdpd_deploy.export.write import write_bundle
 
     fmt, place = place_of(fmt, target)
     form = _checked_form(precision, place, converted=converted, seconds=seconds)
@@ -309,7 +310,7 @@ def export_run(
         engine=EngineOptions().override(chosen),
     )
     timer = _timer(opened, options, seconds) if precision == AUTO else None
-    return pack(opened, folder, options, time_graphs=timer)
+    return write_bundle(opened, folder, options, time_graphs=timer)
 
 
 def _checked_form(
@@ -407,12 +408,12 @@ def export_runs(
         raise UserError("--multi: name the runs whose tasks go into the bundle.")
     opened = [Run.open(run) for run in runs]
     inside = opened[0].path / "bundles" / f"multi-{fmt}-{precision}"
-    from mdpd_deploy.export.multitask.bundle import pack_multi
-    from mdpd_deploy.export.write import ExportOptions
+    from mdpd_deploy.export.multitask.bundle import write_bundle_of_tasks
+    from mdpd_deploy.export.options import ExportOptions
 
     _require_engine(require_engine)
     options = ExportOptions(fmt=fmt, metric_gate=metric_gate, golden=golden, overwrite=overwrite)
-    return pack_multi(opened, inside if out is None else Path(out), options, names=names)
+    return write_bundle_of_tasks(opened, inside if out is None else Path(out), options, names=names)
 
 
 def _require_engine(required: bool) -> None:
