@@ -113,9 +113,10 @@ def export_run(
     check_word("--fmt", fmt, Format)
     check_word("--golden", golden, Golden)
     check_word("--parity", parity, Parity)
+    from mdpd_deploy.export.options import ExportOptions
     from mdpd_deploy.export.precision.forms import AUTO, place_of
     from mdpd_deploy.export.tensorrt.options import EngineOptions
-    from mdpd_deploy.export.write import ExportOptions, pack
+    from mdpd_deploy.export.write import write_bundle
 
     fmt, place = place_of(fmt, target)
     form = checked_form(precision, place, converted=converted, seconds=seconds)
@@ -140,7 +141,7 @@ def export_run(
         engine=EngineOptions().override(fields_of(EngineWords, engine, "export_run")),
     )
     timer = timer_of(opened, options, seconds) if precision == AUTO else None
-    return pack(opened, folder, options, time_graphs=timer)
+    return write_bundle(opened, folder, options, time_graphs=timer)
 
 
 @torch_defaults()
@@ -187,11 +188,11 @@ def export_runs(
         raise UserError("--multi: name the runs whose tasks go into the bundle.")
     opened = [Run.open(run) for run in runs]
     inside = opened[0].path / "bundles" / f"multi-{fmt}-{precision}"
-    from mdpd_deploy.export.multitask.bundle import pack_multi
-    from mdpd_deploy.export.write import ExportOptions
+    from mdpd_deploy.export.multitask.bundle import write_bundle_of_tasks
+    from mdpd_deploy.export.options import ExportOptions
 
     options = ExportOptions(fmt=fmt, metric_gate=metric_gate, golden=golden, overwrite=overwrite)
-    return pack_multi(opened, inside if out is None else Path(out), options, names=names)
+    return write_bundle_of_tasks(opened, inside if out is None else Path(out), options, names=names)
 
 
 @takes(export_run, words_last=True)
