@@ -27,7 +27,7 @@ from mdpd_deploy.errors import MdpdError, UserError
 
 if TYPE_CHECKING:
     from mdpd_deploy.config import Config
-    from mdpd_deploy.study import Results
+    from mdpd_deploy.study.results import Results
 
 CLASSES = 2  # that a forecast takes where no data are named; they hardly matter
 WIDTH = 240  # of tables where the window is narrower: a line that wraps is better than a cut one
@@ -98,14 +98,17 @@ def compare(
     """
     from mdpd_deploy.artifacts.folders import claimed
     from mdpd_deploy.machine import cpu_count
-    from mdpd_deploy.study import ENGINES, build_engine, collect, run_trials, write_plan
+    from mdpd_deploy.study.engines import ENGINES, build_engine
+    from mdpd_deploy.study.plan import write_plan
+    from mdpd_deploy.study.results import collect
+    from mdpd_deploy.study.schedule import run_trials
 
     ENGINES.get_or_raise(engine)
     tasks = [task] if isinstance(task, str) else task
     factors = tuple(
         dict.fromkeys(map(float, DEFAULT_FACTORS if lr_factors is None else lr_factors))
     )
-    _check_numbers(seeds, jobs, threads, factors, latency_seconds)
+    _check_numbers(factors, latency_seconds, seeds=seeds, jobs=jobs, threads=threads)
     if resume is not None:
         asked = (config, methods, tasks, seeds, lr_factors, out, *words.values())
         if set or any(value is not None for value in asked):
@@ -174,15 +177,11 @@ def command(
 
 
 def _check_numbers(
-    seeds: int | None,
-    jobs: int,
-    threads: int | None,
-    factors: tuple[float, ...],
-    latency_seconds: float,
+    factors: tuple[float, ...], latency_seconds: float, **counts: int | None
 ) -> None:
-    for name, value in (("--seeds", seeds), ("--jobs", jobs), ("--threads", threads)):
+    for name, value in counts.items():
         if value is not None and value < 1:
-            raise UserError(f"{name} {value}: give at least 1.")
+            raise UserError(f"--{name} {value}: give at least 1.")
     if not factors or not all(0 < factor < float("inf") for factor in factors):
         raise UserError(f"--lr-factors {factors}: give numbers above 0, as in {FACTORS}.")
     if not 0 <= latency_seconds < float("inf"):
@@ -191,7 +190,8 @@ def _check_numbers(
 
 def _write(results: Results, folder: Path) -> None:
     from mdpd_deploy.files import write_json, write_text
-    from mdpd_deploy.study import markdown, write_page
+    from mdpd_deploy.study.study_page import write_page
+    from mdpd_deploy.study.table import markdown
 
     write_json(folder / "compare.json", results.to_dict())
     write_text(folder / "compare.md", markdown(results))
@@ -222,7 +222,7 @@ def _folder(out: Path | str | None) -> Path:
     from datetime import datetime
 
     from mdpd_deploy.artifacts.folders import free_path, refuse_nonempty
-    from mdpd_deploy.study import PLAN
+    from mdpd_deploy.study.plan import PLAN
 
     if out is None:
         return free_path(Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-compare").resolve()
@@ -278,7 +278,8 @@ def _print_forecast(
 
 def _print(found: dict[str, Any]) -> None:
     from mdpd_deploy.report.terminal import Console
-    from mdpd_deploy.study import Results, render
+    from mdpd_deploy.study.results import Results
+    from mdpd_deploy.study.table import render
 
     width = max(Console().width, WIDTH)
     console = Console(highlight=False, soft_wrap=True, width=width)

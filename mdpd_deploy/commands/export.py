@@ -252,12 +252,7 @@ def _refuse_of_one_run(asked: dict[str, Any]) -> None:
 
 
 def _check_engine(fmt: str, required: bool, words: Mapping[str, Any]) -> None:
-    """Refuse what is of an engine where none is asked for, or where one cannot be built.
-
-    Raises:
-        UserError: For an option without `--fmt trt`.
-        ExportError: If an engine is required, and TensorRT or the GPU is missing.
-    """
+    """Refuse what is of an engine where none is asked for, or where one cannot be built."""
     from mdpd_deploy.export.tensorrt.install import unavailable_reason
     from mdpd_deploy.export.tensorrt.recipe import engine_required
 
