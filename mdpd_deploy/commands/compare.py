@@ -246,7 +246,7 @@ def _print_forecast(
 
     from mdpd_deploy.commands.train import print_memory
     from mdpd_deploy.data.load import load_task
-    from mdpd_deploy.study import expand_tasks
+    from mdpd_deploy.study.suites import expand_tasks
     from mdpd_deploy.tasks import Classify, Task
     from mdpd_deploy.train import forecast_methods
 
