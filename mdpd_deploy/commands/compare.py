@@ -27,7 +27,8 @@ from mdpd_deploy.errors import MdpdError, UserError
 
 if TYPE_CHECKING:
     from mdpd_deploy.config import Config
-    from mdpd_deploy.study.results import Results
+    from mdpd_deploy.study.results import Latency, Results
+    from mdpd_deploy.study.schedule import CellOutcome
 
 CLASSES = 2  # that a forecast takes where no data are named; they hardly matter
 WIDTH = 240  # of tables where the window is narrower: a line that wraps is better than a cut one
@@ -109,16 +110,15 @@ def compare(
         dict.fromkeys(map(float, DEFAULT_FACTORS if lr_factors is None else lr_factors))
     )
     _check_numbers(factors, latency_seconds, seeds=seeds, jobs=jobs, threads=threads)
-    if resume is not None:
-        asked = (config, methods, tasks, seeds, lr_factors, out, *words.values())
-        if set or any(value is not None for value in asked):
-            raise UserError("--resume goes on with what was asked for: give no other option.")
-        folder = Path(resume).expanduser().resolve()
-        stored_plan(folder)  # so that no other folder is locked
-        shared = None
-    else:
+    shared = None
+    if resume is None:
         shared = shared_config(config, set, words, guess=not tasks)
-        folder = _folder(out)
+    elif set or any(
+        value is not None
+        for value in (config, methods, tasks, seeds, lr_factors, out, *words.values())
+    ):
+        raise UserError("--resume goes on with what was asked for: give no other option.")
+    folder = _folder(out) if resume is None else _resumed(resume)
     with claimed(folder, by="comparison"), _ended_by_sigterm():
         if shared is None:
             plan = stored_plan(folder)
@@ -126,11 +126,7 @@ def compare(
             base, own = shared
             plan = asked_plan(folder, base, methods, tasks or [own], seeds or 1, factors, _say)
         gpu = on_gpu(plan.base)
-        if gpu and jobs > 1 and engine == "local":
-            raise UserError(
-                f"--jobs {jobs}: trainings at a time would share one GPU and spoil each other's "
-                "figures; leave --jobs out, or use --engine ray, which gives each a GPU."
-            )
+        _check_jobs(jobs, gpu=gpu, engine=engine)
         write_plan(folder, plan.base, plan.asks)
         _say(f"comparison: {folder}")
         each = threads or (1 if engine == "ray" else max(1, cpu_count() // jobs))
@@ -138,13 +134,9 @@ def compare(
             cells = run_trials(plan, folder, running, threads=each, say=_say)
         facts = study_facts(plan, engine, jobs, each)
         results = collect(cells, latency={}, latency_setting="", facts=facts)
-        _write(results, folder)
+        _write(results, folder)  # kept where timing is interrupted
         if latency_seconds:
-            device = plan.base.train.device
-            try:
-                latency, setting = study_latency(cells, folder, latency_seconds, device)
-            except MdpdError as err:
-                latency, setting = {}, f"not measured ({err})"
+            latency, setting = _timed(cells, folder, latency_seconds, plan.base.train.device)
             results = collect(cells, latency=latency, latency_setting=setting, facts=facts)
             _write(results, folder)
     return {**results.to_dict(), "folder": str(folder)}
@@ -215,6 +207,31 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _timed(
+    cells: Sequence[CellOutcome], folder: Path, seconds: float, device: str
+) -> tuple[dict[str, Latency], str]:
+    """Return the latencies and what they were measured on, or why they could not be."""
+    try:
+        return study_latency(cells, folder, seconds, device)
+    except MdpdError as err:
+        return {}, f"not measured ({err})"
+
+
+def _check_jobs(jobs: int, *, gpu: bool, engine: str) -> None:
+    if gpu and jobs > 1 and engine == "local":
+        raise UserError(
+            f"--jobs {jobs}: trainings at a time would share one GPU and spoil each other's "
+            "figures; leave --jobs out, or use --engine ray, which gives each a GPU."
+        )
+
+
+def _resumed(folder: Path | str) -> Path:
+    """Return the folder of a comparison to go on with; raises where it is none."""
+    path = Path(folder).expanduser().resolve()
+    stored_plan(path)  # so that no other folder is locked
+    return path
 
 
 def _folder(out: Path | str | None) -> Path:

@@ -27,6 +27,28 @@ Golden = Literal["validation", "synthetic"]
 Parity = Literal["fail", "warn"]
 
 
+GoldenWord = Annotated[
+    Golden,
+    typer.Option(
+        help="Inputs kept in the bundle: validation, or synthetic where that data is private."
+    ),
+]
+AutocastPython = Annotated[
+    Path | str | None,
+    typer.Option(
+        envvar="MDPD_AUTOCAST_PYTHON",
+        help="Python of the environment with NVIDIA ModelOpt, for fp16 and bf16 with trt.",
+    ),
+]
+PrecisionWord = Annotated[
+    str,
+    typer.Option(
+        help="fp32; fp16 (on a CPU for size only), bf16 (trt), int8-cpu, int8-trt; or auto: the "
+        "fastest that passes its gates."
+    ),
+]
+
+
 @torch_defaults()
 def export_run(
     run: Path | str | None = None,
@@ -41,13 +63,7 @@ def export_run(
         Path | str | None,
         typer.Option(help="Default: RUN/bundles/FMT-PRECISION, of the first RUN with --multi."),
     ] = None,
-    precision: Annotated[
-        str,
-        typer.Option(
-            help="fp32; fp16 (on a CPU for size only), bf16 (trt), int8-cpu, int8-trt; or auto: the "
-            "fastest that passes its gates."
-        ),
-    ] = "fp32",
+    precision: PrecisionWord = "fp32",
     target: Annotated[
         str | None, typer.Option(help="cpu or gpu. Default: by --fmt (onnx: cpu, trt: gpu).")
     ] = None,
@@ -55,13 +71,7 @@ def export_run(
         Parity,
         typer.Option(help="What a missed parity or metric gate does: fail, or warn and record it."),
     ] = "fail",
-    autocast_python: Annotated[
-        Path | str | None,
-        typer.Option(
-            envvar="MDPD_AUTOCAST_PYTHON",
-            help="Python of the environment with NVIDIA ModelOpt, for fp16 and bf16 with trt.",
-        ),
-    ] = None,
+    autocast_python: AutocastPython = None,
     converted: Annotated[
         Path | str | None,
         typer.Option(help="This model's ONNX file, already converted to fp16 or bf16 for trt."),
@@ -74,12 +84,7 @@ def export_run(
         str | None, typer.Option(help="Data for the metric gate, where the run's own has moved.")
     ] = None,
     metric_gate: Annotated[bool, typer.Option(help="Measure the task metric again.")] = True,
-    golden: Annotated[
-        Golden,
-        typer.Option(
-            help="Inputs kept in the bundle: validation, or synthetic where that data is private."
-        ),
-    ] = "validation",
+    golden: GoldenWord = "validation",
     require_engine: Annotated[
         bool, typer.Option(help="Fail if no TensorRT engine can be built.")
     ] = False,
