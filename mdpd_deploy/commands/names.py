@@ -28,7 +28,7 @@ def check_names(config: Config) -> None:
     Raises:
         UserError: With the nearest name.
     """
-    from mdpd_deploy.data.registry import find_reader
+    from mdpd_deploy.data.load import find_reader
 
     if "torch" not in sys.modules:  # else more may be registered, and the registries answer soon
         if config.method not in METHODS:

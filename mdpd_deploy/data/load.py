@@ -12,8 +12,21 @@ from pathlib import Path
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data import digits, glue, own, vtab  # noqa: F401  (each registers its names)
 from mdpd_deploy.data.examples import Split, TaskData
-from mdpd_deploy.data.registry import find_reader
+from mdpd_deploy.data.registry import TASKS, Reader
+from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.tasks import KINDS, Task
+
+
+def find_reader(task: str) -> Reader:
+    """Return the reader of a task; raises `UserError` with the nearest name when there is none."""
+    if task in TASKS and not task.endswith("/"):
+        return TASKS[task]
+    family, slash, member = task.partition("/")
+    if slash and family + slash in TASKS:
+        if not member:
+            raise UserError(f"--task {task!r} lacks the data set: write {family}/NAME.")
+        return TASKS[family + slash]
+    raise unknown("--task", task, (f"{n}NAME" if n.endswith("/") else n for n in TASKS))
 
 
 def load_task(task: str, config: DataConfig, *, seed: int) -> TaskData:

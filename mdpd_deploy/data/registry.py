@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.examples import TaskData
-from mdpd_deploy.errors import UserError, unknown
+from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
 
 
@@ -19,18 +19,6 @@ class Reader(Protocol):
 
 
 TASKS: Registry[Reader] = Registry("--task")
-
-
-def find_reader(task: str) -> Reader:
-    """Return the reader of a task; raises `UserError` with the nearest name when there is none."""
-    if task in TASKS and not task.endswith("/"):
-        return TASKS[task]
-    family, slash, member = task.partition("/")
-    if slash and family + slash in TASKS:
-        if not member:
-            raise UserError(f"--task {task!r} lacks the data set: write {family}/NAME.")
-        return TASKS[family + slash]
-    raise unknown("--task", task, (f"{n}NAME" if n.endswith("/") else n for n in TASKS))
 
 
 def default_resize(task: str) -> Literal["squash"] | None:

@@ -5,12 +5,11 @@ thread pools of PyTorch and ONNX Runtime never compete; ratios are only ever tak
 one round, inside one opening of one cell.
 """
 
-import gc
 import logging
 import subprocess
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from mdpd_deploy.graphs.signature import same_structure
 from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.machine import describe
 from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
-from mdpd_deploy.serve.latency.cells import CellTimes, Plan, join, measure
+from mdpd_deploy.serve.latency.cells import CellTimes, Plan
 from mdpd_deploy.serve.latency.contention import Counters
 from mdpd_deploy.serve.latency.estimate import (
     MARGIN,
-    Ratio,
     control_words,
     paired_ratio,
     percentiles_ms,
@@ -34,7 +32,7 @@ from mdpd_deploy.serve.latency.estimate import (
     verdict,
 )
 from mdpd_deploy.serve.latency.gpu_state import gpu_state
-from mdpd_deploy.serve.latency.inputs import Arrays, InputSource, size_of
+from mdpd_deploy.serve.latency.inputs import InputSource, size_of
 from mdpd_deploy.serve.latency.report import (
     CONTROL,
     DEPLOYED,
@@ -49,11 +47,11 @@ from mdpd_deploy.serve.latency.report import (
 )
 from mdpd_deploy.serve.latency.runtimes import (
     OnnxSession,
-    PreparedCall,
     Session,
     TorchSession,
     TrtSession,
     copy_times_ms,
+    measure_openings,
     torch_threads,
 )
 from mdpd_deploy.serve.latency.variants import BARE, Variant
@@ -61,7 +59,6 @@ from mdpd_deploy.serve.operations import count_flops, count_nodes, count_operato
 
 log = logging.getLogger(__name__)
 
-PRECISION = "fp32"
 EngineOf = Callable[[str, Path], TrtRunner]
 
 
@@ -123,20 +120,16 @@ def run_benchmark(
     report = LatencyReport(
         source=source, settings=_settings(grid, inputs), margin=MARGIN[grid.device]
     )
-    batches = {batch: inputs.batches(batch, seed=grid.seed) for batch in grid.batches}
-    built = _build(variants, grid, batches, folder)
+    bench = _Benchmark(variants, inputs, grid, report, folder, engine_of)
     report.variants = [
-        VariantNote(v.name, v.what, not built[v.name].trained, built[v.name].parameters)
+        VariantNote(v.name, v.what, not bench.built[v.name].trained, bench.built[v.name].parameters)
         for v in variants
     ]
-    report.identity = _identity(built)
+    report.identity = bench.identity()
     report.machine = {**describe(), "git_commit": _git_commit(), "gpu_state_before": gpu_state()}
     before = Counters.now()
     for runtime in grid.runtimes:
-        with torch_threads(grid.threads if runtime == "torch" else 1):
-            cells = _measure_cells(variants, built, runtime, grid, inputs, batches, engine_of)
-        for batch, cell in cells.items():
-            _add_cell(report, cell, inputs, batches[batch], built, grid, runtime=runtime)
+        bench.time(runtime)
     report.machine["gpu_state_after"] = gpu_state()
     contention = before.until(Counters.now())
     report.machine["contention"] = asdict(contention)
@@ -176,194 +169,141 @@ def _git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def _build(
-    variants: Sequence[Variant],
-    grid: Grid,
-    batches: dict[int, list[Arrays]],
-    folder: Path,
-) -> dict[str, _Built]:
-    built: dict[str, _Built] = {}
-    for variant in variants:
-        if variant.name == CONTROL:
-            built[CONTROL] = built[DEPLOYED]
-            continue
+class _Benchmark:
+    """The variants, built for the grid, and the report that their times go into."""
+
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        inputs: InputSource,
+        grid: Grid,
+        report: LatencyReport,
+        folder: Path,
+        engine_of: EngineOf | None,
+    ) -> None:
+        self.inputs = inputs
+        self.grid = grid
+        self.report = report
+        self.folder = folder
+        self.engine_of = engine_of
+        self.variants = {variant.name: variant for variant in variants}
+        self.batches = {batch: inputs.batches(batch, seed=grid.seed) for batch in grid.batches}
+        self.built = {v.name: self._build(v) for v in variants if v.name != CONTROL}
+        self.built[CONTROL] = self.built[DEPLOYED]
+
+    def _build(self, variant: Variant) -> _Built:
         log.info("preparing %s", variant.name)
-        result = built[variant.name] = _Built()
-        graph_wanted = {"onnx", "trt"} & set(grid.runtimes) or variant.name in (
-            DEPLOYED,
-            BARE,
-        )  # for identity
+        result = _Built()
+        for_identity = variant.name in (DEPLOYED, BARE)
+        graph_wanted = for_identity or {"onnx", "trt"} & set(self.grid.runtimes)
         if variant.graph is not None and graph_wanted:
-            result.graph = variant.graph(folder)
+            result.graph = variant.graph(self.folder)
         if variant.load is not None:
             model, result.trained = variant.load()
             result.parameters = sum(p.numel() for p in model.parameters())
-            result.flops = {size: count_flops(model, sets[0]) for size, sets in batches.items()}
-            result.nodes["torch"] = count_operators(model, batches[grid.batches[0]][0])
+            sets = {batch: arrays[0] for batch, arrays in self.batches.items()}
+            result.flops = {batch: count_flops(model, arrays) for batch, arrays in sets.items()}
+            result.nodes["torch"] = count_operators(model, sets[self.grid.batches[0]])
             if result.graph is None and graph_wanted:
-                result.graph = export_onnx(model, folder / f"{variant.name}.onnx").path
+                result.graph = export_onnx(model, self.folder / f"{variant.name}.onnx").path
         if result.graph is not None:
             result.nodes["onnx"] = count_nodes(result.graph)
-    return built
+        return result
 
+    def identity(self) -> Identity | None:
+        """Compare the deployed graph with the bare one, where there is one."""
+        if BARE not in self.built:
+            return None
+        deployed, bare = self.built[DEPLOYED].graph, self.built[BARE].graph
+        assert deployed is not None and bare is not None
+        differences = same_structure(deployed, bare)
+        nodes = self.built[DEPLOYED].nodes["onnx"]
+        return Identity((DEPLOYED, BARE), nodes, not differences, differences)
 
-def _identity(built: dict[str, _Built]) -> Identity | None:
-    if BARE not in built:
-        return None
-    deployed, bare = built[DEPLOYED].graph, built[BARE].graph
-    assert deployed is not None and bare is not None
-    differences = same_structure(deployed, bare)
-    return Identity((DEPLOYED, BARE), built[DEPLOYED].nodes["onnx"], not differences, differences)
+    def time(self, runtime: str) -> None:
+        """Measure the cells of one runtime and put them into the report."""
+        grid = self.grid
+        openers = {name: partial(self._open, name, runtime) for name in self.variants}
+        what = f"{runtime} on {grid.device}, batch {', '.join(map(str, self.batches))}"
+        with torch_threads(grid.threads if runtime == "torch" else 1):
+            cells = measure_openings(openers, self.batches, grid.plan, grid.seed, what)
+        for batch, cell in cells.items():
+            self._add_cell(runtime, batch, cell)
+            self._add_ratios(runtime, batch, cell)
 
-
-@dataclass
-class _Cell:
-    """One cell while its openings are measured."""
-
-    shares: list[CellTimes] = field(default_factory=list)
-    device_ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-
-
-def _measure_cells(
-    variants: Sequence[Variant],
-    built: dict[str, _Built],
-    runtime: str,
-    grid: Grid,
-    inputs: InputSource,
-    batches: dict[int, list[Arrays]],
-    engine_of: EngineOf | None,
-) -> dict[int, _Cell]:
-    """Open every variant several times, in random order, and give each opening its share."""
-    cells = {batch: _Cell() for batch in batches}
-    sizes = ", ".join(map(str, batches))
-    for opening in range(grid.plan.openings):
-        which = f"opening {opening + 1} of {grid.plan.openings}"
-        log.info("timing %s on %s, batch %s: %s", runtime, grid.device, sizes, which)
-        order = np.random.default_rng(grid.seed + opening).permutation(len(variants))
-        opened = {
-            variants[place].name: _open(variants[place], built, runtime, grid, inputs, engine_of)
-            for place in order
-        }
-        for batch, sets in batches.items():
-            calls: dict[str, PreparedCall] = {
-                v.name: opened[v.name].prepare(sets) for v in variants
-            }
-            plan, seed = grid.plan.share(opening), grid.seed + opening
-            share = measure(calls, inputs=len(sets), plan=plan, seed=seed)
-            cells[batch].shares.append(share)
-            for name, call in calls.items():
-                cells[batch].device_ms[name] += call.device_ms[-share.rounds :]
-            del calls
-        del opened
-        gc.collect()
-    return cells
-
-
-def _open(
-    variant: Variant,
-    built: dict[str, _Built],
-    runtime: str,
-    grid: Grid,
-    inputs: InputSource,
-    engine_of: EngineOf | None,
-) -> Session:
-    if runtime == "trt":
-        graph = built[variant.name].graph
-        assert graph is not None and engine_of is not None
-        runner = engine_of(variant.name, graph)
-        built[variant.name].nodes["trt"] = runner.engine.num_layers
-        return TrtSession(runner)
-    if runtime == "onnx":
-        graph = built[variant.name].graph
+    def _open(self, name: str, runtime: str) -> Session:
+        graph, load = self.built[name].graph, self.variants[name].load
+        if runtime == "torch":
+            assert load is not None
+            names = self.inputs.preprocess.input_names
+            return TorchSession(load()[0], names, device=self.grid.device)
         assert graph is not None
-        return OnnxSession(graph, device=grid.device, threads=grid.threads)
-    assert variant.load is not None
-    return TorchSession(variant.load()[0], inputs.preprocess.input_names, device=grid.device)
+        if runtime == "onnx":
+            return OnnxSession(graph, device=self.grid.device, threads=self.grid.threads)
+        assert self.engine_of is not None
+        runner = self.engine_of(name, graph)
+        self.built[name].nodes["trt"] = runner.engine.num_layers
+        return TrtSession(runner)
 
-
-def _add_cell(
-    report: LatencyReport,
-    measured: _Cell,
-    inputs: InputSource,
-    batches: list[Arrays],
-    built: dict[str, _Built],
-    grid: Grid,
-    *,
-    runtime: str,
-) -> None:
-    batch = len(next(iter(batches[0].values())))
-    cell = join(measured.shares)
-    on_gpu = grid.device == "cuda" and torch.cuda.is_available()
-    copies = copy_times_ms(batches[0], inputs.outputs) if on_gpu else None
-    report.cells.append(
-        CellNote(
-            runtime, batch, cell.rounds, cell.elapsed, cell.reached, list(cell.openings), copies
-        )
-    )
-    for name, times in cell.times.items():
-        device_ms = measured.device_ms[name]
-        report.rows.append(
-            Row(
+    def _add_cell(self, runtime: str, batch: int, cell: CellTimes) -> None:
+        sets = self.batches[batch]
+        on_gpu = self.grid.device == "cuda" and torch.cuda.is_available()
+        copies = copy_times_ms(sets[0], self.inputs.outputs) if on_gpu else None
+        how = cell.rounds, cell.elapsed, cell.reached, list(cell.openings)
+        self.report.cells.append(CellNote(runtime, batch, *how, copies))
+        for name, times in cell.times.items():
+            device_ms = cell.device_ms[name]
+            row = Row(
                 variant=name,
-                runtime=runtime,
-                precision=grid.precision,
-                device=grid.device,
-                batch=batch,
-                size=size_of(batches),
+                **self._place(runtime, batch),
+                size=size_of(sets),
                 n=cell.rounds,
                 **percentiles_ms(times),
                 items_per_s=batch * cell.rounds / (int(times.sum()) / 1e9),
                 device_p50_ms=float(np.median(device_ms)) if device_ms else None,
-                nodes=built[name].nodes.get(runtime),
-                flops=built[name].flops.get(batch),
+                nodes=self.built[name].nodes.get(runtime),
+                flops=self.built[name].flops.get(batch),
                 warmup=asdict(cell.warmup[name]),
             )
-        )
-        report.raw.append(Raw(runtime, batch, name, times.tolist()))
-    _add_ratios(report, cell, built, grid, runtime=runtime, batch=batch)
+            self.report.rows.append(row)
+            self.report.raw.append(Raw(runtime, batch, name, times.tolist()))
 
-
-def _add_ratios(
-    report: LatencyReport,
-    cell: CellTimes,
-    built: dict[str, _Built],
-    grid: Grid,
-    *,
-    runtime: str,
-    batch: int,
-) -> None:
-    def ratio_of(name: str) -> Ratio:
-        over, openings = cell.times[DEPLOYED], cell.openings
-        return paired_ratio(cell.times[name], over, openings=openings, seed=grid.seed)
-
-    control = ratio_of(CONTROL)
-    for name in cell.times:
-        if name == DEPLOYED:
-            continue
-        ratio = ratio_of(name)
-        said = verdict(ratio, control, report.margin)
-        is_control = name == CONTROL
-        report.ratios.append(
-            RatioRow(
+    def _add_ratios(self, runtime: str, batch: int, cell: CellTimes) -> None:
+        ratios = {
+            name: paired_ratio(
+                times, cell.times[DEPLOYED], openings=cell.openings, seed=self.grid.seed
+            )
+            for name, times in cell.times.items()
+            if name != DEPLOYED
+        }
+        control, base = ratios[CONTROL], self.built[DEPLOYED]
+        for name, ratio in ratios.items():
+            said, built = verdict(ratio, control, self.report.margin), self.built[name]
+            is_control = name == CONTROL
+            row = RatioRow(
                 variant=name,
                 over=DEPLOYED,
-                runtime=runtime,
-                precision=grid.precision,
-                device=grid.device,
-                batch=batch,
+                **self._place(runtime, batch),
                 median=ratio.median,
                 ci95=(ratio.low, ratio.high),
                 rounds=ratio.rounds,
                 openings=list(ratio.openings),
                 control=is_control,
                 verdict=said.code,
-                words=control_words(control, report.margin) if is_control else said.words,
-                nodes_ratio=_share(
-                    built[name].nodes.get(runtime), built[DEPLOYED].nodes.get(runtime)
-                ),
-                flops_ratio=_share(built[name].flops.get(batch), built[DEPLOYED].flops.get(batch)),
+                words=control_words(control, self.report.margin) if is_control else said.words,
+                nodes_ratio=_share(built.nodes.get(runtime), base.nodes.get(runtime)),
+                flops_ratio=_share(built.flops.get(batch), base.flops.get(batch)),
             )
-        )
+            self.report.ratios.append(row)
+
+    def _place(self, runtime: str, batch: int) -> dict[str, Any]:
+        grid = self.grid
+        return {
+            "runtime": runtime,
+            "precision": grid.precision,
+            "device": grid.device,
+            "batch": batch,
+        }
 
 
 def _share(value: int | None, over: int | None) -> float | None:

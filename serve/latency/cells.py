@@ -12,7 +12,7 @@ its share of the time (`Plan.share`), and the shares are put together (`join`).
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -114,6 +114,7 @@ class CellTimes:
         elapsed: Seconds of the measured part.
         reached: Whether the plan's least rounds and seconds were met.
         openings: Rounds of each opening, in order; they sum up to R.
+        device_ms: Variant → device time of every round, where its call knows that; else empty.
     """
 
     times: dict[str, NDArray[np.int64]]
@@ -121,6 +122,7 @@ class CellTimes:
     elapsed: float
     reached: bool
     openings: tuple[int, ...]
+    device_ms: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def rounds(self) -> int:
@@ -161,7 +163,9 @@ def measure(
         elapsed = (clock() - start) / 1e9
     table = np.array(rounds, dtype=np.int64)
     times = {name: table[:, column] for column, name in enumerate(names)}
-    return CellTimes(times, warmup, elapsed, plan.reached(len(rounds), elapsed), (len(rounds),))
+    count = len(rounds)
+    device_ms = {name: getattr(call, "device_ms", [])[-count:] for name, call in calls.items()}
+    return CellTimes(times, warmup, elapsed, plan.reached(count, elapsed), (count,), device_ms)
 
 
 def join(shares: Sequence[CellTimes]) -> CellTimes:
@@ -182,6 +186,10 @@ def join(shares: Sequence[CellTimes]) -> CellTimes:
         sum(share.elapsed for share in shares),
         all(share.reached for share in shares),
         tuple(rounds for share in shares for rounds in share.openings),
+        {
+            name: [ms for share in shares for ms in share.device_ms[name]]
+            for name in first.device_ms
+        },
     )
 
 

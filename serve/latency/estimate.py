@@ -13,6 +13,7 @@ from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import bootstrap
 
 from mdpd_deploy.report.intervals import student_interval
 
@@ -79,7 +80,10 @@ def paired_ratio(
         middle, low, high = student_interval(medians.tolist())
     else:
         middle = float(medians[0])
-        low, high = _bootstrap_median(logs, seed, resamples)
+        found = bootstrap(  # in slices: there may be tens of thousands of rounds
+            (logs,), np.median, n_resamples=resamples, batch=100, method="percentile", rng=seed
+        )
+        low, high = found.confidence_interval
     return Ratio(
         median=math.exp(middle),
         low=math.exp(min(low, middle)),
@@ -95,18 +99,6 @@ def statistic(openings: int) -> str:
     if openings == 1:
         return f"{median}, bootstrap 95 % interval"
     return f"{median}, geometric mean over {openings} openings with Student's 95 % interval"
-
-
-def _bootstrap_median(
-    values: NDArray[np.float64], seed: int, resamples: int
-) -> tuple[float, float]:
-    rng = np.random.default_rng(seed)
-    medians = np.empty(resamples)
-    for start in range(0, resamples, 100):  # in slices: there may be tens of thousands
-        picks = rng.integers(len(values), size=(min(100, resamples - start), len(values)))
-        medians[start : start + len(picks)] = np.median(values[picks], axis=1)
-    low, high = np.quantile(medians, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def verdict(ratio: Ratio, control: Ratio, margin: float) -> Verdict:

@@ -4,18 +4,16 @@ The rounds and the estimator are the latency benchmark's; the first graph is the
 are compared with, and it runs a second time as its own A/A control.
 """
 
-import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mdpd_deploy.machine import cpu_count, describe
 from mdpd_deploy.runtimes.tensorrt.cuda import current_gpu
 from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
-from mdpd_deploy.serve.latency.cells import Plan, join, measure
+from mdpd_deploy.serve.latency.cells import Plan
 from mdpd_deploy.serve.latency.estimate import (
     MARGIN,
     control_words,
@@ -25,7 +23,12 @@ from mdpd_deploy.serve.latency.estimate import (
     verdict,
 )
 from mdpd_deploy.serve.latency.inputs import InputSource, size_of
-from mdpd_deploy.serve.latency.runtimes import OnnxSession, Session, TrtSession
+from mdpd_deploy.serve.latency.runtimes import (
+    OnnxSession,
+    Session,
+    TrtSession,
+    measure_openings,
+)
 
 
 @dataclass(frozen=True)
@@ -85,46 +88,34 @@ def race_graphs(
     device = "cuda" if engines else "cpu"
     base = next(iter(graphs))
     control = f"{base} again"
-    batches = inputs.batches(batch, seed=seed)
-    paths = {**graphs, control: graphs[base]}
+    sets = inputs.batches(batch, seed=seed)
 
     def opened(path: Path) -> Session:
         if engines:
             return TrtSession(TrtRunner(path, host_code=host_code))
         return OnnxSession(path, device=device, threads=used)
 
-    shares = []
-    for opening in range(plan.openings):
-        order = np.random.default_rng(seed + opening).permutation(list(paths))
-        sessions = {str(name): opened(paths[name]) for name in order}
-        calls = {name: sessions[name].prepare(batches) for name in paths}
-        share = plan.share(opening)
-        shares.append(measure(calls, inputs=len(batches), plan=share, seed=seed + opening))
-        del sessions, calls
-        gc.collect()
-    cell = join(shares)
+    openers = {
+        name: partial(opened, path) for name, path in {**graphs, control: graphs[base]}.items()
+    }
+    cell = measure_openings(openers, {batch: sets}, plan, seed)[batch]
     ratios = {
         name: paired_ratio(times, cell.times[base], openings=cell.openings, seed=seed)
         for name, times in cell.times.items()
     }
-    itself = ratios[control]
+    itself = ratios.pop(control)
     timings = {}
-    for name in graphs:
-        ratio = itself if name == base else ratios[name]
+    for name, ratio in {**ratios, base: itself}.items():
         said = verdict(ratio, itself, MARGIN[device])
-        first = name == base
-        timings[name] = GraphTiming(
-            ratio.median,
-            (ratio.low, ratio.high),
-            percentiles_ms(cell.times[name])["p50_ms"],
-            "control" if first else said.code,
-            control_words(itself, MARGIN[device])
-            if first
-            else said.words.replace("deployed", base),
-        )
+        code, words = said.code, said.words.replace("deployed", base)
+        if name == base:
+            code, words = "control", control_words(itself, MARGIN[device])
+        p50_ms = percentiles_ms(cell.times[name])["p50_ms"]
+        ci95 = ratio.low, ratio.high
+        timings[name] = GraphTiming(ratio.median, ci95, p50_ms, code, words)
     settings = {
         "batch": batch,
-        "size": size_of(batches),
+        "size": size_of(sets),
         "rounds": cell.rounds,
         "seconds": round(cell.elapsed, 1),
         "inputs": inputs.what,

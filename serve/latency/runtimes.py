@@ -1,11 +1,15 @@
 """One callable per variant and runtime: a whole forward that returns when its result is there."""
 
 import contextlib
+import gc
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,7 +18,10 @@ from mdpd_deploy.runtimes.onnx import open_session, provider_of
 from mdpd_deploy.runtimes.tensorrt.cuda import StreamTimer, current_gpu
 from mdpd_deploy.runtimes.tensorrt.library import import_trt
 from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
+from mdpd_deploy.serve.latency.cells import CellTimes, Plan, join, measure
 from mdpd_deploy.serve.latency.inputs import Arrays
+
+log = logging.getLogger(__name__)
 
 RUNTIMES = ("onnx", "torch", "trt")
 DEFAULT_RUNTIMES = ("onnx", "torch")
@@ -24,24 +31,63 @@ DEFAULT_RUNTIMES = ("onnx", "torch")
 ONNX_ENTRIES = {"session.force_spinning_stop": "1"}
 
 
+@dataclass
+class PreparedCall:
+    """One whole call on batch `index`.
+
+    Attributes:
+        run: What is timed.
+        device_ms: Device time of every call so far, where the runtime can tell; else empty.
+    """
+
+    run: Callable[[int], object]
+    device_ms: list[float] = field(default_factory=list)
+
+    def __call__(self, index: int, /) -> object:
+        return self.run(index)
+
+
 class Session(Protocol):
     """A loaded model of one runtime."""
 
-    def prepare(self, batches: Sequence[Arrays]) -> "PreparedCall":
+    def prepare(self, batches: Sequence[Arrays]) -> PreparedCall:
         """Put the batches where the model reads them and return the call to time."""
         ...
 
 
-class PreparedCall(Protocol):
-    """Runs batch `index`.
+def measure_openings(
+    openers: Mapping[str, Callable[[], Session]],
+    batches: Mapping[int, Sequence[Arrays]],
+    plan: Plan,
+    seed: int,
+    what: str = "",
+) -> dict[int, CellTimes]:
+    """Open every model several times, in random order, and give each opening its share.
 
-    Attributes:
-        device_ms: Device time of every call so far, where the runtime can tell; else empty.
+    Args:
+        openers: Model → what opens it.
+        batches: Batch size → the inputs of its cell.
+        plan: Warm-up and length of a cell.
+        seed: Of the order.
+        what: Names the cells in the log; "" logs nothing.
+
+    Returns:
+        Batch size → its cell, all openings together.
     """
-
-    device_ms: list[float]
-
-    def __call__(self, index: int, /) -> object: ...
+    shares: dict[int, list[CellTimes]] = {batch: [] for batch in batches}
+    for opening in range(plan.openings):
+        if what:
+            log.info("timing %s: opening %d of %d", what, opening + 1, plan.openings)
+        order = map(str, np.random.default_rng(seed + opening).permutation(list(openers)))
+        sessions = {name: openers[name]() for name in order}
+        for batch, sets in batches.items():
+            calls = {name: sessions[name].prepare(sets) for name in openers}
+            own, order_seed = plan.share(opening), seed + opening
+            shares[batch].append(measure(calls, inputs=len(sets), plan=own, seed=order_seed))
+            del calls
+        del sessions
+        gc.collect()
+    return {batch: join(found) for batch, found in shares.items()}
 
 
 class OnnxSession:
@@ -52,31 +98,23 @@ class OnnxSession:
         self._session = open_session(path, device, threads, entries=ONNX_ENTRIES)
 
     def prepare(self, batches: Sequence[Arrays]) -> PreparedCall:
+        session = self._session
         if self.device == "cpu":
-            return _OnnxCpuCall(self._session, batches)
-        return _OnnxCudaCall(self._session, batches)
+            outputs = [item.name for item in session.get_outputs()]
+            return PreparedCall(lambda index: session.run(outputs, batches[index]))
+        bindings = [self._bind(arrays) for arrays in batches]
 
+        def run(index: int) -> object:
+            binding = bindings[index]
+            binding.synchronize_inputs()
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+            return binding
 
-class _OnnxCpuCall:
-    def __init__(self, session: Any, batches: Sequence[Arrays]) -> None:
-        self.device_ms: list[float] = []
-        self._session = session
-        self._batches = batches
-        self._outputs = [item.name for item in session.get_outputs()]
-
-    def __call__(self, index: int, /) -> object:
-        return self._session.run(self._outputs, self._batches[index])
-
-
-class _OnnxCudaCall:
-    """Inputs and outputs stay on the GPU; copies are timed apart (`copy_times_ms`)."""
-
-    def __init__(self, session: Any, batches: Sequence[Arrays]) -> None:
-        self.device_ms: list[float] = []
-        self._session = session
-        self._bindings = [self._bind(arrays) for arrays in batches]
+        return PreparedCall(run)
 
     def _bind(self, arrays: Arrays) -> Any:
+        """Inputs and outputs stay on the GPU; copies are timed apart (`copy_times_ms`)."""
         import onnxruntime
 
         binding = self._session.io_binding()
@@ -85,13 +123,6 @@ class _OnnxCudaCall:
             binding.bind_ortvalue_input(name, value)
         for item in self._session.get_outputs():
             binding.bind_output(item.name, "cuda")
-        return binding
-
-    def __call__(self, index: int, /) -> object:
-        binding = self._bindings[index]
-        binding.synchronize_inputs()
-        self._session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
         return binding
 
 
@@ -108,40 +139,33 @@ class TorchSession:
             tuple(torch.from_numpy(arrays[name]).to(self.device) for name in self.input_names)
             for arrays in batches
         ]
-        return (
-            _TorchCpuCall(self._model, inputs)
-            if self.device == "cpu"
-            else _TorchCudaCall(self._model, inputs)
-        )
+
+        def run(index: int) -> object:
+            with torch.inference_mode():
+                return self._model(*inputs[index])
+
+        return PreparedCall(run) if self.device == "cpu" else _timed_on_cuda(run)
 
 
-class _TorchCpuCall:
-    def __init__(self, model: nn.Module, inputs: list[tuple[torch.Tensor, ...]]) -> None:
-        self.device_ms: list[float] = []
-        self._model = model
-        self._inputs = inputs
+def _timed_on_cuda(run: Callable[[int], object]) -> PreparedCall:
+    """The device is idle before a call (the last one waited for it) and after it."""
+    device_ms: list[float] = []
 
-    def __call__(self, index: int, /) -> object:
-        with torch.inference_mode():
-            return self._model(*self._inputs[index])
-
-
-class _TorchCudaCall(_TorchCpuCall):
-    """The device is idle before the call (the last one waited for it) and after it."""
-
-    def __call__(self, index: int, /) -> object:
+    def timed(index: int) -> object:
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         start.record()
-        result = super().__call__(index)
+        result = run(index)
         end.record()
         torch.cuda.synchronize()
-        self.device_ms.append(start.elapsed_time(end))
+        device_ms.append(start.elapsed_time(end))
         return result
+
+    return PreparedCall(timed, device_ms)
 
 
 class TrtSession:
-    """A TensorRT engine."""
+    """A TensorRT engine; inputs and outputs stay on the GPU, each batch in a context of its own."""
 
     def __init__(self, runner: TrtRunner) -> None:
         self.device = runner.device
@@ -152,27 +176,22 @@ class TrtSession:
         rows, low, high = len(next(iter(batches[0].values()))), port.low[0], port.high[0]
         if not low <= rows <= high:  # it would fill up a small batch, and time another one
             raise UserError(f"--batch {rows}: the engine takes {low} to {high} examples per run.")
-        return _TrtCall(self._runner, batches)
+        executions = [self._runner.execution() for _ in batches]
+        for execution, arrays in zip(executions, batches, strict=True):
+            execution.load(self._runner.check(arrays)[0])
+        timers = [StreamTimer(execution.stream) for execution in executions]
+        device_ms: list[float] = []
 
+        def run(index: int) -> object:
+            execution, timer = executions[index], timers[index]
+            timer.start()
+            execution.enqueue()
+            timer.stop()
+            execution.stream.synchronize()
+            device_ms.append(timer.elapsed_ms())
+            return execution
 
-class _TrtCall:
-    """Inputs and outputs stay on the GPU, each batch in a context of its own."""
-
-    def __init__(self, runner: TrtRunner, batches: Sequence[Arrays]) -> None:
-        self.device_ms: list[float] = []
-        self._executions = [runner.execution() for _ in batches]
-        for execution, arrays in zip(self._executions, batches, strict=True):
-            execution.load(runner.check(arrays)[0])
-        self._timers = [StreamTimer(execution.stream) for execution in self._executions]
-
-    def __call__(self, index: int, /) -> object:
-        execution, timer = self._executions[index], self._timers[index]
-        timer.start()
-        execution.enqueue()
-        timer.stop()
-        execution.stream.synchronize()
-        self.device_ms.append(timer.elapsed_ms())
-        return execution
+        return PreparedCall(run, device_ms)
 
 
 @contextlib.contextmanager
