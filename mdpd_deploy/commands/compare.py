@@ -106,17 +106,13 @@ def compare(
 
     ENGINES.get_or_raise(engine)
     tasks = [task] if isinstance(task, str) else task
-    factors = tuple(
-        dict.fromkeys(map(float, DEFAULT_FACTORS if lr_factors is None else lr_factors))
-    )
+    rates = DEFAULT_FACTORS if lr_factors is None else lr_factors
+    factors = tuple(dict.fromkeys(map(float, rates)))
     _check_numbers(factors, latency_seconds, seeds=seeds, jobs=jobs, threads=threads)
     shared = None
     if resume is None:
         shared = shared_config(config, set, words, guess=not tasks)
-    elif set or any(
-        value is not None
-        for value in (config, methods, tasks, seeds, lr_factors, out, *words.values())
-    ):
+    elif set or _any_given(config, methods, tasks, seeds, lr_factors, out, *words.values()):
         raise UserError("--resume goes on with what was asked for: give no other option.")
     folder = _folder(out) if resume is None else _resumed(resume)
     with claimed(folder, by="comparison"), _ended_by_sigterm():
@@ -217,6 +213,10 @@ def _timed(
         return study_latency(cells, folder, seconds, device)
     except MdpdError as err:
         return {}, f"not measured ({err})"
+
+
+def _any_given(*values: object) -> bool:
+    return any(value is not None for value in values)
 
 
 def _check_jobs(jobs: int, *, gpu: bool, engine: str) -> None:
