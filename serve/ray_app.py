@@ -13,18 +13,18 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field, create_model
 
 from mdpd_deploy.artifacts.bundle import load_bundle
 from mdpd_deploy.artifacts.signing import check_signature
 from mdpd_deploy.data.images import MAX_PIXELS
 from mdpd_deploy.errors import UserError, WorkFailed, missing_extra
-from mdpd_deploy.serve.core import CoreOptions, Limits, RequestCore
-from mdpd_deploy.serve.core.options import usual_device
+from mdpd_deploy.serve.core.options import CoreOptions, Limits, usual_device
+from mdpd_deploy.serve.core.request_core import RequestCore
 from mdpd_deploy.serve.web.callers import called_by
 from mdpd_deploy.serve.web.listener import bind
 from mdpd_deploy.serve.web.run import hanging_up
@@ -122,48 +122,31 @@ class _Replica:
             raise WorkFailed(failed)
 
 
-class AppArguments(BaseModel):
-    """What `serve run` or a Serve config file may say.
+_OPTIONS: Any = create_model(
+    "_OPTIONS",
+    __config__=ConfigDict(extra="forbid"),
+    **{
+        each.name: (each.type, each.default)
+        for each in (*fields(CoreOptions), *fields(Scaling))
+        if each.name != "limits"
+    },
+)
+
+
+class AppArguments(_OPTIONS):  # type: ignore[misc]
+    """What `serve run` or a Serve config file may say: all of `CoreOptions` and `Scaling`, and this.
 
     Attributes:
         bundles: Folders by name, or `NAME=FOLDER,NAME=FOLDER`.
-        runtime: onnx or trt.
         device: cpu or cuda; None = cuda for trt, else cpu.
-        threads: Processors per replica.
-        max_batch: Most rows of one run; None = the bundles' own maximum.
-        max_delay_ms: How long an idle replica waits for more rows.
-        queue: Most rows of a model in progress in a replica.
-        timeout_s: A request's time limit.
         max_pixels: Width times height of a picture.
-        drain_s: Time for the requests in progress when a replica is to end.
-        key: Public key, PEM, that must have signed the bundles, at the same path on every machine.
-        allow_hosts: Names by which clients may call the server, or `NAME,NAME`.
-        min_replicas: As in `Scaling`.
-        max_replicas: As in `Scaling`.
-        target_ongoing_requests: As in `Scaling`.
-        upscale_delay_s: As in `Scaling`.
-        downscale_delay_s: As in `Scaling`.
+        allow_hosts: As in `CoreOptions`, or `NAME,NAME`.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     bundles: dict[str, Path] | str
-    runtime: str = CoreOptions.runtime
     device: str | None = None
-    threads: int | None = CoreOptions.threads
-    max_batch: int | None = CoreOptions.max_batch
-    max_delay_ms: float = CoreOptions.max_delay_ms
-    queue: int = CoreOptions.queue
-    timeout_s: float = CoreOptions.timeout_s
     max_pixels: int = Field(Limits.pixels, ge=1, le=MAX_PIXELS)
-    drain_s: int = CoreOptions.drain_s
-    key: Path | None = CoreOptions.key
     allow_hosts: tuple[str, ...] | str = CoreOptions.allow_hosts
-    min_replicas: int = Scaling.min_replicas
-    max_replicas: int = Scaling.max_replicas
-    target_ongoing_requests: float = Scaling.target_ongoing_requests
-    upscale_delay_s: float = Scaling.upscale_delay_s
-    downscale_delay_s: float = Scaling.downscale_delay_s
 
 
 def app(args: AppArguments) -> Any:

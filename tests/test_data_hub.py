@@ -10,9 +10,9 @@ from PIL import Image
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.check import check_images
+from mdpd_deploy.data.examples import Lazy
 from mdpd_deploy.data.hub import _parse
 from mdpd_deploy.data.load import load_task
-from mdpd_deploy.data.splits import Chosen
 from mdpd_deploy.errors import UserError
 
 
@@ -85,7 +85,7 @@ def test_pictures_stay_encoded_until_asked_for(tmp_path: Path) -> None:
     pictures = [{"path": None, "bytes": png(tmp_path, array)} for array in grey]
     train = labelled([0, 1, 2, 0, 1, 2], image=pictures).cast_column("image", datasets.Image())
     data = read(saved(tmp_path / "saved", {"train": train}), label="target", limit=2)
-    assert isinstance(data.train.inputs, Chosen)
+    assert isinstance(data.train.inputs, Lazy)
     image: Any = data.train.inputs[0]
     assert (data.fields, image.mode, image.size) == (("image",), "RGB", (6, 4))
     assert check_images(data, DataConfig()) == data

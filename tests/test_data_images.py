@@ -16,8 +16,13 @@ from PIL import Image
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data import images
 from mdpd_deploy.data.check import check_images
-from mdpd_deploy.data.images import FILE_FORMATS, PictureTooLarge, decode_image, open_image
-from mdpd_deploy.data.jpeg_scans import count_scans
+from mdpd_deploy.data.images import (
+    FILE_FORMATS,
+    PictureTooLarge,
+    count_scans,
+    decode_image,
+    open_image,
+)
 from mdpd_deploy.data.load import load_task
 from mdpd_deploy.errors import UserError
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mdpd_deploy.data.examples import Split
-from mdpd_deploy.data.splits import Chosen, hold_out, random_split, stratified_split, subset
+from mdpd_deploy.data.examples import Lazy, Split
+from mdpd_deploy.data.splits import hold_out, random_split, stratified_split, subset
 from mdpd_deploy.tasks.classify.task import sorted_names
 
 
@@ -50,14 +50,14 @@ def test_hold_out_leaves_something_on_both_sides(n: int, fraction: float, held: 
 def test_subset_keeps_lazy_inputs_lazy() -> None:
     read: list[int] = []
 
-    class Lazy(tuple):
+    class Watched(tuple):
         def __getitem__(self, index):
             read.append(index)
             return super().__getitem__(index)
 
-    part = subset(Split(Lazy(("a", "b", "c", "d")), np.arange(4)), np.array([3, 1]))
+    part = subset(Split(Watched(("a", "b", "c", "d")), np.arange(4)), np.array([3, 1]))
     assert not read
-    assert isinstance(part.inputs, Chosen)
+    assert isinstance(part.inputs, Lazy)
     assert (part.inputs[0], part.inputs[1], len(part)) == ("d", "b", 2)
     assert list(part.inputs[1:]) == ["b"]
     assert np.array_equal(part.labels, [3, 1])

@@ -196,7 +196,7 @@ def test_the_port_is_known_before_it_is_announced(bundle, capsys, monkeypatch):
 
 def test_every_option_of_a_server_can_be_said_to_ray(bundle):
     """Those that say how many or where belong to the cluster."""
-    from mdpd_deploy.serve.core import CoreOptions
+    from mdpd_deploy.serve.core.options import CoreOptions
     from mdpd_deploy.serve.ray_app import AppArguments, Scaling
 
     options = {field.name for field in fields(CoreOptions)} - {"limits"}

@@ -32,7 +32,9 @@ from mdpd_deploy.commands.export import export_runs
 from mdpd_deploy.commands.serve import name_bundles
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.runtimes.base import only
-from mdpd_deploy.serve.core import CoreOptions, Refusal, RequestCore
+from mdpd_deploy.serve.core.options import CoreOptions
+from mdpd_deploy.serve.core.refusal import Refusal
+from mdpd_deploy.serve.core.request_core import RequestCore
 
 pytest.importorskip("fastapi", reason="serves over HTTP")
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
@@ -656,9 +658,9 @@ def test_what_escapes_a_route_is_counted_and_framed(bundles, caplog):
 HANGING = """
 import sys, time
 from pathlib import Path
-from mdpd_deploy.serve.core import CoreOptions
+from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.web.run import serve_bundles
-from mdpd_deploy.serve.core import open_runner
+from mdpd_deploy.serve.core.model import open_runner
 
 class Runner:
     hangs = False
@@ -700,7 +702,7 @@ def test_serving_loads_no_torch(bundles, run_python):
 import json, os, signal, sys, threading, urllib.request
 from pathlib import Path
 from mdpd_deploy.commands.serve import name_bundles
-from mdpd_deploy.serve.core import CoreOptions
+from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.web.run import serve_bundles
 def ask(url):
     body = json.dumps({{"inputs": ["a film"], "task": "mood"}}).encode()

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from mdpd_deploy.serve.core import MicroBatcher, Refusal
+from mdpd_deploy.serve.core.batcher import MicroBatcher
+from mdpd_deploy.serve.core.refusal import Refusal
 
 BAD = -1.0
 

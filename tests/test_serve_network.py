@@ -251,7 +251,8 @@ def test_a_client_that_reads_no_answer_is_let_go(narrow):
 def test_one_client_cannot_hold_the_room_for_bodies():
     from starlette.requests import Request
 
-    from mdpd_deploy.serve.core import Limits, Refusal
+    from mdpd_deploy.serve.core.options import Limits
+    from mdpd_deploy.serve.core.refusal import Refusal
     from mdpd_deploy.serve.web.body import Bodies
 
     bodies = Bodies(Limits(bodies_bytes=1000), timeout_s=5)
@@ -281,7 +282,7 @@ def test_one_client_cannot_hold_the_room_for_bodies():
 
 
 def test_clients_are_told_apart_by_what_one_of_them_can_have():
-    from mdpd_deploy.serve.web.clients import client_of
+    from mdpd_deploy.serve.web.callers import client_of
 
     assert client_of(("192.0.2.1", 5)) == client_of(("::ffff:192.0.2.1", 6, 0, 0)) == "192.0.2.1"
     assert client_of(("2001:db8::1", 5, 0, 0)) == client_of(("2001:db8::ffff:1", 6, 0, 0))
@@ -320,7 +321,7 @@ def test_a_foreign_host_is_refused(server, host):
 
 
 def test_the_name_that_a_server_listens_on_is_its_own():
-    from mdpd_deploy.serve.core import CoreOptions
+    from mdpd_deploy.serve.core.options import CoreOptions
     from mdpd_deploy.serve.web.callers import called_by
 
     options = CoreOptions(allow_hosts=("a.example",))

@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from mdpd_deploy import load_bundle
-from mdpd_deploy.serve.core import CoreOptions, Limits, Refusal, RequestCore
+from mdpd_deploy.serve.core.options import CoreOptions, Limits
+from mdpd_deploy.serve.core.refusal import Refusal
+from mdpd_deploy.serve.core.request_core import RequestCore
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 

@@ -10,12 +10,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from mdpd_deploy.serve.core import Refusal, check_encoding, decode_request, encode_reply
-from mdpd_deploy.serve.core.graph_values import read_value_ranges
-from mdpd_deploy.serve.core.json_body import read_json_body
-from mdpd_deploy.serve.core.json_limit import texts_limit
-from mdpd_deploy.serve.core.refusal import shown
-from mdpd_deploy.serve.core.tensors import DATATYPES, Axis, TensorSpec, read_specs
+from mdpd_deploy.serve.core.json_body import read_json_body, texts_limit
+from mdpd_deploy.serve.core.protocol import check_encoding, decode_request, encode_reply
+from mdpd_deploy.serve.core.refusal import Refusal, shown
+from mdpd_deploy.serve.core.tensors import (
+    DATATYPES,
+    Axis,
+    TensorSpec,
+    read_specs,
+    read_value_ranges,
+)
 
 BATCH, LENGTH = Axis("batch", 1, 4), Axis("sequence", 1, 8)
 IDS = TensorSpec("ids", "INT64", (BATCH, LENGTH), (0, 99))

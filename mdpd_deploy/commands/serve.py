@@ -93,8 +93,7 @@ def serve(
         raise UserError(
             "--threads belongs to --runtime onnx: an engine runs on the GPU; leave it out."
         )
-    from mdpd_deploy.serve.core import CoreOptions, Limits
-    from mdpd_deploy.serve.core.options import usual_device
+    from mdpd_deploy.serve.core.options import CoreOptions, Limits, usual_device
     from mdpd_deploy.serve.web.run import serve_bundles
 
     named = name_bundles(bundles)

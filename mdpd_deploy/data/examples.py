@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,42 @@ from mdpd_deploy.errors import UserError
 if TYPE_CHECKING:
     from mdpd_deploy.tasks.base import Task
 
+Indices = NDArray[np.int64]
 Field = Literal["text", "image"]  # a part of one input
 
 Text = str | tuple[str, str]  # a sentence, or a pair
 Picture = Path | Image.Image  # a file that is opened when needed, or a picture in memory
 Raw = Text | Picture
+
+
+class Lazy(Sequence[Raw]):
+    """Inputs that are made each time they are asked for.
+
+    Args:
+        read: Makes the input of a place.
+        places: Where the inputs are, in order.
+    """
+
+    def __init__(self, read: Callable[[int], Raw], places: Sequence[int] | Indices) -> None:
+        self._read = read
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Raw: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Raw]: ...
+    def __getitem__(self, index: int | slice) -> Raw | Sequence[Raw]:
+        if isinstance(index, slice):
+            return Lazy(self._read, self._places[index])
+        return self._read(int(self._places[index]))
+
+
+def joined(columns: Sequence[Sequence[str]]) -> list[Raw]:
+    """Return inputs of one column of texts, or pairs of two."""
+    return list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
 
 
 @dataclass(frozen=True)
@@ -73,6 +104,12 @@ class TaskData:
 def fits(raw: object, fields: Sequence[Field]) -> bool:
     """Tell whether a text, or several in a tuple, is what one input of these fields of text is."""
     return isinstance(raw, tuple if len(fields) > 1 else str)
+
+
+def parts_of(raw: Raw) -> tuple[str, ...]:
+    """Return the texts of an input of text, one or a pair."""
+    assert isinstance(raw, str | tuple)
+    return raw if isinstance(raw, tuple) else (raw,)
 
 
 def texts(count: int) -> tuple[Field, ...]:

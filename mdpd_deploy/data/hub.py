@@ -7,14 +7,15 @@ they are asked for and pass our own limits (`images.decode_image`).
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast
 
 from mdpd_deploy.data.cells import Where, label_cells, text_cells
-from mdpd_deploy.data.examples import Raw
+from mdpd_deploy.data.examples import Lazy, Raw, joined
 from mdpd_deploy.data.images import FILE_FORMATS, decode_image, open_image
 from mdpd_deploy.data.inventory import Inventory, many_left_out
-from mdpd_deploy.data.rows import Rows
+from mdpd_deploy.data.rows import Columns, Rows
 from mdpd_deploy.data.splits import SPLIT_NAMES
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.hub import hub_reachable, quiet
@@ -27,21 +28,14 @@ SPLITS_FILE = "dataset_dict.json"  # in a folder of `save_to_disk` that holds se
 
 
 def read_hub(
-    spec: str,
-    loaded: "DatasetDict",
-    *,
-    text: Sequence[str] | None,
-    image: str | None,
-    label: str,
+    spec: str, loaded: "DatasetDict", columns: Columns
 ) -> tuple[dict[str, Rows], Inventory]:
     """Pick the columns of a loaded data set.
 
     Args:
         spec: The name as typed, for messages.
         loaded: What `load_hub` returned.
-        text: One or two text columns, or None.
-        image: The image column, or None.
-        label: The label column; a ClassLabel gives its names.
+        columns: Of its inputs, and of the label; a ClassLabel gives its names.
 
     Returns:
         Rows of the splits called train, validation and test (or another of their usual names), and
@@ -55,7 +49,7 @@ def read_hub(
     for name, dataset in loaded.items():
         split = SPLIT_NAMES.get(str(name).lower())
         if split is not None and split not in splits:
-            splits[split] = _rows(dataset, f"{spec} {name}", text, image, label)
+            splits[split] = _rows(dataset, f"{spec} {name}", columns)
         else:
             others += many_left_out("rows of other splits", len(dataset), str(name))
     if not splits:
@@ -149,15 +143,11 @@ def _parse(spec: str) -> tuple[str, str | None, str | None]:
     return name, config or None, revision or None
 
 
-def _rows(
-    dataset: "Dataset", source: str, text: Sequence[str] | None, image: str | None, label: str
-) -> Rows:
-    for name, option in [
-        *((t, "--text") for t in text or ()),
-        (image, "--image"),
-        (label, "--label"),
-    ]:
-        if name is not None and name not in dataset.column_names:
+def _rows(dataset: "Dataset", source: str, columns: Columns) -> Rows:
+    option = "--image" if columns.image else "--text"
+    wanted = {**dict.fromkeys(columns.inputs, option), columns.label: "--label"}
+    for name, option in wanted.items():
+        if name not in dataset.column_names:
             raise UserError(
                 f"{source} has no column {name!r} for {option}. "
                 f"It has: {', '.join(dataset.column_names)}."
@@ -166,8 +156,11 @@ def _rows(
     def where(index: int) -> str:
         return f"{source} row {index + 1}"
 
-    inputs = HubPictures(dataset, image, source) if image else _texts(dataset, text or (), where)
-    return Rows(inputs, _labels(dataset, label, where), where, source)
+    if columns.image:
+        inputs: Sequence[Raw] = _pictures(dataset, columns.inputs[0], source)
+    else:
+        inputs = joined([text_cells(list(dataset[name]), name, where) for name in columns.inputs])
+    return Rows(inputs, _labels(dataset, columns.label, where), where, source)
 
 
 def _labels(dataset: "Dataset", column: str, where: Where) -> list[str]:
@@ -178,40 +171,22 @@ def _labels(dataset: "Dataset", column: str, where: Where) -> list[str]:
     return label_cells(values, column, where)
 
 
-def _texts(dataset: "Dataset", columns: Sequence[str], where: Where) -> list[Raw]:
-    cells = [text_cells(list(dataset[name]), name, where) for name in columns]
-    return list(cells[0]) if len(cells) == 1 else list(zip(cells[0], cells[1], strict=True))
+def _pictures(dataset: "Dataset", column: str, source: str) -> Lazy:
+    """Return the pictures of a data set's column, decoded one at a time."""
+    import datasets
+
+    feature = dataset.features[column]
+    if not isinstance(feature, datasets.Image):
+        raise UserError(f"{source}: column {column!r} holds no pictures but {feature}.")
+    encoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return Lazy(partial(_picture, encoded, column, source), range(len(encoded)))
 
 
-class HubPictures(Sequence[Raw]):
-    """The pictures of a data set's column, decoded one at a time."""
-
-    def __init__(self, dataset: "Dataset", column: str, source: str) -> None:
-        import datasets
-
-        feature = dataset.features[column]
-        if not isinstance(feature, datasets.Image):
-            raise UserError(f"{source}: column {column!r} holds no pictures but {feature}.")
-        self._dataset = dataset.select_columns([column]).cast_column(
-            column, datasets.Image(decode=False)
-        )
-        self._column = column
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    @overload
-    def __getitem__(self, index: int) -> Raw: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Raw]: ...
-    def __getitem__(self, index: int | slice) -> Raw | Sequence[Raw]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        cell = self._dataset[index][self._column]
-        name = f"{self._source} row {index + 1}"
-        if cell is None:
-            raise UserError(f"{name} has no picture: leave the row out of the data set.")
-        if cell["bytes"] is None:
-            return open_image(Path(cell["path"]))
-        return decode_image(io.BytesIO(cell["bytes"]), name, formats=FILE_FORMATS)
+def _picture(encoded: "Dataset", column: str, source: str, index: int) -> Raw:
+    cell = encoded[index][column]
+    name = f"{source} row {index + 1}"
+    if cell is None:
+        raise UserError(f"{name} has no picture: leave the row out of the data set.")
+    if cell["bytes"] is None:
+        return open_image(Path(cell["path"]))
+    return decode_image(io.BytesIO(cell["bytes"]), name, formats=FILE_FORMATS)

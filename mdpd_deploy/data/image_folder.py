@@ -5,7 +5,6 @@ Every file below the folder is a picture that is used, or counted with the reaso
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from mdpd_deploy.data.cells import class_of
@@ -13,13 +12,12 @@ from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.images import SUFFIXES, looks_like_picture
 from mdpd_deploy.data.inventory import (
     FOLDER_LINK,
-    Inventory,
     is_system,
     left_out,
     walk,
     why_unread,
 )
-from mdpd_deploy.data.rows import Rows
+from mdpd_deploy.data.rows import Found, Rows
 from mdpd_deploy.data.splits import SPLIT_NAMES
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.text import listed
@@ -28,24 +26,7 @@ Left = list[tuple[str, str]]  # (reason, name) of what is not used
 SEARCH_DEPTH = 3  # folders below the one given in which splits are looked for, to name them
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """What an image folder holds.
-
-    Attributes:
-        splits: Rows by split; everything is `train` if `whole`.
-        whole: True for pictures without split folders.
-        inventory: What is left out.
-        notes: Sentences the user should see.
-    """
-
-    splits: dict[str, Rows]
-    whole: bool
-    inventory: Inventory
-    notes: tuple[str, ...]
-
-
-def read_image_folder(root: Path) -> ImageFolder:
+def read_image_folder(root: Path) -> Found:
     """Read every picture in the class folders of every split.
 
     Endings of `images.SUFFIXES` in any case, and files without an ending that are pictures;
@@ -68,7 +49,7 @@ def read_image_folder(root: Path) -> ImageFolder:
         split: _read_classes(folder, root, left, notes)
         for split, folder in (found or {"train": root}).items()
     }
-    return ImageFolder(splits, not found, left_out(left), tuple(notes))
+    return Found(splits, not found, notes=tuple(notes), inventory=left_out(left))
 
 
 def split_folders(root: Path) -> dict[str, Path]:

@@ -8,6 +8,7 @@ Pillow's own conversion would clip it to white. Threads that decode at the same 
 """
 
 import contextlib
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,6 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from mdpd_deploy.data.jpeg_scans import count_scans
 from mdpd_deploy.errors import UserError, WorkFailed
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # of what is sent by strangers
@@ -29,6 +29,10 @@ MAX_PIXELS = 40_000_000
 MAX_SCANS = 100  # of a JPEG; encoders write about ten
 PIXELS_AT_ONCE = 2 * MAX_PIXELS  # of the pictures that the threads of a process decode
 BYTES_PER_PIXEL = 8  # the most that decoding holds: RGB, which Pillow keeps in four, twice
+
+# A JPEG's marker ends the data of a scan; FF 00 is data, FF D0 to FF D7 restart within it.
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+_TEM, _SOI, _EOI, _SOS = 0x01, 0xD8, 0xD9, 0xDA
 
 _header_lock = threading.Lock()  # catch_warnings is not thread-safe
 _share = threading.Condition()
@@ -192,6 +196,27 @@ def _check_scans(stream: BinaryIO, name: str) -> None:
             f"{name} is a JPEG of more than {MAX_SCANS} scans, which may take minutes to decode: "
             "save it again."
         )
+
+
+def count_scans(jpeg: bytes, most: int) -> int:
+    """Return the number of scans; of more than `most` only that there are, `most + 1`.
+
+    Every scan walks over all blocks of the picture, though it may hold a few bytes only: 1.4 MB have
+    room for 20,000, which take minutes. An encoder's progressive JPEG has about ten.
+    """
+    if jpeg.count(b"\xff\xda") <= most:  # can only be too many: other segments may hold these bytes
+        return jpeg.count(b"\xff\xda")
+    scans, at = 0, 0
+    while scans <= most and (found := _MARKER.search(jpeg, at)):
+        marker, at = found[1][0], found.end()
+        if marker == _EOI:  # what follows is not the picture's: a second one, a video
+            break
+        scans += marker == _SOS
+        if marker not in (_SOI, _TEM):
+            at += max(
+                int.from_bytes(jpeg[at : at + 2], "big"), 2
+            )  # the segment, its length included
+    return scans
 
 
 def _too_large(name: str, most: int, size: str = "") -> UserError:

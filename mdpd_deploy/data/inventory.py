@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,7 @@ class Inventory:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as `summary.json` keeps them."""
-        left = [
-            {"reason": e.reason, "count": e.count, "examples": list(e.examples)}
-            for e in self.left_out
-        ]
+        left = [{**asdict(entry), "examples": list(entry.examples)} for entry in self.left_out]
         return {"used": dict(self.used), "left_out": left}
 
 
@@ -91,14 +88,10 @@ NOTHING = Inventory()
 def left_out(found: Iterable[tuple[str, str]]) -> Inventory:
     """Return the account of (reason, name) pairs."""
     names: dict[str, list[str]] = defaultdict(list)
-    counts: dict[str, int] = defaultdict(int)
     for reason, name in found:
-        counts[reason] += 1
-        if len(names[reason]) < NAMED:
-            names[reason].append(printable(name))
-    return Inventory(
-        left_out=tuple(LeftOut(reason, n, tuple(names[reason])) for reason, n in counts.items())
-    )
+        names[reason].append(name)
+    parts = [many_left_out(reason, len(those), *those) for reason, those in names.items()]
+    return sum(parts, NOTHING)
 
 
 def many_left_out(reason: str, count: int, *examples: str) -> Inventory:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mdpd_deploy.data.examples import Raw, Split
+from mdpd_deploy.data.examples import Raw, Split, parts_of
 from mdpd_deploy.data.preprocess import TextPreprocess
 
 MOST_TEXTS, MOST_CHARACTERS = 2_000, 500_000  # counted of a split: a second of tokenising
@@ -48,7 +48,7 @@ class TextLengths:
 
 def text_lengths(split: Split, preprocess: TextPreprocess) -> TextLengths:
     """Count the tokens of a split's texts, or of a random sample where they are many."""
-    characters = np.array([_characters(raw) for raw in split.inputs], dtype=np.int64)
+    characters = np.array([sum(map(len, parts_of(raw))) for raw in split.inputs], dtype=np.int64)
     chosen = _sample(characters)
     tokens = preprocess.count_tokens([_short(split.inputs[i]) for i in chosen])
     longest = int(tokens.max())
@@ -80,13 +80,8 @@ def _sample(characters: np.ndarray) -> Sequence[int]:
     return [int(i) for i in order[:fitting]]
 
 
-def _characters(raw: Raw) -> int:
-    assert isinstance(raw, str | tuple)
-    return len(raw) if isinstance(raw, str) else sum(map(len, raw))
-
-
 def _short(raw: Raw) -> Raw:
-    assert isinstance(raw, str | tuple)
     if isinstance(raw, str):
         return raw[:MOST_OF_A_TEXT]
-    return raw[0][:MOST_OF_A_TEXT], raw[1][:MOST_OF_A_TEXT]
+    first, second = parts_of(raw)
+    return first[:MOST_OF_A_TEXT], second[:MOST_OF_A_TEXT]

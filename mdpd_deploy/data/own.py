@@ -1,17 +1,16 @@
 """The user's own data, for every kind of task: tables, image folders and hub data sets."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.assemble import assemble, to_split, without_unlabelled_test
-from mdpd_deploy.data.examples import Field, Split, TaskData, texts, words_of
+from mdpd_deploy.data.examples import Split, TaskData, words_of
 from mdpd_deploy.data.hub import PREFIX, SPLITS_FILE, is_saved, load_hub, load_saved, read_hub
 from mdpd_deploy.data.image_folder import read_image_folder
-from mdpd_deploy.data.inventory import NOTHING, Inventory, left_out
+from mdpd_deploy.data.inventory import Inventory, left_out
 from mdpd_deploy.data.registry import TASKS
-from mdpd_deploy.data.rows import Rows, Source
+from mdpd_deploy.data.rows import Columns, Found, Rows, Source
 from mdpd_deploy.data.split_files import beside_tables, split_files, unnamed_pictures
 from mdpd_deploy.data.table import Table, is_text_table, read_table, table_texts
 from mdpd_deploy.errors import UserError
@@ -19,39 +18,6 @@ from mdpd_deploy.tasks import KINDS, Task
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Which columns the inputs and the label come from."""
-
-    inputs: tuple[str, ...]
-    image: bool
-    label: str
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What lies at one path.
-
-    Attributes:
-        splits: Rows by split; everything is `train` if `whole`.
-        columns: None for an image folder.
-        whole: True for one table, or pictures without split folders.
-    """
-
-    splits: dict[str, Rows]
-    columns: _Columns | None
-    whole: bool
-    notes: tuple[str, ...] = ()
-    inventory: Inventory = NOTHING
-
-    @property
-    def fields(self) -> tuple[Field, ...]:
-        """What one input is made of."""
-        if self.columns is None or self.columns.image:
-            return ("image",)
-        return texts(len(self.columns.inputs))
 
 
 @TASKS.register(*KINDS)
@@ -125,7 +91,7 @@ def _replaced(splits: dict[str, Rows]) -> Inventory:
     )
 
 
-def _measured(found: _Found, path: str) -> dict[str, Rows]:
+def _measured(found: Found, path: str) -> dict[str, Rows]:
     """Return the splits to measure on, `validation` or `test` or both."""
     if found.whole:
         return {"validation": found.splits["train"]}
@@ -137,7 +103,7 @@ def _measured(found: _Found, path: str) -> dict[str, Rows]:
     return measured
 
 
-def _read(path: str, option: str, kind: type[Task], config: DataConfig) -> _Found:
+def _read(path: str, option: str, kind: type[Task], config: DataConfig) -> Found:
     if path.startswith(PREFIX):
         return _read_data_set(path, load_hub(path), config)
     root = Path(path).expanduser()
@@ -160,7 +126,7 @@ def _read(path: str, option: str, kind: type[Task], config: DataConfig) -> _Foun
     inventory += left_out(entry for table in tables.values() for entry in table.left_out)
     if root.is_dir():
         inventory += beside_tables(root, files.values(), named)
-    return _Found(rows, columns, whole=root.is_file(), inventory=inventory)
+    return Found(rows, root.is_file(), columns, inventory=inventory)
 
 
 def _refuse_encoding(path: str, config: DataConfig) -> None:
@@ -173,16 +139,14 @@ def _refuse_encoding(path: str, config: DataConfig) -> None:
 
 def _read_data_set(
     path: str, loaded: "DatasetDict", config: DataConfig, *, whole: bool = False
-) -> _Found:
+) -> Found:
     _refuse_encoding(path, config)
     columns = _choose(config, list(next(iter(loaded.values())).column_names), path)
-    text = None if columns.image else columns.inputs
-    image = columns.inputs[0] if columns.image else None
-    rows, inventory = read_hub(path, loaded, text=text, image=image, label=columns.label)
-    return _Found(rows, columns, whole=whole, inventory=inventory)
+    rows, inventory = read_hub(path, loaded, columns)
+    return Found(rows, whole, columns, inventory=inventory)
 
 
-def _read_pictures(root: Path, kind: type[Task], config: DataConfig) -> _Found:
+def _read_pictures(root: Path, kind: type[Task], config: DataConfig) -> Found:
     kind.refuse_folders(str(root))
     _refuse_encoding(str(root), config)
     given = [name for name in ("text", "image", "label") if getattr(config, name) is not None]
@@ -191,11 +155,10 @@ def _read_pictures(root: Path, kind: type[Task], config: DataConfig) -> _Found:
             f"{root} holds no table (train.csv, ...), so data.{given[0]} names no column: "
             "leave it out for an image folder, or correct the path."
         )
-    found = read_image_folder(root)
-    return _Found(found.splits, None, found.whole, found.notes, found.inventory)
+    return read_image_folder(root)
 
 
-def _choose(config: DataConfig, existing: list[str], where: str) -> _Columns:
+def _choose(config: DataConfig, existing: list[str], where: str) -> Columns:
     """Settle the columns; one that is not named is `text`, `image` or `label` if there is such."""
     if config.text is not None and config.image is not None:
         raise UserError("--text and --image exclude each other: give one of them.")
@@ -216,10 +179,10 @@ def _choose(config: DataConfig, existing: list[str], where: str) -> _Columns:
     inputs = tuple(text) if text is not None else (str(image),)
     if label in inputs:
         raise UserError(f"the column {label!r} cannot be both input and label. {has}")
-    return _Columns(inputs, image is not None, label)
+    return Columns(inputs, image is not None, label)
 
 
-def _table_rows(table: Table, columns: _Columns, split: str, config: DataConfig) -> Rows:
+def _table_rows(table: Table, columns: Columns, split: str, config: DataConfig) -> Rows:
     if columns.image:
         inputs = table.pictures(columns.inputs[0], must_exist=config.bad_images == "stop")
     else:

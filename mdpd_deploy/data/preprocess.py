@@ -12,7 +12,7 @@ tokenizers do with `truncation="longest_first"`, cut at the side that the tokeni
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -34,12 +34,8 @@ TOKENIZER_FILE = "tokenizer.json"
 SCHEMA = 1
 
 INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
+    name: Image.Resampling[name.upper()]
+    for name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 }
 CROP_MODES = ("center", "squash", "border")
 Resize = Literal["squash", "crop", "pad"]
@@ -143,30 +139,15 @@ class ImagePreprocess:
 
     def save(self, folder: Path) -> None:
         """Write `preprocess.json` into a folder."""
-        plain = {
-            "schema": SCHEMA,
-            "kind": "image",
-            "input_names": list(self.input_names),
-            "size": list(self.size),
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "interpolation": self.interpolation,
-            "crop_pct": self.crop_pct,
-            "crop_mode": self.crop_mode,
-        }
-        write_json(folder / FILE, plain)
+        head = {"schema": SCHEMA, "kind": "image", "input_names": self.input_names}
+        write_json(folder / FILE, {**head, **asdict(self)})
 
     def _crop(self, image: Image.Image) -> Image.Image:
         height, width = self.size
         lack = (max(height - image.height, 0), max(width - image.width, 0))
         if any(lack):
-            fill = (0, 0, 0)
-            if self.crop_mode == "border":
-                fill = (
-                    round(255 * self.mean[0]),
-                    round(255 * self.mean[1]),
-                    round(255 * self.mean[2]),
-                )
+            border = self.mean if self.crop_mode == "border" else (0, 0, 0)
+            fill = tuple(round(255 * channel) for channel in border)
             padded = Image.new("RGB", (image.width + lack[1], image.height + lack[0]), fill)
             padded.paste(image, (lack[1] // 2, lack[0] // 2))
             image = padded

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mdpd_deploy.data.examples import Field, Raw
+from mdpd_deploy.data.examples import Field, Raw, texts
 from mdpd_deploy.data.inventory import NOTHING, Inventory
 
 
@@ -25,6 +25,41 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table the inputs and the label come from."""
+
+    inputs: tuple[str, ...]
+    image: bool
+    label: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies at one path of the user's.
+
+    Attributes:
+        splits: Rows by split; everything is `train` if `whole`.
+        whole: True for one table, or pictures without split folders.
+        columns: None for an image folder.
+        notes: Sentences the user should see.
+        inventory: What is left out.
+    """
+
+    splits: dict[str, Rows]
+    whole: bool
+    columns: Columns | None = None
+    notes: tuple[str, ...] = ()
+    inventory: Inventory = NOTHING
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """What one input is made of."""
+        if self.columns is None or self.columns.image:
+            return ("image",)
+        return texts(len(self.columns.inputs))
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,11 @@ the same split on every machine and version.
 """
 
 from collections.abc import Sequence
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.data.examples import Raw, Split
+from mdpd_deploy.data.examples import Indices, Lazy, Raw, Split
 
 SPLIT_NAMES = {
     "train": "train",
@@ -22,8 +21,6 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-
-Indices = NDArray[np.int64]
 
 
 def hold_out(n: int, fraction: float) -> int:
@@ -73,26 +70,6 @@ def subset(split: Split, indices: Indices) -> Split:
     inputs: Sequence[Raw] = (
         [split.inputs[i] for i in indices]
         if isinstance(split.inputs, list)
-        else Chosen(split.inputs, indices)
+        else Lazy(split.inputs.__getitem__, indices)
     )
     return Split(inputs, split.labels[indices])
-
-
-class Chosen(Sequence[Raw]):
-    """A view of some inputs that reads each only when asked for it."""
-
-    def __init__(self, inputs: Sequence[Raw], indices: Indices) -> None:
-        self._inputs = inputs
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Raw: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Raw]: ...
-    def __getitem__(self, index: int | slice) -> Raw | Sequence[Raw]:
-        if isinstance(index, slice):
-            return Chosen(self._inputs, self._indices[index])
-        return self._inputs[int(self._indices[index])]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mdpd_deploy.data.cells import kind_of, label_cells, text_cells
-from mdpd_deploy.data.examples import Field, Raw
+from mdpd_deploy.data.examples import Field, Raw, joined
 from mdpd_deploy.data.table_file import most_bytes, read_text, suffixes, too_large
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
@@ -162,10 +162,7 @@ def read_inputs(
 
 def table_texts(table: Table, columns: Sequence[str]) -> list[Raw]:
     """Return sentences of one column, or pairs of two."""
-    texts = [table.texts(name) for name in columns]
-    if len(texts) == 1:
-        return list(texts[0])
-    return list(zip(texts[0], texts[1], strict=True))
+    return joined([table.texts(name) for name in columns])
 
 
 @FORMATS.register(".csv")

@@ -1,4 +1,4 @@
-"""The content of a table's file: unpacked within a limit, and decoded as the user says."""
+"""The content of a file of text: unpacked within a limit, and decoded as the user says."""
 
 import gzip
 import zlib
@@ -35,6 +35,31 @@ def read_text(path: Path, encoding: str | None) -> str:
             "--set data.encoding=latin-1)"
         )
         raise UserError(f"{path} is not {encoding or 'UTF-8'} text{at}: {mend}.") from None
+
+
+def read_lines(path: Path, hint: str) -> list[str]:
+    """Return the lines of a UTF-8 file without their ends; only LF and CR LF end a line.
+
+    `str.splitlines` would also cut at U+0085 and U+2028, which occur inside real sentences.
+
+    Args:
+        path: The file.
+        hint: What to do if it does not exist.
+
+    Raises:
+        UserError: If the file is missing, unreadable or not UTF-8.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {hint}") from None
+    except UnicodeDecodeError as err:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {err.start}): save it with UTF-8 encoding."
+        ) from None
+    except OSError as err:
+        raise UserError(f"{path} cannot be read ({err.strerror or err}).") from err
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def most_bytes(path: Path) -> int:

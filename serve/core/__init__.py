@@ -21,50 +21,10 @@ the arrays of several requests, pads texts to the longest, and gives each its ow
 A `RunnerFactory` opens the graph on a device; `open_runner` is the default.
 
     refusal.py       why a request is not answered          options.py    what may be set, limits
-    json_body.py     JSON from strangers                    tensors.py    what an input accepts
-    protocol.py      bodies ↔ arrays                        graph_values.py   ranges of ids
-    json_limit.py    how much JSON a model can take
+    json_body.py     JSON from strangers, and how much      tensors.py    what an input accepts
+    protocol.py      bodies ↔ arrays
     model.py         one bundle, open and proven            batcher.py    rows of many requests
     preparing.py     pictures and long texts → arrays, in processes that can be killed
     prepare_child.py what runs in these
     request_core.py  all of it together
 """
-
-from mdpd_deploy.serve.core.batcher import Batch, Done, MicroBatcher
-from mdpd_deploy.serve.core.model import (
-    VERSION,
-    RunnerFactory,
-    ServedModel,
-    open_runner,
-)
-from mdpd_deploy.serve.core.options import CoreOptions, Limits
-from mdpd_deploy.serve.core.protocol import (
-    InferRequest,
-    Reply,
-    check_encoding,
-    decode_request,
-    encode_reply,
-)
-from mdpd_deploy.serve.core.refusal import Refusal
-from mdpd_deploy.serve.core.request_core import Answer, InferAnswer, RequestCore
-
-__all__ = [
-    "VERSION",
-    "Answer",
-    "Batch",
-    "CoreOptions",
-    "Done",
-    "InferAnswer",
-    "InferRequest",
-    "Limits",
-    "MicroBatcher",
-    "Refusal",
-    "Reply",
-    "RequestCore",
-    "RunnerFactory",
-    "ServedModel",
-    "check_encoding",
-    "decode_request",
-    "encode_reply",
-    "open_runner",
-]

@@ -1,11 +1,78 @@
-"""JSON that strangers sent: read with limits, and taken apart with a sentence for every mistake."""
+"""JSON that strangers sent: read with limits, and taken apart with a sentence for every mistake.
 
-from typing import Any
+A body of a few megabytes may hold a million empty lists, which take a hundred megabytes and most of
+a second to read. So values are counted before any is made, against what the model itself can take.
+"""
 
-from mdpd_deploy.serve.core.json_limit import JsonLimit
-from mdpd_deploy.serve.core.refusal import invalid, shown
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from mdpd_deploy.serve.core.refusal import Refusal, invalid, shown, too_large
+from mdpd_deploy.serve.core.tensors import TensorSpec
+
+T = TypeVar("T")
 MOST_COUNT = 2**63 - 1
+_KINDS = {list: "a list", dict: "an object", str: "a string", bool: "true or false"}
+# What stands around the values: names, shapes, parameters, an id.
+SLACK_BYTES, SLACK_VALUES, SLACK_STRINGS = 65_536, 4096, 8192
+NUMBER_BYTES = 32  # "-1.7976931348623157e+308, " has 26
+ESCAPED_BYTES = 6  # of a byte of text: \u0000
+_BEFORE_A_VALUE = (b",", b"[", b"{")  # there is one before every value but the first
+
+
+@dataclass(frozen=True)
+class JsonLimit:
+    """The most that the JSON of one request may hold.
+
+    Attributes:
+        most_bytes: Its size.
+        most_values: Values, objects and lists among them.
+        most_strings: Strings, keys among them.
+    """
+
+    most_bytes: int
+    most_values: int
+    most_strings: int
+
+    def check(self, body: bytes) -> None:
+        """Raise a 413 for a body beyond the limit; nothing in it becomes an object."""
+        if len(body) > self.most_bytes:
+            raise self._too_large(self.most_bytes, "bytes")
+        bare = body.replace(rb"\\", b"").replace(rb"\"", b"")
+        if bare.count(b'"') > 2 * self.most_strings:  # each quote begins or ends a string now
+            raise self._too_large(self.most_strings, "strings")
+        outside = b" ".join(bare.split(b'"')[::2])
+        if sum(map(outside.count, _BEFORE_A_VALUE)) > self.most_values:
+            raise self._too_large(self.most_values, "values")
+
+    def _too_large(self, most: int, what: str) -> Refusal:
+        return too_large(f"the JSON has more than {most} {what}: no request of this model has.")
+
+
+def tensors_limit(inputs: Sequence[TensorSpec]) -> JsonLimit:
+    """Return the limit of a request of the protocol: every input as large as it may be."""
+    numbers = lists = 0
+    for spec in inputs:
+        sizes = [axis.high for axis in spec.axes]
+        numbers += math.prod(sizes)
+        lists += sum(math.prod(sizes[:depth]) for depth in range(len(sizes)))
+    size = SLACK_BYTES + NUMBER_BYTES * numbers
+    return JsonLimit(size, SLACK_VALUES + numbers + lists, SLACK_STRINGS)
+
+
+def texts_limit(max_batch: int, text_bytes: int, texts_bytes: int) -> JsonLimit:
+    """Return the limit of a plain request: pairs of texts, each as long as it may be.
+
+    Args:
+        max_batch: Most inputs.
+        text_bytes: Most bytes of a text.
+        texts_bytes: Most bytes of all.
+    """
+    texts = 2 * max_batch
+    size = SLACK_BYTES + ESCAPED_BYTES * min(texts * text_bytes, texts_bytes)
+    return JsonLimit(size, SLACK_VALUES + 2 * texts, SLACK_STRINGS + texts)
 
 
 def read_json_body(body: bytes, limit: JsonLimit) -> dict[str, Any]:
@@ -33,45 +100,23 @@ def read_json_body(body: bytes, limit: JsonLimit) -> dict[str, Any]:
     return plain
 
 
-def take_list(plain: dict[str, Any], key: str, where: str, most: int) -> list[Any]:
+def take(plain: dict[str, Any], key: str, kind: type[T], where: str = "") -> T | None:
+    """Return `plain[key]`, a list, object, string or flag; None when the key is not there."""
+    value = plain.get(key)
+    if value is None or isinstance(value, kind):
+        return value
+    raise invalid(f"{where}{key!r} must be {_KINDS[kind]}.")
+
+
+def take_list(plain: dict[str, Any], key: str, most: int) -> list[Any]:
     """Return `plain[key]`, a list of at most `most` entries; empty when the key is not there."""
-    value = plain.get(key)
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise invalid(f"{where}{key!r} must be a list.")
+    value = take(plain, key, list) or []
     if len(value) > most:
-        raise invalid(f"{where}{key!r} has {len(value)} entries: at most {most} are accepted.")
+        raise invalid(f"{key!r} has {len(value)} entries: at most {most} are accepted.")
     return value
 
 
-def take_object(plain: dict[str, Any], key: str, where: str) -> dict[str, Any]:
-    """Return `plain[key]`, an object; empty when the key is not there."""
-    value = plain.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise invalid(f"{where}{key!r} must be an object.")
-    return value
-
-
-def take_text(plain: dict[str, Any], key: str, where: str) -> str | None:
-    """Return `plain[key]`, a string; None when the key is not there."""
-    value = plain.get(key)
-    if value is not None and not isinstance(value, str):
-        raise invalid(f"{where}{key!r} must be a string.")
-    return value
-
-
-def take_flag(plain: dict[str, Any], key: str, where: str) -> bool | None:
-    """Return `plain[key]`, true or false; None when the key is not there."""
-    value = plain.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise invalid(f"{where}{key!r} must be true or false.")
-    return value
-
-
-def take_count(plain: dict[str, Any], key: str, where: str) -> int | None:
+def take_count(plain: dict[str, Any], key: str, where: str = "") -> int | None:
     """Return `plain[key]`, a whole number of 0 to `MOST_COUNT`; None when the key is not there."""
     value = plain.get(key)
     if value is None:

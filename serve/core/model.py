@@ -16,8 +16,7 @@ from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError, WorkFailed
 from mdpd_deploy.runtimes.base import TASK_ID, Runtime, only
-from mdpd_deploy.serve.core.graph_values import read_value_ranges
-from mdpd_deploy.serve.core.json_limit import texts_limit
+from mdpd_deploy.serve.core.json_body import texts_limit
 from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.core.refusal import (
     Refusal,
@@ -27,7 +26,7 @@ from mdpd_deploy.serve.core.refusal import (
     overloaded,
     shown,
 )
-from mdpd_deploy.serve.core.tensors import Arrays, Axis, TensorSpec, read_specs
+from mdpd_deploy.serve.core.tensors import Arrays, Axis, TensorSpec, read_specs, read_value_ranges
 
 MASK = "attention_mask"
 VERSION = "1"  # a bundle is one version; another one is another bundle

@@ -7,7 +7,7 @@ with the graph's own before anything is allocated; binary tensors are views of t
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -17,13 +17,11 @@ from numpy.typing import NDArray
 
 from mdpd_deploy.serve.core.json_body import (
     read_json_body,
+    take,
     take_count,
-    take_flag,
     take_list,
-    take_object,
-    take_text,
+    tensors_limit,
 )
-from mdpd_deploy.serve.core.json_limit import tensors_limit
 from mdpd_deploy.serve.core.refusal import invalid, shown, unsupported
 from mdpd_deploy.serve.core.tensors import DATATYPES, Arrays, TensorSpec
 
@@ -90,16 +88,16 @@ def decode_request(
     end = len(body) if json_length is None else json_length
     plain = read_json_body(body[:end], tensors_limit(inputs))
     tail = memoryview(body)[end:]
-    parameters = take_object(plain, "parameters", "")
+    parameters = take(plain, "parameters", dict) or {}
     _refuse(parameters, _NOT_HERE, "")
     timeout = take_count(parameters, "timeout", "parameters: ")  # in microseconds
     return InferRequest(
-        id=take_text(plain, "id", ""),
-        arrays=_read_inputs(take_list(plain, "inputs", "", most_tensors), inputs, tail),
+        id=take(plain, "id", str),
+        arrays=_read_inputs(take_list(plain, "inputs", most_tensors), inputs, tail),
         outputs=_read_outputs(
-            take_list(plain, "outputs", "", most_tensors),
+            take_list(plain, "outputs", most_tensors),
             [spec.name for spec in outputs],
-            binary=take_flag(parameters, "binary_data_output", "parameters: ") or False,
+            binary=take(parameters, "binary_data_output", bool, "parameters: ") or False,
         ),
         timeout_s=timeout / 1e6 if timeout else None,
     )
@@ -147,21 +145,22 @@ def _read_inputs(entries: list[Any], specs: Sequence[TensorSpec], tail: memoryvi
     by_name = {spec.name: spec for spec in specs}
     arrays: Arrays = {}
     start = 0
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise invalid(f"inputs[{number}] must be an object.")
-        spec = by_name.get(name := take_text(entry, "name", f"inputs[{number}]: ") or "")
+    for name, entry in _named(entries, "inputs"):
+        spec = by_name.get(name)
         if spec is None:
             raise invalid(f"unknown input {shown(name)}: the model takes {', '.join(by_name)}.")
         if name in arrays:
             raise invalid(f"input {name!r} is given twice.")
-        shape = _read_header(entry, spec)
-        size = _binary_size(entry, spec, shape, len(tail) - start)
+        where = f"input {name!r}: "
+        parameters = _parameters(entry, where)
+        shape = _read_shape(entry, spec, where)
+        size = take_count(parameters, "binary_data_size", where)
         if size is None:
-            arrays[name] = _from_json(entry, spec, shape)
+            arrays[name] = _from_json(entry, spec, shape, where)
         else:
-            part = np.frombuffer(tail[start : start + size], dtype=spec.dtype)
-            arrays[name] = part.reshape(shape)
+            if entry.get("data") is not None:
+                raise invalid(f"{where}give either 'data' or binary_data_size, not both.")
+            arrays[name] = _from_binary(tail[start:], size, spec, shape, where)
             start += size
         spec.check_values(arrays[name])
     if missing := [name for name in by_name if name not in arrays]:
@@ -174,11 +173,23 @@ def _read_inputs(entries: list[Any], specs: Sequence[TensorSpec], tail: memoryvi
     return arrays
 
 
-def _read_header(entry: dict[str, Any], spec: TensorSpec) -> list[int]:
+def _named(entries: list[Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name of each tensor that a request lists, and what it says of it."""
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise invalid(f"{key}[{number}] must be an object.")
+        yield take(entry, "name", str, f"{key}[{number}]: ") or "", entry
+
+
+def _parameters(entry: dict[str, Any], where: str) -> dict[str, Any]:
+    parameters = take(entry, "parameters", dict, where) or {}
+    _refuse(parameters, _NOT_HERE_TENSOR, where)
+    return parameters
+
+
+def _read_shape(entry: dict[str, Any], spec: TensorSpec, where: str) -> list[int]:
     """Check datatype and shape of one input, and return the shape."""
-    where = f"input {spec.name!r}: "
-    _refuse(take_object(entry, "parameters", where), _NOT_HERE_TENSOR, where)
-    datatype = take_text(entry, "datatype", where)
+    datatype = take(entry, "datatype", str, where)
     if datatype != spec.datatype:
         raise invalid(f"{where}datatype must be {spec.datatype}, not {shown(datatype)}.")
     shape = entry.get("shape")
@@ -192,29 +203,24 @@ def _read_header(entry: dict[str, Any], spec: TensorSpec) -> list[int]:
     return shape
 
 
-def _binary_size(
-    entry: dict[str, Any], spec: TensorSpec, shape: Sequence[int], left: int
-) -> int | None:
-    """Return how many bytes of the tail are this input's; None when it comes as JSON."""
-    where = f"input {spec.name!r}: "
-    size = take_count(take_object(entry, "parameters", where), "binary_data_size", where)
-    if size is None:
-        return None
-    if entry.get("data") is not None:
-        raise invalid(f"{where}give either 'data' or binary_data_size, not both.")
+def _from_binary(
+    tail: memoryview, size: int, spec: TensorSpec, shape: Sequence[int], where: str
+) -> NDArray[Any]:
+    """Return the first `size` bytes of the tail as one input."""
     expected = math.prod(shape) * spec.dtype.itemsize
     if size != expected:
         raise invalid(
             f"{where}binary_data_size is {shown(size)}, but {spec.datatype} {shape} "
             f"takes {expected} bytes."
         )
-    if size > left:
-        raise invalid(f"{where}needs {size} bytes after the JSON, and {left} are there.")
-    return size
+    if size > len(tail):
+        raise invalid(f"{where}needs {size} bytes after the JSON, and {len(tail)} are there.")
+    return np.frombuffer(tail[:size], dtype=spec.dtype).reshape(shape)
 
 
-def _from_json(entry: dict[str, Any], spec: TensorSpec, shape: Sequence[int]) -> NDArray[Any]:
-    where = f"input {spec.name!r}: "
+def _from_json(
+    entry: dict[str, Any], spec: TensorSpec, shape: Sequence[int], where: str
+) -> NDArray[Any]:
     if spec.datatype == "FP16":
         raise invalid(f"{where}FP16 cannot be sent as JSON: send it as binary data.")
     if not isinstance(data := entry.get("data"), list):
@@ -254,18 +260,13 @@ def _read_outputs(entries: list[Any], names: Sequence[str], *, binary: bool) -> 
     if not entries:
         return dict.fromkeys(names, binary)
     wanted: dict[str, bool] = {}
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise invalid(f"outputs[{number}] must be an object.")
-        name = take_text(entry, "name", f"outputs[{number}]: ") or ""
+    for name, entry in _named(entries, "outputs"):
         if name not in names:
             raise invalid(f"unknown output {shown(name)}: the model gives {', '.join(names)}.")
         if name in wanted:
             raise invalid(f"output {name!r} is asked for twice.")
         where = f"output {name!r}: "
-        parameters = take_object(entry, "parameters", where)
-        _refuse(parameters, _NOT_HERE_TENSOR, where)
-        own = take_flag(parameters, "binary_data", where)
+        own = take(_parameters(entry, where), "binary_data", bool, where)
         wanted[name] = binary if own is None else own
     return wanted
 

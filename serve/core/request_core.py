@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mdpd_deploy.artifacts.tasks import BundleTask
-from mdpd_deploy.data.examples import Raw, fits, refuse_empty, words_of
+from mdpd_deploy.data.examples import Raw, fits, parts_of, refuse_empty, words_of
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.machine import cpu_count
 from mdpd_deploy.serve.core.batcher import Batch, Done, MicroBatcher
@@ -366,7 +366,7 @@ class RequestCore:
             if not fits(raw, chosen.fields) or not isinstance(raw, str | tuple):
                 wanted = words_of(chosen.fields)
                 raise invalid(f"task {chosen.name!r} takes {wanted}: given {shown(raw)}.")
-            for text in raw if isinstance(raw, tuple) else (raw,):
+            for text in parts_of(raw):
                 characters += len(text)
                 size += (own := len(text.encode(errors="replace")))
                 if own > limits.text_bytes:

@@ -6,7 +6,7 @@ Drawn on a figure of its own (no pyplot, so no global state and no display).
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mdpd_deploy.serve.latency.estimate import factor, milliseconds
 from mdpd_deploy.serve.latency.report import CONTROL, DEPLOYED, LatencyReport, RatioRow
@@ -19,6 +19,8 @@ _COLOURS = ("#0b6e4f", "#d1495b", "#3066be", "#e08d00", "#7b4fa3", "#2a9d9d")  #
 _GREY = "#8a8a8a"  # the A/A control
 _INK = "#222222"
 _DPI = 200
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 9.5}
+_RUNTIMES = {"onnx": "ONNX Runtime", "torch": "PyTorch eager", "trt": "TensorRT"}
 _TITLE = "Time of one call, relative to the deployed model"
 _NARROWEST = 7.4  # inches: the title has room
 _FARTHEST = 2.0  # times the largest ratio: an interval that reaches farther is cut there
@@ -40,8 +42,8 @@ def draw(report: LatencyReport) -> "Figure":
     """Return the figure: one panel per runtime, one line per model and batch, 95 % intervals."""
     from matplotlib.figure import Figure
 
-    runtimes = list(dict.fromkeys(ratio.runtime for ratio in report.ratios))
-    height = 2.0 + 0.32 * max(_lines(report, runtime) for runtime in runtimes)
+    runtimes = report.runtimes
+    height = 2.0 + 0.32 * max(_lines(report.ratios_of(runtime)) for runtime in runtimes)
     width = max(_NARROWEST, 5.2 * len(runtimes) + 1.6)
     caption = _caption(report, int(14 * width))  # letters of 9 points that fit beside each other
     height += 0.16 * (caption.count("\n") - 1)
@@ -51,15 +53,9 @@ def draw(report: LatencyReport) -> "Figure":
     for axis, runtime in zip(axes, runtimes, strict=True):
         _panel(axis, report, runtime, right)
     axes[0].set_xlim(left, right + room)  # shared by all panels
-    figure.suptitle(
-        _TITLE,
-        x=0.012,
-        ha="left",
-        fontsize=15,
-        fontweight="bold",
-        color=_INK,
-    )
-    figure.supxlabel(caption, x=0.012, ha="left", fontsize=9, color="#555555")
+    at: dict[str, Any] = {"x": 0.012, "ha": "left"}
+    figure.suptitle(_TITLE, **at, fontsize=15, fontweight="bold", color=_INK)
+    figure.supxlabel(caption, **at, fontsize=9, color="#555555")
     return figure
 
 
@@ -84,7 +80,7 @@ def _caption(report: LatencyReport, letters: int) -> str:
         "right of 1×: the deployed model is faster",
         "grey band: counted as the same speed",
     ]
-    if any(note.untrained for note in report.variants):
+    if report.untrained:
         words.append("*untrained weights, speed only")
     lines = [" · ".join(words), *report.warnings]
     return "\n".join(fill(line, letters) for line in lines)
@@ -97,15 +93,12 @@ def _machine(report: LatencyReport) -> str:
     return f"{report.machine.get('cpu', 'CPU')}, {count} thread{'s' * (count > 1)}"
 
 
-def _lines(report: LatencyReport, runtime: str) -> int:
-    ratios = [ratio for ratio in report.ratios if ratio.runtime == runtime]
+def _lines(ratios: list[RatioRow]) -> int:
     return len(ratios) + len({ratio.batch for ratio in ratios})
 
 
 def _panel(axis: "Axes", report: LatencyReport, runtime: str, right: float) -> None:
-    ratios = [ratio for ratio in report.ratios if ratio.runtime == runtime]
-    colours = _colours(report)
-    untrained = {note.name for note in report.variants if note.untrained}
+    ratios, colours = report.ratios_of(runtime), _colours(report)
     axis.axvspan(1 - report.margin, 1 + report.margin, color="#ececec", zorder=0, lw=0)
     axis.axvline(1, color=_INK, lw=1, zorder=1)
     labels: list[str] = []
@@ -114,9 +107,11 @@ def _panel(axis: "Axes", report: LatencyReport, runtime: str, right: float) -> N
         labels.append(f"batch {batch}")
         for ratio in (ratio for ratio in ratios if ratio.batch == batch):
             _interval(axis, ratio, len(labels), colours[ratio.variant], right)
-            labels.append(ratio.variant + "*" * (ratio.variant in untrained))
+            labels.append(ratio.variant + "*" * (ratio.variant in report.untrained))
     device, precision = ratios[0].device.upper(), ratios[0].precision.upper()
-    axis.set_title(f"{_runtime_words(runtime)} · {device} · {precision}", loc="left", fontsize=11)
+    axis.set_title(
+        f"{_RUNTIMES.get(runtime, runtime)} · {device} · {precision}", loc="left", fontsize=11
+    )
     _finish(axis, labels)
 
 
@@ -129,15 +124,8 @@ def _reference(axis: "Axes", report: LatencyReport, runtime: str, batch: int, pl
     """Write beside the line at 1 what 1 stands for."""
     key = (runtime, batch, DEPLOYED)
     row = next(r for r in report.rows if (r.runtime, r.batch, r.variant) == key)
-    axis.annotate(
-        f"deployed: {milliseconds(row.p50_ms)} ms",
-        (1, place),
-        xytext=(7, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=9.5,
-        color="#444444",
-    )
+    beside = {"xytext": (7, 0), **_BESIDE}
+    axis.annotate(f"deployed: {milliseconds(row.p50_ms)} ms", (1, place), **beside, color="#444444")
 
 
 def _interval(axis: "Axes", ratio: RatioRow, place: float, colour: str, right: float) -> None:
@@ -150,16 +138,9 @@ def _interval(axis: "Axes", ratio: RatioRow, place: float, colour: str, right: f
         axis.plot([end], [place], ">", color=colour, ms=7)
     axis.plot([low, end], [place, place], color=colour, lw=3.2, alpha=0.45, solid_capstyle="round")
     axis.plot([ratio.median], [place], "o", color=colour, ms=7)
-    axis.annotate(
-        said,
-        (end, place),
-        xytext=(8, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=9.5,
-        color=colour,
-        path_effects=[withStroke(linewidth=2.5, foreground="white")],
-    )
+    white = [withStroke(linewidth=2.5, foreground="white")]
+    beside = {"xytext": (8, 0), **_BESIDE}
+    axis.annotate(said, (end, place), **beside, color=colour, path_effects=white)
 
 
 def _finish(axis: "Axes", labels: list[str]) -> None:
@@ -174,8 +155,3 @@ def _finish(axis: "Axes", labels: list[str]) -> None:
     axis.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
-
-
-def _runtime_words(runtime: str) -> str:
-    words = {"onnx": "ONNX Runtime", "torch": "PyTorch eager", "trt": "TensorRT"}
-    return words.get(runtime, runtime)

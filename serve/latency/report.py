@@ -142,6 +142,20 @@ class LatencyReport:
     machine: dict[str, Any] = field(default_factory=dict)
     raw: list[Raw] = field(default_factory=list)
 
+    @property
+    def runtimes(self) -> list[str]:
+        """The runtimes that were timed, in order."""
+        return list(dict.fromkeys(row.runtime for row in self.rows))
+
+    def ratios_of(self, runtime: str) -> list[RatioRow]:
+        """Return the ratios of one runtime, batch by batch."""
+        return [ratio for ratio in self.ratios if ratio.runtime == runtime]
+
+    @property
+    def untrained(self) -> set[str]:
+        """The variants whose weights are random."""
+        return {note.name for note in self.variants if note.untrained}
+
     def to_dict(self, *, raw: bool = True) -> dict[str, Any]:
         """Return the JSON form; `raw` keeps the time of every round."""
         plain = {"schema": SCHEMA, **asdict(self)}
@@ -159,14 +173,10 @@ class LatencyReport:
 def write_claims(report: LatencyReport) -> list[str]:
     """Return one sentence per runtime and rival: where the deployed model is faster, where not."""
     sentences = []
-    for runtime in dict.fromkeys(row.runtime for row in report.ratios):
+    for runtime in report.runtimes:
+        rivals = [ratio for ratio in report.ratios_of(runtime) if not ratio.control]
         for note in report.variants:
-            ratios = [
-                r
-                for r in report.ratios
-                if (r.runtime, r.variant) == (runtime, note.name) and not r.control
-            ]
-            if ratios:
+            if ratios := [ratio for ratio in rivals if ratio.variant == note.name]:
                 sentences.append(_claim(note, ratios))
     return sentences
 
@@ -180,8 +190,7 @@ def _claim(note: VariantNote, ratios: list[RatioRow]) -> str:
         ("faster", "deployed is slower than {} at batch {}"),
         ("cannot-tell", "against {} this machine cannot tell at batch {}"),
     ):
-        found = [_batch_words(ratio) for ratio in ratios if ratio.verdict == code]
-        if found:
+        if found := [_batch_words(ratio) for ratio in ratios if ratio.verdict == code]:
             parts.append(clause.format(rival, ", ".join(found)))
     first = ratios[0]
     return f"{first.runtime} on {first.device}, {first.precision}: {'; '.join(parts)}."

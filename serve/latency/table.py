@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mdpd_deploy.serve.latency.estimate import Ratio, factor, milliseconds
-from mdpd_deploy.serve.latency.report import DEPLOYED, CellNote, LatencyReport, RatioRow, Row
+from mdpd_deploy.serve.latency.report import LatencyReport, RatioRow, Row
 
 WIDEST = 100  # times; where an interval reaches that far, its end says nothing more
 # A verdict speaks of the variant, the table of the deployed model.
@@ -22,7 +22,7 @@ _DEPLOYED_IS: dict[str, str] = {
 def render(report: LatencyReport) -> RenderableType:
     """Return the report for a rich console: a table per runtime, identity, claims."""
     parts: list[RenderableType] = []
-    for runtime in dict.fromkeys(row.runtime for row in report.rows):
+    for runtime in report.runtimes:
         parts += [_table(report, runtime), *_remarks(report, runtime), Text()]
     parts += [Text(line) for line in _closing(report)]
     parts += [Text(line, style="yellow") for line in report.warnings]
@@ -58,15 +58,17 @@ def _table(report: LatencyReport, runtime: str) -> Table:
 
 
 def _cells(report: LatencyReport, row: Row, *, p99: bool) -> Iterator[str]:
-    note = next(note for note in report.variants if note.name == row.variant)
-    yield f"{row.variant}{'*' * note.untrained}"
+    yield f"{row.variant}{'*' * (row.variant in report.untrained)}"
     yield milliseconds(row.p50_ms)
     yield milliseconds(row.p95_ms)
     if p99:
         yield "" if row.p99_ms is None else milliseconds(row.p99_ms)
     yield f"{row.items_per_s:,.0f}"
-    ratio = _ratio_of(report, row)
-    if ratio is None:
+    own = (
+        r for r in report.ratios_of(row.runtime) if (r.batch, r.variant) == (row.batch, row.variant)
+    )
+    ratio = next(own, None)
+    if ratio is None:  # the deployed model's own row
         return
     low, high = ratio.ci95
     yield f"{factor(ratio.median)} {low:.2f}-{f'{high:.2f}' if high < WIDEST else f'{WIDEST}+'}"
@@ -75,33 +77,21 @@ def _cells(report: LatencyReport, row: Row, *, p99: bool) -> Iterator[str]:
     yield "control" if ratio.control else _DEPLOYED_IS[ratio.verdict]
 
 
-def _ratio_of(report: LatencyReport, row: Row) -> RatioRow | None:
-    key = (row.variant, row.runtime, row.batch)
-    found = [r for r in report.ratios if (r.variant, r.runtime, r.batch) == key]
-    return found[0] if found and row.variant != DEPLOYED else None
-
-
 def _remarks(report: LatencyReport, runtime: str) -> Iterator[Text]:
     cells = [cell for cell in report.cells if cell.runtime == runtime]
     reached = ", ".join(f"{c.rounds} rounds in {c.seconds:.1f} s at batch {c.batch}" for c in cells)
     times = report.settings["openings"]
     opened = f", each model opened {times} times" if times > 1 else ""
     yield Text(f"measured: {reached}{opened}", style="dim")
-    controls = [r for r in report.ratios if r.control and r.runtime == runtime]
+    controls = [ratio for ratio in report.ratios_of(runtime) if ratio.control]
     spreads = ", ".join(f"±{_spread_of(r):.1%} at batch {r.batch}" for r in controls)
     yield Text(f"scatter of this machine (A/A control): {spreads}", style="dim")
-    short = [str(cell.batch) for cell in cells if not cell.reached]
-    if short:
+    if short := [str(cell.batch) for cell in cells if not cell.reached]:
         words = "below 100 rounds or 10 s; raise --seconds for a firmer result"
         yield Text(f"batch {', '.join(short)}: {words}", style="yellow")
-    rows = [r for r in report.rows if r.runtime == runtime and not r.warmup["settled"]]
-    if rows:
+    if rows := [r for r in report.rows if r.runtime == runtime and not r.warmup["settled"]]:
         names = ", ".join(f"{row.variant} at batch {row.batch}" for row in rows)
         yield Text(f"times still drifted after the longest warm-up: {names}", style="yellow")
-    yield from _copies(cells)
-
-
-def _copies(cells: list[CellNote]) -> Iterator[Text]:
     for cell in cells:
         if cell.copies is not None:
             there, back = cell.copies["host_to_device_ms"], cell.copies["device_to_host_ms"]
@@ -121,7 +111,7 @@ def _closing(report: LatencyReport) -> Iterator[str]:
             )
         else:
             yield f"identity: the deployed graph differs from the bare one ({identity.differences[0]})"
-    if any(note.untrained for note in report.variants):
+    if report.untrained:
         yield "* untrained weights: only its speed means something"
     yield "× = model / deployed: above 1 in time, the deployed model is faster"
     yield from report.claims

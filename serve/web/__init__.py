@@ -2,7 +2,6 @@
 
 app.py       the application: errors, headers      body.py         a body, read within its limits
 routes.py    what is answered where                callers.py      which requests are answered at all
-metrics.py   numbers for Prometheus                page.py         the page at `/`
+metrics.py   numbers for Prometheus                connection.py   how long one may take to ask
 run.py       one process, from start to drain      listener.py     which connections are accepted
-clients.py   who one client is                     connection.py   how long one may take to ask
 """

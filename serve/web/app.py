@@ -1,15 +1,15 @@
 """The application: routes over a request core, errors in one form, headers, counting."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from mdpd_deploy.errors import missing_extra
-from mdpd_deploy.serve.core import CoreOptions, Refusal, RequestCore
-from mdpd_deploy.serve.core.refusal import draining, internal, not_found
+from mdpd_deploy.serve.core.options import CoreOptions
+from mdpd_deploy.serve.core.refusal import Refusal, draining, internal, not_found
+from mdpd_deploy.serve.core.request_core import RequestCore
 from mdpd_deploy.serve.web.body import Bodies
 from mdpd_deploy.serve.web.callers import check_caller
 from mdpd_deploy.serve.web.metrics import Metrics
@@ -82,7 +82,7 @@ def build_app(core: RequestCore, metrics: Metrics) -> "FastAPI":
 
 
 def _error(refusal: Refusal, metrics: Metrics) -> Any:
-    from fastapi import Response
+    from fastapi.responses import JSONResponse
 
     metrics.on_error(refusal.kind)
     headers = {}
@@ -90,8 +90,7 @@ def _error(refusal: Refusal, metrics: Metrics) -> Any:
         headers["Retry-After"] = str(refusal.retry_after_s)
     if refusal.status in (408, 413) or refusal.kind == "framing":  # what follows is not read
         headers["Connection"] = "close"
-    body = json.dumps({"error": str(refusal)}, ensure_ascii=False).encode()
-    return Response(body, refusal.status, headers=headers, media_type="application/json")
+    return JSONResponse({"error": str(refusal)}, refusal.status, headers=headers)
 
 
 def raw_error(refusal: Refusal, metrics: Metrics) -> bytes:

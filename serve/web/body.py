@@ -1,17 +1,19 @@
-"""Reading a request's body within limits of size, of all sizes together, and of time."""
+"""A request's body, read within limits of size, of all sizes together, and of time; a client that leaves."""
 
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mdpd_deploy.serve.core import Limits, Refusal
-from mdpd_deploy.serve.core.refusal import invalid, overloaded, shown, too_large
-from mdpd_deploy.serve.web.clients import client_of
+from mdpd_deploy.serve.core.options import Limits
+from mdpd_deploy.serve.core.refusal import Refusal, invalid, overloaded, shown, too_large
+from mdpd_deploy.serve.web.callers import client_of
 
 if TYPE_CHECKING:
     from fastapi import Request
+
+T = TypeVar("T")
 
 
 class Bodies:
@@ -99,3 +101,31 @@ def _length(request: "Request", header: str) -> int | None:
     if not value.isascii() or not value.isdigit() or len(value) > 20:
         raise invalid(f"{header} is no length: {shown(value)}.")
     return int(value)
+
+
+async def while_connected(request: "Request", work: Coroutine[Any, Any, T]) -> T:
+    """Return what the work returns; cancel it when the client closes the connection.
+
+    Args:
+        request: Whose body has been read.
+        work: What the client waits for.
+
+    Raises:
+        Refusal: 400, which nobody reads, when the client has left.
+    """
+    answer = asyncio.create_task(work)
+    leaving = asyncio.create_task(_has_left(request))
+    try:
+        await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise Refusal(400, "gone", "the connection was closed before the answer.")
+        return answer.result()
+    finally:
+        for task in (answer, leaving):
+            task.cancel()
+        await asyncio.gather(answer, leaving, return_exceptions=True)
+
+
+async def _has_left(request: "Request") -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

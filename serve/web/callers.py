@@ -5,17 +5,19 @@ owner lets lead here. So names of hosts must be known, requests that change some
 this server's own page or from no page at all, and bodies must say what they are.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
+from typing import Any
 from urllib.parse import urlsplit
 
-from mdpd_deploy.serve.core import CoreOptions, Refusal
-from mdpd_deploy.serve.core.refusal import shown, unsupported
+from mdpd_deploy.serve.core.options import CoreOptions
+from mdpd_deploy.serve.core.refusal import Refusal, shown, unsupported
 
 JSON, BINARY, PICTURE = "application/json", "application/octet-stream", "image/*"
 # What curl says of a body whose type it was not told.
 _FORM = "application/x-www-form-urlencoded"
+UNKNOWN = "unknown"  # a client without an address
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -115,3 +117,26 @@ def check_type(headers: Headers, accepted: Collection[str]) -> None:
     if not (program and said in ("", _FORM)):
         wanted = " or ".join(accepted)
         raise unsupported(f"the header Content-Type must be {wanted}: given {shown(said)}.")
+
+
+def client_of(address: Sequence[Any] | None) -> str:
+    """Return one word for all addresses that one client may have.
+
+    Args:
+        address: A peer's address, the host first; None where it is not known.
+
+    Returns:
+        The address itself for IPv4, its network of 64 bits for IPv6 (a client is given as much),
+        and one and the same word for whatever has no address.
+    """
+    if not address:
+        return UNKNOWN
+    try:
+        found = ip_address(address[0])
+    except ValueError:
+        return UNKNOWN
+    if not isinstance(found, IPv6Address):
+        return str(found)
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return f"{IPv6Address(int(found) >> 64 << 64)}/64"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.serve.web.clients import client_of
+from mdpd_deploy.serve.web.callers import client_of
 from mdpd_deploy.serve.web.connection import Connection
 
 BACKLOG = 1024  # connections that the system holds until they are accepted

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from mdpd_deploy.errors import missing_extra
-from mdpd_deploy.serve.core import Batch
+from mdpd_deploy.serve.core.batcher import Batch
 
 _SECONDS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25),

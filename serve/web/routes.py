@@ -1,18 +1,26 @@
 """What is answered where: the Open Inference Protocol, plain requests, metrics and the page."""
 
-import json
+import base64
+import hashlib
+import re
 from collections.abc import Callable
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mdpd_deploy.serve.core import Answer, RequestCore, ServedModel, check_encoding
-from mdpd_deploy.serve.core.json_body import read_json_body, take_count, take_list, take_text
-from mdpd_deploy.serve.core.json_limit import tensors_limit
+from mdpd_deploy.serve.core.json_body import (
+    read_json_body,
+    take,
+    take_count,
+    take_list,
+    tensors_limit,
+)
+from mdpd_deploy.serve.core.model import ServedModel
+from mdpd_deploy.serve.core.protocol import check_encoding
 from mdpd_deploy.serve.core.refusal import invalid, shown
-from mdpd_deploy.serve.web.body import Bodies, json_length
+from mdpd_deploy.serve.core.request_core import Answer, RequestCore
+from mdpd_deploy.serve.web.body import Bodies, json_length, while_connected
 from mdpd_deploy.serve.web.callers import BINARY, JSON, PICTURE, check_type
-from mdpd_deploy.serve.web.leaving import while_connected
 from mdpd_deploy.serve.web.metrics import Metrics
-from mdpd_deploy.serve.web.page import read_page
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -27,22 +35,23 @@ def add_protocol_routes(
 ) -> None:
     """Add the Open Inference Protocol, version 2, with its binary extension."""
     from fastapi import Request, Response
+    from fastapi.responses import JSONResponse
 
     async def server() -> Response:
-        return _json(core.describe())
+        return JSONResponse(core.describe())
 
     async def live() -> Response:
-        return _json({"live": True})
+        return JSONResponse({"live": True})
 
     async def ready() -> Response:
-        return _json({"ready": core.ready}, 200 if core.ready else 503)
+        return JSONResponse({"ready": core.ready}, 200 if core.ready else 503)
 
     async def model_of(model: str, version: str | None = None) -> Response:
-        return _json(core.describe_model(model, version))
+        return JSONResponse(core.describe_model(model, version))
 
     async def model_ready(model: str, version: str | None = None) -> Response:
         core.model(model, version)
-        return _json({"name": model, "ready": core.ready}, 200 if core.ready else 503)
+        return JSONResponse({"name": model, "ready": core.ready}, 200 if core.ready else 503)
 
     async def infer(request: Request, model: str, version: str | None = None) -> Response:
         served = core.model(model, version)
@@ -72,12 +81,13 @@ def add_protocol_routes(
 def add_plain_routes(app: "FastAPI", core: RequestCore, bodies: Bodies, metrics: Metrics) -> None:
     """Add what takes raw texts and pictures, and says what may be asked."""
     from fastapi import Request, Response
+    from fastapi.responses import JSONResponse
 
     async def models() -> Response:
-        return _json({"models": [core.describe_tasks(name) for name in core.models]})
+        return JSONResponse({"models": [core.describe_tasks(name) for name in core.models]})
 
     async def model_of(model: str) -> Response:
-        return _json(core.describe_tasks(model))
+        return JSONResponse(core.describe_tasks(model))
 
     async def predict(request: Request, model: str) -> Response:
         served = core.model(model)
@@ -89,7 +99,7 @@ def add_plain_routes(app: "FastAPI", core: RequestCore, bodies: Bodies, metrics:
         task = asked.task or request.query_params.get("task")
         answer = await while_connected(request, core.predict(model, asked.raws, task=task))
         metrics.on_wait(model, answer.queue_ms)
-        return _json(_plain(answer, asked.top))
+        return JSONResponse(_plain(answer, asked.top))
 
     async def classify(request: Request, model: str) -> Response:
         core.model(model)
@@ -101,7 +111,7 @@ def add_plain_routes(app: "FastAPI", core: RequestCore, bodies: Bodies, metrics:
             work = core.classify(model, body, task=query.get("task"))
             answer = await while_connected(request, work)
         metrics.on_wait(model, answer.queue_ms)
-        return _json(_plain(answer, top))
+        return JSONResponse(_plain(answer, top))
 
     _get(app, "/v1/models", models)
     _get(app, "/v1/models/{model}", model_of)
@@ -111,16 +121,16 @@ def add_plain_routes(app: "FastAPI", core: RequestCore, bodies: Bodies, metrics:
 
 def add_pages(app: "FastAPI", core: RequestCore, metrics: Metrics) -> None:
     """Add the page for people, the state it shows, and the metrics."""
-    from fastapi import Response
+    from fastapi.responses import JSONResponse, Response
 
-    text, policy = read_page()
+    text, policy = _read_page()
 
     async def page() -> Response:
         return Response(text, media_type="text/html", headers={"Content-Security-Policy": policy})
 
     async def queue() -> Response:
         limit = core.options.queue
-        return _json({"ready": core.ready, "queue": limit, "in_progress": core.queued()})
+        return JSONResponse({"ready": core.ready, "queue": limit, "in_progress": core.queued()})
 
     async def read_metrics() -> Response:
         content, media_type = metrics.text()
@@ -146,9 +156,9 @@ class _Plain(NamedTuple):
 
 def _read_plain(body: bytes, model: ServedModel) -> _Plain:
     plain = read_json_body(body, model.texts_limit)
-    raws = [_to_raw(item) for item in take_list(plain, "inputs", "", model.max_batch)]
-    top = take_count(plain, "top", "")
-    return _Plain(raws, take_text(plain, "task", ""), TOP if top is None else top)
+    raws = [_to_raw(item) for item in take_list(plain, "inputs", model.max_batch)]
+    top = take_count(plain, "top")
+    return _Plain(raws, take(plain, "task", str), TOP if top is None else top)
 
 
 def _to_raw(item: Any) -> str | tuple[str, str]:
@@ -179,8 +189,22 @@ def _plain(answer: Answer, top: int) -> dict[str, Any]:
     }
 
 
-def _json(plain: Any, status: int = 200) -> Any:
-    from fastapi import Response
+def _read_page() -> tuple[str, str]:
+    """Return the page, one file without a resource from elsewhere, and its Content-Security-Policy.
 
-    body = json.dumps(plain, ensure_ascii=False, allow_nan=False).encode()
-    return Response(body, status, media_type="application/json")
+    The policy lets the page's own script and style run, by their hashes, and lets it talk to this
+    server only.
+    """
+    text = files("mdpd_deploy.serve.web").joinpath("page.html").read_text(encoding="utf-8")
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src blob: data:; "
+        f"script-src {_hashes(text, 'script')}; style-src {_hashes(text, 'style')}; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return text, policy
+
+
+def _hashes(text: str, element: str) -> str:
+    bodies = re.findall(f"<{element}>(.*?)</{element}>", text, re.DOTALL)
+    digests = (hashlib.sha256(body.encode()).digest() for body in bodies)
+    return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)

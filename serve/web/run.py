@@ -12,8 +12,10 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mdpd_deploy.errors import WorkFailed, missing_extra
-from mdpd_deploy.serve.core import CoreOptions, Refusal, RequestCore, RunnerFactory, open_runner
-from mdpd_deploy.serve.core.refusal import overloaded
+from mdpd_deploy.serve.core.model import RunnerFactory, open_runner
+from mdpd_deploy.serve.core.options import CoreOptions
+from mdpd_deploy.serve.core.refusal import Refusal, overloaded
+from mdpd_deploy.serve.core.request_core import RequestCore
 from mdpd_deploy.serve.web.app import build_app, raw_error
 from mdpd_deploy.serve.web.callers import called_by
 from mdpd_deploy.serve.web.connection import connection_class
