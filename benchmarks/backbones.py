@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from mdpd_deploy.backbones import Backbone, load_backbone
-from mdpd_deploy.checks.parity import shape_batches
+from mdpd_deploy.checks.reference import shape_batches
 from mdpd_deploy.config import BackboneConfig, Config, load_config
 from mdpd_deploy.errors import MdpdError, UserError
 from mdpd_deploy.graphs.signature import same_structure

@@ -18,18 +18,18 @@ from pathlib import Path
 import numpy as np
 
 from mdpd_deploy import export_run, fit
-from mdpd_deploy.artifacts.golden import load_golden
 from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.checks.policy import paired_drop
-from mdpd_deploy.commands.subject import input_source
+from mdpd_deploy.checks.reference import Measured, Reference
+from mdpd_deploy.commands.bench_latency import input_source
 from mdpd_deploy.export.fade import fade
-from mdpd_deploy.export.gates import Measured
-from mdpd_deploy.export.precision.convert import convert, material_of
+from mdpd_deploy.export.options import ExportOptions
+from mdpd_deploy.export.precision.convert import convert
 from mdpd_deploy.export.precision.forms import forms_for
-from mdpd_deploy.export.precision.gates import Reference
 from mdpd_deploy.export.precision.int8_trt import quantise_static
-from mdpd_deploy.export.precision.runtime_tools import quiet
-from mdpd_deploy.export.precision.weight_report import take_receipt
+from mdpd_deploy.export.precision.material import material_of
+from mdpd_deploy.export.precision.onnxruntime_cpu import quiet
+from mdpd_deploy.export.precision.weight_report import weight_report
 from mdpd_deploy.machine import describe
 from mdpd_deploy.runtimes.onnx import OnnxRunner
 from mdpd_deploy.serve.latency.cells import Plan
@@ -44,17 +44,17 @@ def measure(run: Run, batches: list[int], seconds: float) -> list[dict]:
         scratch = Path(folder)
         bundle = export_run(run.path, out=scratch / "fp32")
         source = bundle.path / "model.onnx"
-        golden = load_golden(bundle.path / "golden.safetensors")
+        golden = bundle.golden()
         names = tuple(run.summary["metrics"]["deployed"])
         split = run.load_evaluation()["validation"]
         measured = Measured(split, names, None, run.config.train.eval_batch)
         reference = Reference(fade(run).model, run.preprocess, golden, measured)
-        material = material_of(run, golden, "validation", autocast_python=None, converted=None)
+        material = material_of(run, golden, ExportOptions())
         graphs = {"fp32": source}
         for form in forms_for("cpu")[1:]:
             path = scratch / f"{form.precision}.onnx"
             words = dict(material=material, reference=reference, mode="warn")
-            graphs[form.precision] = convert(form, bundle.path, source, path, **words).graph
+            graphs[form.precision] = convert(form, source, path, **words).graph
         graphs[STATIC] = scratch / "static.onnx"
         with quiet():
             quantise_static(source, graphs[STATIC], material.calibration(), symmetric=False)
@@ -84,8 +84,8 @@ def measure(run: Run, batches: list[int], seconds: float) -> list[dict]:
 
 def judge(reference: Reference, graph: Path, metric: str) -> dict:
     """Return drift and metric drop of a graph on the validation examples."""
-    outputs = reference.run(OnnxRunner(graph))
-    expected, labels = reference.outputs, reference.measured.split.labels
+    expected, outputs = reference.beside(OnnxRunner(graph))
+    labels = reference.measured.split.labels
     drop = paired_drop(metric, expected, outputs, labels)
     kind = "int8" if "int8" in graph.name or "static" in graph.name else "float32"
     return {
@@ -94,7 +94,7 @@ def judge(reference: Reference, graph: Path, metric: str) -> dict:
         "drop": drop.value,
         "drop_ci95": [drop.low, drop.high],
         "scaled_diff": float(np.abs(expected - outputs).max() / expected.std()),
-        "weight_bytes": take_receipt(graph, kind).weight_bytes,
+        "weight_bytes": weight_report(graph, kind).weight_bytes,
     }
 
 

@@ -1,12 +1,19 @@
-"""Fading: which model of a run is deployed, and what it is compared with."""
+"""Fading: which model of a run is deployed, and the proof that nothing but backbone and head is."""
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mdpd_deploy.artifacts.run import Run
+from mdpd_deploy.checks import identity, side_free
+from mdpd_deploy.checks.subject import DEPLOYS_MORE, Seen
+from mdpd_deploy.graphs.signature import value_digest
+from mdpd_deploy.graphs.trace import OnnxGraph, export_onnx
 from mdpd_deploy.model import Deployed, TaskModel
+from mdpd_deploy.sides.base import SideNetwork
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +61,30 @@ def bare_norms(faded: Faded) -> dict[str, Tensor] | None:
         return None
     state = faded.bare.state_dict()
     return {name: state[name] for name in faded.changed}
+
+
+def prove_side_free(faded: Faded, graph: OnnxGraph) -> Seen:
+    """Prove that no side network is in the module or, by name or count of numbers, in the graph."""
+    if not faded.faded:
+        return DEPLOYS_MORE
+    inside = [n for n, module in faded.model.named_modules() if isinstance(module, SideNetwork)]
+    own = (*faded.model.parameters(), *faded.model.buffers())  # masks of windows too
+    numbers = sum(tensor.numel() for tensor in own)
+    return side_free.prove(graph.path, numbers, inside)
+
+
+def prove_identity(faded: Faded, graph: OnnxGraph) -> Seen:
+    """Prove that the graph is the bare backbone's, traced here, but for the values that changed."""
+    if faded.bare is None:
+        return DEPLOYS_MORE
+    norms = bare_norms(faded)
+    kept = None if norms is None else {n: value_digest(t.numpy()) for n, t in norms.items()}
+    ranks = {name: tensor.dim() for name, tensor in faded.model.state_dict().items()}
+    vectors_only = all(ranks[name] <= 1 for name in faded.changed)
+    make_comparable(faded)
+    with tempfile.TemporaryDirectory(prefix="mdpd-bare-") as folder:
+        bare = export_onnx(faded.bare, Path(folder, "bare.onnx"))
+        return identity.prove(graph.path, bare.path, kept, faded.changed if vectors_only else None)
 
 
 def make_comparable(faded: Faded) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from mdpd_deploy.artifacts.golden import Golden, keep_raw, spread_evenly
-from mdpd_deploy.checks.parity import torch_outputs
+from mdpd_deploy.checks.reference import torch_outputs
 from mdpd_deploy.data.examples import Field, Raw
 from mdpd_deploy.data.preprocess import ImagePreprocess, Preprocess
 from mdpd_deploy.model import TaskModel

@@ -16,17 +16,10 @@ OPT_TOKENS = 128
 HUB = "hub:"
 
 
-def describe_run(
+def manifest_of(
     run: Run, faded: Faded, graph: OnnxGraph, preprocess: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the manifest without schema, engine, verdicts and files.
-
-    Args:
-        run: Where the model comes from.
-        faded: The model.
-        graph: Its graph.
-        preprocess: `preprocess.json` as written into the bundle.
-    """
+    """Return the manifest without schema, engine, verdicts and files."""
     return {
         "task": run.config.task,
         "kind": run.task.kind,

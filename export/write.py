@@ -2,14 +2,15 @@
 
 import json
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 
 from mdpd_deploy.artifacts.bundle import Bundle, is_bundle, load_bundle
 from mdpd_deploy.artifacts.folders import atomic_folder, refuse_nonempty
+from mdpd_deploy.artifacts.golden import load_golden
 from mdpd_deploy.artifacts.manifest import (
     BARE_FILE,
     GOLDEN_FILE,
@@ -17,20 +18,28 @@ from mdpd_deploy.artifacts.manifest import (
     PARITY_FILE,
     PREPROCESSOR,
     graph_notes,
-    seal,
 )
 from mdpd_deploy.artifacts.run import Run
+from mdpd_deploy.artifacts.sealed import seal
 from mdpd_deploy.artifacts.tasks import meaning_of
-from mdpd_deploy.checks import verification
+from mdpd_deploy.checks import golden, metric, parity, verification
 from mdpd_deploy.checks.policy import ParityMode
+from mdpd_deploy.checks.reference import Measured, Reference
+from mdpd_deploy.checks.subject import Seen
 from mdpd_deploy.data.examples import Split
+from mdpd_deploy.data.preprocess import load_preprocess
 from mdpd_deploy.errors import UserError, VerificationError
-from mdpd_deploy.export import gates
-from mdpd_deploy.export.fade import Faded, bare_norms, fade
-from mdpd_deploy.export.golden import GoldenSource, make_golden
-from mdpd_deploy.export.manifest import describe_run
-from mdpd_deploy.export.precision.choose import Subject, settle_precision
-from mdpd_deploy.export.precision.forms import Target
+from mdpd_deploy.export.fade import (
+    Faded,
+    bare_norms,
+    fade,
+    prove_identity,
+    prove_side_free,
+)
+from mdpd_deploy.export.golden import make_golden
+from mdpd_deploy.export.manifest import manifest_of
+from mdpd_deploy.export.options import ExportOptions
+from mdpd_deploy.export.precision.choose import Draft, choose_precision
 from mdpd_deploy.export.precision.trials import TimeGraphs
 from mdpd_deploy.export.tensorrt.install import engine_state, install_if_possible, refit_names
 from mdpd_deploy.export.tensorrt.options import EngineOptions
@@ -42,42 +51,8 @@ from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 logger = logging.getLogger(__name__)
 
-Format = Literal["onnx", "trt"]
 
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What a user can ask of an export.
-
-    Attributes:
-        fmt: onnx, or trt: the same bundle with the recipe for a TensorRT engine, and the engine
-            itself where TensorRT and a GPU are.
-        eval_data: Data for the metric gate in place of the run's own.
-        metric_gate: False leaves the task metric unmeasured; the manifest says so.
-        golden: Where golden inputs come from.
-        overwrite: Replace what lies at the target.
-        precision: Of `forms.PRECISIONS`, or auto: the fastest that passes its gates.
-        target: Where the bundle runs.
-        parity: Whether a missed parity or metric gate fails or warns.
-        autocast_python: Interpreter of the environment that holds ModelOpt.
-        converted: A file that was already converted to `precision`.
-        engine: How a TensorRT engine is built, with trt.
-    """
-
-    fmt: Format = "onnx"
-    eval_data: str | None = None
-    metric_gate: bool = True
-    golden: GoldenSource = "validation"
-    overwrite: bool = False
-    precision: str = "fp32"
-    target: Target = "cpu"
-    parity: ParityMode = "fail"
-    autocast_python: Path | None = None
-    converted: Path | None = None
-    engine: EngineOptions = field(default_factory=EngineOptions)
-
-
-def pack(
+def write_bundle(
     run: Run,
     out: Path,
     options: ExportOptions,
@@ -103,28 +78,42 @@ def pack(
     with atomic_folder(out, overwrite=options.overwrite) as folder:
         logger.info("tracing the deployed model to ONNX")
         graph = export_onnx(faded.model, folder / MODEL_FILE)
-        facts = _write_beside(run, faded, graph, folder, options)
-        passed = _pass_gates(run, faded, graph, validation, folder, options)
-        measured = _measured(run, validation, options) if options.metric_gate else None
-        profiles = profile_shapes(facts["graphs"][0], static_batch=options.engine.static_batch)
-        subject = Subject(run, faded.model, graph, folder, measured, profiles)
-        settled = settle_precision(subject, passed, options, time_graphs)
-        facts |= settled.facts
-        facts["graphs"][0] |= settled.graph
+        manifest = _write_beside(run, faded, graph, folder, options)
+        write_golden(run, faded, validation, options, folder / GOLDEN_FILE)
+        reference = Reference(
+            faded.model,
+            load_preprocess(folder / PREPROCESSOR),
+            load_golden(folder / GOLDEN_FILE, names=graph.output_names),
+            measured_on(run, validation, options),
+        )
+        batch = options.engine.static_batch
+        profiles = profile_shapes(manifest["graphs"][0], static_batch=batch)
+        draft = Draft(run, reference, graph, folder, profiles)
+        passed = _pass_gates(faded, graph, reference, options.parity)
+        chosen = choose_precision(draft, passed, options, time_graphs)
+        manifest |= chosen.manifest
+        manifest["graphs"][0] |= chosen.graph
         if options.fmt == "trt":  # again, for the precision that auto has chosen
-            write_engine_recipe(folder, facts, options.engine)
-        _write_notes(graph.path, graph_notes(facts))  # a converted graph has lost them
-        facts["verification"] = {
-            gate.name: {"verdict": gate.verdict, "note": gate.note} for gate in settled.gates
-        }
-        meaning = {"meaning": meaning_of(folder, facts)}
-        write_json(folder / PARITY_FILE, settled.details | meaning)
-        seal(folder, facts)
-        sealed = load_bundle(folder)
-        certificate = verification.verify(verification.Subject(sealed))
-        verification.require_sound(certificate)  # its certificate can be checked again
-        install_if_possible(sealed, options.engine)
+            write_engine_recipe(folder, manifest, options.engine)
+        _write_notes(graph.path, graph_notes(manifest))  # a converted graph has lost them
+        manifest["verification"] = verdicts(chosen.gates)
+        meaning = {"meaning": meaning_of(folder, manifest)}
+        write_json(folder / PARITY_FILE, chosen.details | meaning)
+        seal_verified(folder, manifest, options)
     return load_bundle(out)
+
+
+def seal_verified(folder: Path, manifest: dict[str, Any], options: ExportOptions) -> None:
+    """Seal a bundle, check it again as `mdpd verify` does, and build the engine it asks for."""
+    seal(folder, manifest)
+    sealed = load_bundle(folder)
+    verification.require_sound(verification.verify(verification.Subject(sealed)))
+    install_if_possible(sealed, options.engine)
+
+
+def verdicts(gates: Mapping[str, Seen]) -> dict[str, dict[str, str]]:
+    """Return what the manifest says of each gate."""
+    return {name: {"verdict": seen.verdict, "note": seen.note} for name, seen in gates.items()}
 
 
 def read_validation(run: Run, options: ExportOptions) -> Split | None:
@@ -148,22 +137,25 @@ def _write_beside(
     preprocessor.mkdir()
     run.preprocess.save(preprocessor)
     preprocess = json.loads((preprocessor / "preprocess.json").read_text(encoding="utf-8"))
-    facts = describe_run(run, faded, graph, preprocess)
-    facts |= {"precision": options.precision, "target": options.target, "parity": options.parity}
-    facts["golden"] = options.golden
+    manifest = manifest_of(run, faded, graph, preprocess) | {
+        "precision": options.precision,
+        "target": options.target,
+        "parity": options.parity,
+        "golden": options.golden,
+        "engine": engine_state(options.fmt),
+    }
     _write_bare_norms(faded, graph, folder)
-    facts["engine"] = engine_state(options.fmt)
     if options.fmt == "trt":
-        write_engine_recipe(folder, facts, options.engine)
-    _write_notes(graph.path, graph_notes(facts))
-    return facts
+        write_engine_recipe(folder, manifest, options.engine)
+    _write_notes(graph.path, graph_notes(manifest))
+    return manifest
 
 
-def write_engine_recipe(folder: Path, facts: dict[str, Any], engine: EngineOptions) -> None:
+def write_engine_recipe(folder: Path, manifest: dict[str, Any], engine: EngineOptions) -> None:
     """Write the recipe of a bundle's engine, from its manifest so far."""
-    profiles = profile_shapes(facts["graphs"][0], static_batch=engine.static_batch)
-    refit = refit_names(folder, facts) if engine.refit else ()
-    write_recipe(folder, facts["precision"], profiles, engine, refit)
+    profiles = profile_shapes(manifest["graphs"][0], static_batch=engine.static_batch)
+    refit = refit_names(folder, manifest) if engine.refit else ()
+    write_recipe(folder, manifest["precision"], profiles, engine, refit)
 
 
 def _write_bare_norms(faded: Faded, graph: OnnxGraph, folder: Path) -> None:
@@ -187,43 +179,43 @@ def _write_notes(path: Path, notes: dict[str, str]) -> None:
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def _pass_gates(
-    run: Run,
-    faded: Faded,
-    graph: OnnxGraph,
-    validation: Split | None,
-    folder: Path,
-    options: ExportOptions,
-) -> list[gates.Gate]:
-    """Run every gate on what was written; the first that fails raises."""
-    model, runner = faded.model, OnnxRunner(graph.path)
-    passed = [gates.check_side_free(faded, graph), gates.check_identity(faded, graph)]
+def write_golden(
+    run: Run, faded: Faded, validation: Split | None, options: ExportOptions, path: Path
+) -> None:
+    """Write golden inputs of a run's task, with what PyTorch gives for them."""
     raws = validation.inputs if validation and options.golden == "validation" else ()
-    golden = make_golden(model, run.preprocess, raws, run.fields)
-    golden.save(folder / GOLDEN_FILE)
-    gate, parity = gates.check_parity(model, runner, golden, mode=options.parity)
-    passed.append(gate)
-    if options.metric_gate:
-        measured = _measured(run, validation, options)
-        logger.info("measuring %d examples with PyTorch and ONNX Runtime", len(measured.split))
-        try:
-            passed.append(gates.check_metric(model, runner, run.preprocess, measured, parity))
-        except VerificationError as err:
-            if options.parity == "fail":
-                raise
-            passed.append(gates.Gate("metric", "warned", f"{err} (--parity warn)"))
-    else:
-        passed.append(gates.Gate("metric", "skipped", "--no-metric-gate was given"))
-    passed.append(gates.check_golden(folder / PREPROCESSOR, folder / GOLDEN_FILE, runner, parity))
-    return passed
+    make_golden(faded.model, run.preprocess, raws, run.fields).save(path)
 
 
-def _measured(run: Run, validation: Split | None, options: ExportOptions) -> gates.Measured:
+def _pass_gates(
+    faded: Faded, graph: OnnxGraph, reference: Reference, mode: ParityMode
+) -> dict[str, Seen]:
+    """Pass every gate with the FP32 graph and what was written beside it; a failing one raises."""
+    runner = OnnxRunner(graph.path)
+    gates = {
+        "side_free": prove_side_free(faded, graph),
+        "identity": prove_identity(faded, graph),
+    }
+    gates["parity"], compared = parity.prove(reference, runner, mode=mode)
+    if reference.measured is not None:
+        count = len(reference.measured.split)
+        logger.info("measuring %d examples with PyTorch and ONNX Runtime", count)
+    try:
+        gates["metric"] = metric.prove(reference, runner, compared)
+    except VerificationError as err:
+        if mode == "fail":
+            raise
+        gates["metric"] = Seen("warned", f"{err} (--parity warn)")
+    gates["golden"] = golden.prove(reference, runner, compared)
+    return gates
+
+
+def measured_on(run: Run, validation: Split | None, options: ExportOptions) -> Measured | None:
+    """Return what the metric gate measures; None when it is not asked."""
+    if not options.metric_gate:
+        return None
     assert validation is not None
     reported = run.summary["metrics"]["deployed"]
-    return gates.Measured(
-        validation,
-        tuple(reported),
-        None if options.eval_data else reported,
-        run.config.train.eval_batch,
-    )
+    given = options.eval_data is not None
+    batch = run.config.train.eval_batch
+    return Measured(validation, tuple(reported), None if given else reported, batch)

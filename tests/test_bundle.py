@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 from mdpd_deploy import load_bundle
 from mdpd_deploy.artifacts.bundle import is_bundle
 from mdpd_deploy.artifacts.golden import Golden, keep_raw, load_golden, replay, spread_evenly
-from mdpd_deploy.artifacts.manifest import graph_notes, read_checked, seal
+from mdpd_deploy.artifacts.manifest import graph_notes
+from mdpd_deploy.artifacts.sealed import read_checked, seal
 from mdpd_deploy.backbones import load_backbone
-from mdpd_deploy.checks.parity import torch_outputs
+from mdpd_deploy.checks.reference import torch_outputs
 from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.data.preprocess import ImagePreprocess
 from mdpd_deploy.errors import UserError
@@ -339,7 +340,7 @@ EXTRA_DAMAGE = {
     ),
     "none that answers": (
         lambda b: rewrite(b, lambda p: p["graphs"].pop(0)),
-        "graphs of one name, or other ones than model",
+        "two graphs of one name, or no model.onnx",
     ),
     "a file elsewhere": (
         lambda b: rewrite(b, lambda p: p["graphs"][1].update(file="../extra.onnx")),

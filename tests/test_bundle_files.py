@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save
 
 from mdpd_deploy import export_run, load_bundle
 from mdpd_deploy.artifacts.golden import load_golden
-from mdpd_deploy.checks.replay import prove
+from mdpd_deploy.checks.golden import replay_golden
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.export import write as packing
 from mdpd_deploy.export.triton.repository import write_repository
@@ -76,7 +76,7 @@ def test_a_file_that_changed_since_the_bundle_was_opened_is_not_used(name, besid
     bundle = load_bundle(beside)
     overwrite(beside / name)
     with pytest.raises(UserError, match=f"{name} is not the file that was exported"):
-        prove(bundle, bundle.runner())
+        replay_golden(bundle, bundle.runner())
 
 
 def test_a_swapped_file_of_another_length_is_not_read_whole(beside):

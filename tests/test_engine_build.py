@@ -10,9 +10,10 @@ import onnx
 import pytest
 
 from mdpd_deploy import build_engine, export_run, load_bundle
-from mdpd_deploy.artifacts.manifest import replace_caches
-from mdpd_deploy.checks.engine_parity import Case, Limits, compare_engine, limits
-from mdpd_deploy.checks.replay import prove
+from mdpd_deploy.artifacts.sealed import replace_caches
+from mdpd_deploy.checks.compare import Case, Limits, compare
+from mdpd_deploy.checks.engine import limits
+from mdpd_deploy.checks.golden import replay_golden
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import ExportError, UserError, VerificationError
 from mdpd_deploy.export.tensorrt.layers import check_precision, read_report
@@ -52,7 +53,7 @@ def test_an_engine_is_built_verified_and_listed(bundle, stand_in, release, capsy
     assert record["layers"]["by_type"] == {"fp32": manifest["graphs"][0]["nodes"]}
     assert set(record["layers"]["tensors"]) == {"input_ids", "attention_mask", "token_type_ids", "logits"}  # fmt: skip
     cases = record["parity"]["cases"]
-    assert set(cases) == {
+    assert {case["name"] for case in cases} == {
         "golden inputs", "min shape", "opt shape", "max shape", "min batch at the max length",
     }  # fmt: skip
     assert record["parity"]["scaled_diff"] < 1e-4 and record["parity"]["tolerance"] == 3e-2
@@ -437,7 +438,7 @@ def test_a_kill_while_the_engine_is_exchanged_leaves_a_sound_bundle(
     bundle, stand_in, steps, monkeypatch
 ):
     """Stop after every single change to the folder, as kill -9 would."""
-    from mdpd_deploy.artifacts import manifest
+    from mdpd_deploy.artifacts import sealed
 
     class Killed(BaseException):
         pass
@@ -456,11 +457,9 @@ def test_a_kill_while_the_engine_is_exchanged_leaves_a_sound_bundle(
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest.os, "replace", counted(manifest.os.replace))
-        patch.setattr(manifest.Path, "unlink", counted(manifest.Path.unlink))
-        patch.setattr(
-            manifest, "write_json", lambda path, value: path.write_text(json.dumps(value))
-        )
+        patch.setattr(sealed.os, "replace", counted(sealed.os.replace))
+        patch.setattr(sealed.Path, "unlink", counted(sealed.Path.unlink))
+        patch.setattr(sealed, "write_json", lambda path, value: path.write_text(json.dumps(value)))
         with pytest.raises(Killed):
             staging = bundle.parent / "staging"
             staging.mkdir()
@@ -570,9 +569,9 @@ def test_an_eight_bit_product_may_write_floats():
 def test_profiles_are_checked_at_the_door():
     inputs = [{"name": "x", "shape": ["batch", "sequence", 8]}]
     with pytest.raises(UserError, match=r"nothing of the axis 'sequence'"):
-        profile_shapes(inputs, {"batch": {"min": 1, "opt": 2, "max": 4}})
+        profile_shapes({"inputs": inputs, "shapes": {"batch": dict(min=1, opt=2, max=4)}})
     with pytest.raises(UserError, match=r"shapes\.batch must be min <= opt <= max"):
-        profile_shapes(inputs, {"batch": {"min": 1, "opt": 8, "max": 4}})
+        profile_shapes({"inputs": inputs, "shapes": {"batch": dict(min=1, opt=8, max=4)}})
 
 
 # --- parity ---------------------------------------------------------------------------------------
@@ -582,7 +581,7 @@ class Answers:
     """Gives a changed form of its input."""
 
     def __init__(self, change):
-        self.max_batch, self.change = 2, change
+        self.change = change
 
     def __call__(self, arrays):
         return {"y": self.change(arrays["x"])}
@@ -604,8 +603,8 @@ def test_an_engine_that_answers_something_else_fails_in_every_precision(name, pr
     wanted = np.random.default_rng(0).standard_normal((9, 3), dtype=np.float32)
     held_to = limits(precision, tf32=True, known=0.1)
     cases = [Case("a", {"x": wanted}, {"y": wanted})]
-    assert compare_engine(Answers(lambda x: x), cases, held_to).passed
-    assert not compare_engine(Answers(WRONG[name]), cases, held_to).passed
+    assert compare(Answers(lambda x: x), cases, held_to).passed
+    assert not compare(Answers(WRONG[name]), cases, held_to).passed
 
 
 def test_int8_may_be_off_by_twice_what_its_graph_was():
@@ -615,7 +614,7 @@ def test_int8_may_be_off_by_twice_what_its_graph_was():
     def passes(share, known):
         shift = np.float32([share * wanted.std(), 0, 0])
         held_to = limits("int8-trt", tf32=True, known=known)
-        return compare_engine(Answers(lambda x: x + shift), cases, held_to).passed
+        return compare(Answers(lambda x: x + shift), cases, held_to).passed
 
     assert passes(0.19, 0.1) and not passes(0.21, 0.1)
     assert passes(0.029, 0) and not passes(0.031, 0)
@@ -624,7 +623,7 @@ def test_int8_may_be_off_by_twice_what_its_graph_was():
 def test_clear_predictions_are_told_by_the_reference_alone():
     """However far off an engine is, that makes no prediction unclear."""
     wanted = np.float32([[1, 0], [0, 1], [3, 2], [0.01, 0]])
-    off = compare_engine(
+    off = compare(
         Answers(lambda x: x[:, ::-1]),
         [Case("a", {"x": wanted}, {"y": wanted})],
         Limits(9, 0.1, 0.99),
@@ -663,7 +662,7 @@ def test_an_engine_that_is_built_is_one_that_a_server_takes(int8_bundle, tmp_pat
     assert record["layers"]["products"] == {"int8": products - attention, "fp32": attention}
     replay = json.loads((bundle / "parity.json").read_text())["golden"]["output_diff"]
     assert record["parity"]["tolerance"] == max(3e-2, 2 * replay)
-    prove(load_bundle(bundle), engine_of(bundle))
+    replay_golden(load_bundle(bundle), engine_of(bundle))
 
 
 def test_an_engine_that_a_server_would_refuse_is_not_kept(bundle, stand_in):

@@ -19,12 +19,13 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from mdpd_deploy import export_run, fit, load_bundle
-from mdpd_deploy.checks.parity import torch_outputs
+from mdpd_deploy.checks import parity
+from mdpd_deploy.checks.policy import agreement
+from mdpd_deploy.checks.reference import Reference, torch_outputs
 from mdpd_deploy.cli import main
 from mdpd_deploy.data.preprocess import ImagePreprocess, TextPreprocess
 from mdpd_deploy.errors import ExportError, UserError, VerificationError
-from mdpd_deploy.export import gates
-from mdpd_deploy.export.fade import Faded, fade
+from mdpd_deploy.export.fade import Faded, fade, prove_identity, prove_side_free
 from mdpd_deploy.export.golden import make_golden, synthetic_inputs
 from mdpd_deploy.export.tensorrt.profiles import profile_shapes
 from mdpd_deploy.graphs.trace import export_onnx
@@ -292,22 +293,22 @@ def test_side_free_gate_sees_a_side_network_by_type_name_and_size(
     faded = fade(image_run)
     rival = image_run.load_with_side()[0]
     with pytest.raises(VerificationError, match="belongs to the side network"):
-        gates.check_side_free(faded, rival_graph)
+        prove_side_free(faded, rival_graph)
     own = replace(rival_graph, path=image_bundle.path / "model.onnx")
-    assert gates.check_side_free(faded, own).verdict == "passed"
+    assert prove_side_free(faded, own).verdict == "passed"
     with pytest.raises(VerificationError, match="belongs to the side network"):
-        gates.check_side_free(Faded(rival, faded.bare, ()), own)
+        prove_side_free(Faded(rival, faded.bare, ()), own)
     proto = onnx.load(rival_graph.path)
     for tensor in proto.graph.initializer:
         tensor.name = tensor.name.replace("side", "part")
     onnx.save(proto, tmp_path / "renamed.onnx")
     with pytest.raises(VerificationError, match="backbone and head only"):
-        gates.check_side_free(faded, replace(rival_graph, path=tmp_path / "renamed.onnx"))
+        prove_side_free(faded, replace(rival_graph, path=tmp_path / "renamed.onnx"))
 
 
 def test_identity_gate_refuses_another_structure(image_run, rival_graph):
     with pytest.raises(VerificationError, match="identity: the graph is not the backbone's"):
-        gates.check_identity(fade(image_run), rival_graph)
+        prove_identity(fade(image_run), rival_graph)
 
 
 def test_identity_gate_refuses_a_frozen_weight_that_moved(image_run, tmp_path):
@@ -316,7 +317,7 @@ def test_identity_gate_refuses_a_frozen_weight_that_moved(image_run, tmp_path):
         faded.model.backbone.get_parameter(frozen_bias(faded.model.backbone)).add_(0.5)
     moved = export_onnx(faded.model, tmp_path / "moved.onnx")
     with pytest.raises(VerificationError, match="differs from the backbone's untuned weight"):
-        gates.check_identity(faded, moved)
+        prove_identity(faded, moved)
 
 
 def frozen_bias(backbone):
@@ -328,24 +329,31 @@ def frozen_bias(backbone):
 def test_parity_gate_refuses_other_numbers(image_run, image_bundle):
     model, runner = fade(image_run).model, image_bundle.runner()
     golden = make_golden(model, image_run.preprocess, (), ("image",))
-    gate, parity = gates.check_parity(model, runner, golden)
+    reference = Reference(model, image_run.preprocess, golden)
+    gate, compared = parity.prove(reference, runner)
     assert gate.verdict == "passed"
-    assert [case.name for case in parity.cases][-1] == "golden inputs" and len(parity.cases) == 4
+    assert [case.name for case in compared.cases][-1] == "golden inputs" and len(
+        compared.cases
+    ) == 4
     with torch.no_grad():
         model.head.linear.bias.add_(0.01)
     with pytest.raises(VerificationError, match=r"parity: outputs differ .* allowed 1e-04"):
-        gates.check_parity(model, runner, golden)
+        parity.prove(reference, runner)
 
 
 def test_predictions_may_flip_only_within_the_drift():
+    def flips(reference, outputs, drift):
+        kept = agreement(reference, outputs, drift)
+        return kept.rows - kept.same
+
     reference = np.array([[1.0, 1.0005], [0.0, 2.0], [3.0, 0.0]], dtype=np.float32)
     near = np.array([[1.0005, 1.0], [0.0, 2.0], [3.0, 0.0]], dtype=np.float32)
     far = np.array([[1.0, 1.0005], [2.0, 0.0], [3.0, 0.0]], dtype=np.float32)
-    assert gates.flipped_predictions(reference, near, 1e-3) == 0
-    assert gates.flipped_predictions(reference, near, 1e-4) == 1
-    assert gates.flipped_predictions(reference, far, 1e-3) == 1
+    assert flips(reference, near, 1e-3) == 0
+    assert flips(reference, near, 1e-4) == 1
+    assert flips(reference, far, 1e-3) == 1
     scores = np.array([[1.0], [2.0]], dtype=np.float32)
-    assert gates.flipped_predictions(scores, scores + np.float32(0.01), 1e-3) == 2
+    assert flips(scores, scores + np.float32(0.01), 1e-3) == 2
 
 
 def test_synthetic_inputs_fit_every_preprocessing(image_run, pair_run):

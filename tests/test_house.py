@@ -20,7 +20,8 @@ def test_only_tasks_know_the_kinds_of_task():
     kinds = re.compile(r"""["'](regress|classify)["']""")
     for path in SOURCES:
         if not path.is_relative_to(ROOT / "mdpd_deploy" / "tasks"):
-            assert not kinds.search(path.read_text()), path
+            lines = path.read_text().splitlines()
+            assert not [line for line in lines if kinds.search(line) and ">>>" not in line], path
 
 
 def test_no_function_is_longer_than_a_hundred_lines():

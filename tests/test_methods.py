@@ -17,7 +17,8 @@ from mdpd_deploy import fit
 from mdpd_deploy.adapters import LAYERS
 from mdpd_deploy.adapters.lora import Lora
 from mdpd_deploy.backbones import Backbone, load_backbone
-from mdpd_deploy.checks.parity import compare_with_torch, shape_batches
+from mdpd_deploy.checks.parity import compare_with_torch
+from mdpd_deploy.checks.reference import shape_batches
 from mdpd_deploy.config import check_config
 from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed

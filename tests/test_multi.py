@@ -20,12 +20,13 @@ from mdpd_deploy import fit, load_bundle, verify_bundle
 from mdpd_deploy.artifacts.manifest import graph_notes
 from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.artifacts.tasks import open_task
-from mdpd_deploy.checks.parity import FP32_TOLERANCE, Parity, torch_outputs
+from mdpd_deploy.checks import mixed
+from mdpd_deploy.checks.parity import FP32_TOLERANCE
+from mdpd_deploy.checks.reference import torch_outputs
 from mdpd_deploy.cli import main
 from mdpd_deploy.commands.export import export_runs
 from mdpd_deploy.errors import ExportError, UserError, VerificationError
 from mdpd_deploy.export.multitask.bundle import share_tokenizer
-from mdpd_deploy.export.multitask.gates import check_mixed_rows
 from mdpd_deploy.export.tensorrt.swap import build_swap
 from mdpd_deploy.graphs.deltas import HEAD_BIAS, HEAD_WEIGHT, Delta, load_delta
 from mdpd_deploy.graphs.mixed import TABLE, added_nodes, mixed_graph
@@ -395,10 +396,14 @@ def test_a_gate_names_the_task_it_failed_for(text_bundle, tmp_path):
     onnx.helper.set_model_props(wrong, graph_notes(text_bundle.manifest))
     (tmp_path / "wrong.onnx").write_bytes(wrong.SerializeToString())
     shutil.copy(path / "model.onnx.data", tmp_path)
-    parities = [Parity((), {"outputs": 1.0}, 0.0, FP32_TOLERANCE) for _ in text_bundle.tasks]
+    goldens = [text_bundle.golden(task) for task in text_bundle.tasks]
+
+    def prove(runner):
+        mixed.prove(text_bundle.tasks, goldens, [1.0] * 3, runner, FP32_TOLERANCE)
+
     with pytest.raises(VerificationError, match="mixed: in one batch with other tasks 'mood' is"):
-        check_mixed_rows(text_bundle.tasks, parities, OnnxRunner(tmp_path / "wrong.onnx"))
-    check_mixed_rows(text_bundle.tasks, parities, text_bundle.runner())
+        prove(OnnxRunner(tmp_path / "wrong.onnx"))
+    prove(text_bundle.runner())
 
 
 def test_a_mixed_graph_must_keep_every_node(text_bundle):
@@ -521,10 +526,29 @@ def test_swap_takes_a_delta_that_is_in_no_bundle(text_bundle):
     swap = Swap(text_bundle.path / "base.onnx", {"mood": delta})
     twice = swap.add("twice", Delta(base, {**delta.tensors, **head}))
     arrays = text_bundle.task("mood").preprocess(RAWS["mood"])
-    np.testing.assert_allclose(twice(arrays), 2 * swap["mood"](arrays), rtol=1e-5)
+    np.testing.assert_allclose(only(twice(arrays)), 2 * only(swap["mood"](arrays)), rtol=1e-5)
 
 
 # --- the bundle ----------------------------------------------------------------------------------
+
+
+def test_a_bundle_of_tasks_of_the_first_schema_opens(text_bundle, tmp_path):
+    folder = shutil.copytree(text_bundle.path, tmp_path / "b")
+    plain = json.loads((folder / "manifest.json").read_text())
+    model, base = plain.pop("graphs")
+    del plain["pipeline"]
+    plain |= {name: model[name] for name in ("inputs", "outputs", "shapes", "opset", "nodes")}
+    plain["mixed"]["base_nodes"] = base["nodes"]
+    (folder / "manifest.json").write_text(json.dumps(plain | {"schema": "1.1"}))
+    earlier = load_bundle(folder)
+    assert earlier.manifest["graphs"] == text_bundle.manifest["graphs"]
+    assert verify_bundle(folder).unsound == []
+    asked = [("mood", "a good film"), ("stars", "bad")]
+    assert earlier.run_mixed(asked) == text_bundle.run_mixed(asked)
+    plain["mixed"] = 3
+    (folder / "manifest.json").write_text(json.dumps(plain | {"schema": "1.1"}))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        load_bundle(folder)
 
 
 def rewrite(bundle, change):

@@ -11,10 +11,12 @@ import torch
 
 from mdpd_deploy.artifacts.certificate import of_each
 from mdpd_deploy.backbones import load_backbone
-from mdpd_deploy.checks.parity import compare_with_torch, shape_batches, torch_outputs
+from mdpd_deploy.checks.parity import compare_with_torch
+from mdpd_deploy.checks.reference import shape_batches, torch_outputs
 from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.errors import ExportError, UserError
-from mdpd_deploy.graphs.trace import changed_weights, export_onnx, graph_signature, same_structure
+from mdpd_deploy.graphs.signature import changed_weights, graph_signature, same_structure
+from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.machine import cpu_count, describe
 from mdpd_deploy.model import Deployed, TaskModel
 from mdpd_deploy.runtimes.base import only

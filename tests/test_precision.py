@@ -15,26 +15,25 @@ from onnx import TensorProto, helper, numpy_helper
 from mdpd_deploy import bench_latency, export_run, load_bundle
 from mdpd_deploy.artifacts.golden import load_golden
 from mdpd_deploy.artifacts.run import Run
+from mdpd_deploy.checks.metric import prove_converted as prove_metric
+from mdpd_deploy.checks.parity import prove as prove_parity_fp32
+from mdpd_deploy.checks.parity import prove_converted as prove_parity
 from mdpd_deploy.checks.policy import POLICIES, agreement, paired_drop
+from mdpd_deploy.checks.reference import Measured, Reference, torch_outputs
 from mdpd_deploy.cli import main
 from mdpd_deploy.commands.evaluate import evaluate_bundle
 from mdpd_deploy.errors import ExportError, UserError, VerificationError, WorkFailed
 from mdpd_deploy.export.fade import fade
-from mdpd_deploy.export.gates import Measured, check_parity
-from mdpd_deploy.export.precision import convert as reduced
+from mdpd_deploy.export.options import ExportOptions
 from mdpd_deploy.export.precision.autocast import autocast
 from mdpd_deploy.export.precision.bf16_twin import write_twin
 from mdpd_deploy.export.precision.checks import check_converted
+from mdpd_deploy.export.precision.convert import convert, unconverted
 from mdpd_deploy.export.precision.forms import form_of, forms_for, place_of
-from mdpd_deploy.export.precision.gates import (
-    Reference,
-    check_reduced_metric,
-    check_reduced_parity,
-)
 from mdpd_deploy.export.precision.int8_trt import check_symmetric
-from mdpd_deploy.export.precision.material import Calibration, Material
+from mdpd_deploy.export.precision.material import Calibration, Material, material_of
 from mdpd_deploy.export.precision.trials import Race, choose, try_all
-from mdpd_deploy.export.precision.weight_report import require_met, take_receipt
+from mdpd_deploy.export.precision.weight_report import require_met, weight_report
 from mdpd_deploy.runtimes.onnx import OnnxRunner
 from mdpd_deploy.serve.latency.graph_race import GraphTiming
 
@@ -87,7 +86,7 @@ def reference(tiny_run, fp32):
     """PyTorch's side of the gates of the tiny image run."""
     metrics = tiny_run.summary["metrics"]["deployed"]
     measured = Measured(tiny_run.load_evaluation()["validation"], tuple(metrics), metrics, 8)
-    golden = load_golden(fp32.path / "golden.safetensors")
+    golden = fp32.golden()
     return Reference(fade(tiny_run).model, tiny_run.preprocess, golden, measured)
 
 
@@ -97,7 +96,7 @@ def fp16(fp32, reference, tmp_path_factory):
     path = tmp_path_factory.mktemp("p") / "fp16.onnx"
     form, source = form_of("fp16", "cpu"), fp32.path / "model.onnx"
     words = dict(material=material(fp32), reference=reference, mode="fail")
-    return reduced.convert(form, fp32.path, source, path, **words)
+    return convert(form, source, path, **words)
 
 
 def graph_of(bundle):
@@ -171,10 +170,10 @@ def test_what_was_proved_before_conversion_says_so(int8_trt, fp32):
 
 def test_fp16_on_the_cpu_is_half_the_file_and_within_its_policy(fp16, fp32):
     assert fp16.graph.stat().st_size < 0.6 * (fp32.path / "model.onnx").stat().st_size
-    assert fp16.receipt.weight_bytes == weight_bytes(onnx.load(fp16.graph))
-    assert set(fp16.receipt.compute_nodes) == {"float16"} and not fp16.receipt.fp32_islands
-    assert [gate.verdict for gate in fp16.gates] == ["passed"] * 3
-    parity = fp16.gate("parity").details
+    assert fp16.report.weight_bytes == weight_bytes(onnx.load(fp16.graph))
+    assert set(fp16.report.compute_nodes) == {"float16"} and not fp16.report.fp32_islands
+    assert [seen.verdict for seen in fp16.gates.values()] == ["passed"] * 3
+    parity = fp16.gates["parity"].details
     assert 1e-6 < parity["scaled_diff"] < parity["tolerance"] == 3e-2
 
 
@@ -262,7 +261,7 @@ def test_the_twin_rounds_every_value(tmp_path):
     x = np.linspace(-3, 3, 101, dtype=np.float32)
     twin = OnnxRunner(write_twin(tmp_path / "bf16.onnx", tmp_path / "twin.onnx"))
     expected = (x.astype(BFLOAT16) * weight * weight).astype(np.float32)
-    np.testing.assert_array_equal(twin({"x": x}), expected)
+    np.testing.assert_array_equal(twin({"x": x})["y"], expected)
 
 
 # --- refusals ------------------------------------------------------------------------------------
@@ -315,8 +314,7 @@ def test_calibration_needs_the_tasks_own_data(tiny_run, fp32, tmp_path):
     home = tiny_run.config.data.path
     (run / "config.yaml").write_text(config.replace(home, str(tmp_path / "gone")))
     golden = load_golden(fp32.path / "golden.safetensors")
-    words = dict(autocast_python=None, converted=None)
-    told = reduced.material_of(Run.open(run), golden, "synthetic", **words)
+    told = material_of(Run.open(run), golden, ExportOptions(golden="synthetic"))
     with pytest.raises(UserError, match=r"calibrated on the run's training inputs.*gone"):
         told.calibration()
 
@@ -339,16 +337,16 @@ def test_fp16_parity_fails_on_a_damaged_graph_and_warns_only_when_asked(fp16, re
     policy = POLICIES["fp16"]
     runner = damaged(fp16.graph, tmp_path / "m.onnx", lambda w: w * 1.5)
     with pytest.raises(VerificationError, match=r"parity: largest difference .* allowed 3e-02"):
-        check_reduced_parity(reference, runner, policy, mode="fail")
-    gate, parity = check_reduced_parity(reference, runner, policy, mode="warn")
+        prove_parity(reference, runner, policy, mode="fail")
+    gate, parity = prove_parity(reference, runner, policy, mode="warn")
     assert gate.verdict == "warned" and not parity.passed and "--parity warn" in gate.note
 
 
 def test_fp32_warns_only_when_asked(fp32, reference, tmp_path):
     runner = damaged(fp32.path / "model.onnx", tmp_path / "m.onnx", lambda w: w * 1.01)
     with pytest.raises(VerificationError, match=r"parity: outputs differ .* allowed 1e-04"):
-        check_parity(reference.model, runner, reference.golden)
-    gate, parity = check_parity(reference.model, runner, reference.golden, mode="warn")
+        prove_parity_fp32(reference, runner)
+    gate, parity = prove_parity_fp32(reference, runner, mode="warn")
     assert gate.verdict == "warned" and not parity.passed and "--parity warn" in gate.note
 
 
@@ -365,46 +363,44 @@ def test_int8_is_held_to_its_predictions(int8_trt, reference, tmp_path):
     onnx.save(proto, tmp_path / "m.onnx")
     runner = OnnxRunner(tmp_path / "m.onnx")
     with pytest.raises(VerificationError, match="golden inputs change"):
-        check_reduced_parity(reference, runner, policy, mode="fail")
-    _, parity = check_reduced_parity(reference, runner, policy, mode="warn")
+        prove_parity(reference, runner, policy, mode="fail")
+    _, parity = prove_parity(reference, runner, policy, mode="warn")
     with pytest.raises(VerificationError, match="clear predictions change"):
-        check_reduced_metric(reference, runner, policy, parity, mode="fail")
+        prove_metric(reference, runner, policy, parity, mode="fail")
 
 
 def test_outputs_that_are_not_finite_fail_even_with_a_warning(fp16, reference, tmp_path):
     runner = damaged(fp16.graph, tmp_path / "m.onnx", lambda w: w * np.nan)
     with pytest.raises(VerificationError, match="not finite"):
-        check_reduced_parity(reference, runner, POLICIES["fp16"], mode="warn")
+        prove_parity(reference, runner, POLICIES["fp16"], mode="warn")
 
 
 def test_a_metric_that_drops_fails_with_its_interval(reference):
     labels = reference.measured.split.labels
-    wrong = reference.outputs.copy()
+    wrong = reference.beside(lambda arrays: answers_like(reference, arrays))[0].copy()
     wrong[np.arange(len(labels)), labels] = wrong.min() - 1  # never the right class
     rows = iter(wrong)
 
     def answers(arrays):
         return {"logits": np.stack([next(rows) for _ in range(len(arrays["pixel_values"]))])}
 
-    _, parity = check_reduced_parity(
+    _, parity = prove_parity(
         reference, lambda arrays: answers_like(reference, arrays), POLICIES["fp16"], mode="fail"
     )
     with pytest.raises(VerificationError, match=r"accuracy drops by [\d.]+ points \[.*, allowed"):
-        check_reduced_metric(reference, answers, POLICIES["fp16"], parity, mode="fail")
+        prove_metric(reference, answers, POLICIES["fp16"], parity, mode="fail")
 
 
 def answers_like(reference, arrays):
-    from mdpd_deploy.checks.parity import torch_outputs
-
     return torch_outputs(reference.model, arrays)
 
 
 def test_an_unconverted_graph_does_not_pass_for_another_precision(fp32):
-    receipt = take_receipt(fp32.path / "model.onnx", "float16")
-    assert not receipt.met and receipt.weights_share == 0
-    assert len(receipt.fp32_islands) == receipt.compute_nodes["float32"]
+    report = weight_report(fp32.path / "model.onnx", "float16")
+    assert not report.met and report.weights_share == 0
+    assert len(report.fp32_islands) == report.compute_nodes["float32"]
     with pytest.raises(ExportError, match=r"--precision fp16: only 0% .* became float16"):
-        require_met(receipt, "fp16")
+        require_met(report, "fp16")
 
 
 @pytest.mark.parametrize(
@@ -600,11 +596,11 @@ def test_auto_does_not_keep_what_only_warned(fp32, fp16, missed):
 
     def make(form):
         if form.precision == "fp32":
-            return reduced.unconverted(form, graph)
+            return unconverted(form, graph)
         gates = fp16.gates
         if form.precision == "int8-cpu":
-            gates = [replace(g, verdict="warned") if g.name == missed else g for g in gates]
-        return replace(fp16, form=form, gates=tuple(gates))
+            gates = gates | {missed: replace(gates[missed], verdict="warned")}
+        return replace(fp16, form=form, gates=gates)
 
     def time_graphs(graphs):
         faster = {"fp16": 0.9, "int8-cpu": 0.3}
@@ -653,7 +649,7 @@ def test_a_candidate_that_fails_is_a_row_of_the_table(fp32, failure):
     def make(form):
         if form.precision == "fp16":
             raise failure
-        return replace(reduced.unconverted(form_of("fp32", "cpu"), graph), form=form)
+        return replace(unconverted(form_of("fp32", "cpu"), graph), form=form)
 
     def time_graphs(graphs):
         timed.extend(graphs)

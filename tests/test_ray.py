@@ -7,7 +7,8 @@ import pytest
 from mdpd_deploy.artifacts.folders import is_claimed
 from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.study import Ask, Plan, build_engine
+from mdpd_deploy.study.engines import build_engine
+from mdpd_deploy.study.plan import Ask, Plan
 from mdpd_deploy.study.trial import run_trial
 
 ray = pytest.importorskip("ray", reason="the package ray is not installed")

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import NFKC, Lowercase, Prepend, Replace, Sequence
 
 from mdpd_deploy import load_bundle
-from mdpd_deploy.artifacts.manifest import graph_notes, seal
+from mdpd_deploy.artifacts.manifest import graph_notes
+from mdpd_deploy.artifacts.sealed import seal
 from mdpd_deploy.cli import main
 from mdpd_deploy.data.preprocess import load_preprocess
 from mdpd_deploy.data.tokenizer_limits import check_tokenizer

@@ -12,22 +12,13 @@ from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import sha256_file
 from mdpd_deploy.report.charts import Dot, pareto_front, trade_off_chart
-from mdpd_deploy.study import (
-    Ask,
-    Latency,
-    Plan,
-    build_engine,
-    collect,
-    expand_tasks,
-    markdown,
-    read_plan,
-    run_trials,
-    write_page,
-    write_plan,
-)
-from mdpd_deploy.study.schedule import choose
-from mdpd_deploy.study.study_page import kind_of
-from mdpd_deploy.study.suites import group_means, group_of
+from mdpd_deploy.study.engines import build_engine
+from mdpd_deploy.study.plan import Ask, Plan, read_plan, write_plan
+from mdpd_deploy.study.results import Latency, collect
+from mdpd_deploy.study.schedule import choose, run_trials
+from mdpd_deploy.study.study_page import kind_of, write_page
+from mdpd_deploy.study.suites import expand_tasks, group_means, group_of
+from mdpd_deploy.study.table import markdown
 from mdpd_deploy.study.trial import Outcome, find_outcome, run_trial
 
 ASK = Ask(("rte", "sst2"), ("probe", "norms"), (0.3, 1.0, 3.0), (0, 1, 2))

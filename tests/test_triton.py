@@ -18,7 +18,8 @@ from PIL import Image
 from mdpd_deploy import load_bundle, triton_repository
 from mdpd_deploy.artifacts.bundle import Bundle
 from mdpd_deploy.artifacts.golden import load_golden
-from mdpd_deploy.artifacts.manifest import Manifest, Port, check_graphs, read_checked, seal
+from mdpd_deploy.artifacts.manifest import Manifest, Port
+from mdpd_deploy.artifacts.sealed import check_graphs, read_checked, seal
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.export.triton.config import (
@@ -173,11 +174,13 @@ def copy_of(bundle, folder):
 
 @pytest.fixture(scope="module")
 def mixed_bundle(tiny_text_run, folder) -> Bundle:
-    from mdpd_deploy.export.multitask.bundle import pack_multi
-    from mdpd_deploy.export.write import ExportOptions
+    from mdpd_deploy.export.multitask.bundle import write_bundle_of_tasks
+    from mdpd_deploy.export.options import ExportOptions
 
     options = ExportOptions(metric_gate=False)
-    return pack_multi([tiny_text_run] * 2, folder / "mixed", options, names=["one", "two"])
+    return write_bundle_of_tasks(
+        [tiny_text_run] * 2, folder / "mixed", options, names=["one", "two"]
+    )
 
 
 def test_a_bundle_of_several_tasks_takes_the_task_of_each_row(mixed_bundle, tmp_path):

@@ -18,7 +18,7 @@ SOURCES = [
     file
     for folder in ("mdpd_deploy", "export", "serve")
     for file in sorted((ROOT / folder).rglob("*.py"))
-    if any(word in file.stem for word in ("trt", "tensorrt", "engine"))
+    if any(word in file.relative_to(ROOT).as_posix() for word in ("trt", "tensorrt", "engine"))
 ]
 # Variables that always hold an object of one class.
 BOUND = {
@@ -64,7 +64,7 @@ def ours():
     found = set()
     for file in SOURCES:
         text = file.read_text()
-        if "trt" in text:
+        if "trt" in text or "tensorrt" in text:
             found |= used_names(text)
     return found
 
@@ -122,7 +122,7 @@ def test_tensorrt_is_named_in_files_that_say_so():
 def test_cuda_names_exist_in_cuda_bindings():
     """Those of our source and those of its stand-in."""
     real = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
-    source = (ROOT / "mdpd_deploy" / "trt_cuda.py").read_text()
+    source = (ROOT / "mdpd_deploy" / "runtimes" / "tensorrt" / "cuda.py").read_text()
     chains = [p for n in ast.walk(ast.parse(source)) if (p := chain(n)) and p[0] == "cuda"]
     assert len(chains) > 10
     for _, first, *rest in chains:

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from mdpd_deploy.checks.engine_parity import Case
+from mdpd_deploy.checks.compare import Case
 from mdpd_deploy.errors import UserError, VerificationError, WorkFailed
 from mdpd_deploy.runtimes.base import only
 from mdpd_deploy.runtimes.onnx import OnnxRunner
@@ -278,4 +278,4 @@ def test_running_an_engine_loads_no_torch(build, tmp_path, run_python, request):
     fakes = request.path.parent / "fakes"
     done = run_python("-c", NO_TORCH, str(tmp_path / "model.plan"), PYTHONPATH=str(fakes))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(2, 2)"
+    assert done.stdout.strip() == "{'logits': (2, 2)}"

@@ -18,8 +18,9 @@ from mdpd_deploy.artifacts.manifest import graph_notes
 from mdpd_deploy.artifacts.signing import check_signature
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError, VerificationError
-from mdpd_deploy.export import gates
+from mdpd_deploy.export import fade as fading
 from mdpd_deploy.export import write as packing
+from mdpd_deploy.graphs.signature import same_structure
 from mdpd_deploy.graphs.trace import export_onnx
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
@@ -385,12 +386,12 @@ def test_a_foreign_device_is_bad_input(exported):
 def test_weights_in_their_own_file(tiny_run, tmp_path, monkeypatch):
     large = partial(export_onnx, external_above_bytes=1000)
     monkeypatch.setattr(packing, "export_onnx", large)
-    monkeypatch.setattr(gates, "export_onnx", large)
+    monkeypatch.setattr(fading, "export_onnx", large)
     bundle = export_run(tiny_run.path, out=tmp_path / "b", metric_gate=False).path
     data = bundle / "model.onnx.data"
     assert data.stat().st_size > 1000 and verdicts(bundle)["identity"] == "passed"
     bare = load_bundle(bundle).write_bare_graph(tmp_path / "bare.onnx")
-    assert gates.same_structure(bare, bundle / "model.onnx") == []
+    assert same_structure(bare, bundle / "model.onnx") == []
 
     raw = data.read_bytes()
     data.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])

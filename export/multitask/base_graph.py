@@ -27,7 +27,7 @@ from mdpd_deploy.tasks.head import Head
 
 @dataclass(frozen=True)
 class BaseGraph:
-    """What tasks are deltas to.
+    """The base graph as written, and the weights that tasks may change in it.
 
     Attributes:
         traced: The graph as the exporter wrote it, norms varied: the structure to compare with.
@@ -44,12 +44,6 @@ class BaseGraph:
 
 def export_base(backbone: Backbone, width: int, folder: Path, scratch: Path) -> BaseGraph:
     """Write `base.onnx` and the backbone's weights into a bundle.
-
-    Args:
-        backbone: The bare backbone; not changed.
-        width: Outputs of the widest task.
-        folder: The bundle.
-        scratch: A folder for the traced graph.
 
     Raises:
         ExportError: If the backbone cannot be traced.

@@ -1,9 +1,16 @@
-"""From several runs on one backbone to one verified bundle that answers all their tasks."""
+"""From several runs on one backbone to one verified bundle that answers all their tasks.
+
+Every task must pass the gates of a bundle of one (see `checks`), and two more:
+
+swap       PyTorch's numbers from the base graph, fed with the task's delta
+mixed      one batch of all tasks in random order gives each row what its task alone gives
+"""
 
 import json
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +18,7 @@ import onnx
 
 from mdpd_deploy.artifacts.bundle import Bundle, is_bundle, load_bundle
 from mdpd_deploy.artifacts.folders import atomic_folder, refuse_nonempty
+from mdpd_deploy.artifacts.golden import Golden, load_golden
 from mdpd_deploy.artifacts.manifest import (
     BASE,
     BASE_FILE,
@@ -21,30 +29,38 @@ from mdpd_deploy.artifacts.manifest import (
     PREPROCESSOR,
     TASKS,
     graph_notes,
-    seal,
 )
 from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.artifacts.tasks import BundleTask, meaning_of, open_task
-from mdpd_deploy.checks import verification
-from mdpd_deploy.checks.parity import Parity
+from mdpd_deploy.checks import golden, metric, mixed, parity
+from mdpd_deploy.checks.parity import FP32_TOLERANCE
+from mdpd_deploy.checks.reference import Reference
+from mdpd_deploy.checks.side_free import side_names
+from mdpd_deploy.checks.subject import Seen
 from mdpd_deploy.data.preprocess import TOKENIZER_FILE
-from mdpd_deploy.errors import MdpdError, UserError
-from mdpd_deploy.export.gates import Gate, Measured, check_metric
-from mdpd_deploy.export.golden import make_golden
-from mdpd_deploy.export.manifest import describe_run
-from mdpd_deploy.export.multitask import gates as multi_gates
-from mdpd_deploy.export.multitask.base_graph import BaseGraph, delta_of, export_base
-from mdpd_deploy.export.multitask.runs import Member, fade_all, refuse_strangers, task_names
+from mdpd_deploy.errors import MdpdError, UserError, VerificationError
+from mdpd_deploy.export.fade import prove_side_free
+from mdpd_deploy.export.manifest import manifest_of
+from mdpd_deploy.export.multitask.base_graph import BaseGraph, comparable, delta_of, export_base
+from mdpd_deploy.export.multitask.runs import TaskRun, fade_all, refuse_strangers, task_names
+from mdpd_deploy.export.options import ExportOptions
+from mdpd_deploy.export.precision.convert import unconverted
 from mdpd_deploy.export.precision.forms import form_of
-from mdpd_deploy.export.precision.weight_report import require_met, take_receipt
-from mdpd_deploy.export.tensorrt.install import engine_state, install_if_possible
-from mdpd_deploy.export.write import ExportOptions, read_validation, write_engine_recipe
+from mdpd_deploy.export.tensorrt.install import engine_state
+from mdpd_deploy.export.write import (
+    measured_on,
+    read_validation,
+    seal_verified,
+    verdicts,
+    write_engine_recipe,
+    write_golden,
+)
 from mdpd_deploy.files import write_json
-from mdpd_deploy.graphs.deltas import Delta
-from mdpd_deploy.graphs.mixed import OUTPUT, mixed_graph
-from mdpd_deploy.graphs.signature import graph_signature
-from mdpd_deploy.graphs.trace import OnnxGraph
-from mdpd_deploy.runtimes.base import TASK_ID, Forward
+from mdpd_deploy.graphs.deltas import HEAD_BIAS, Delta
+from mdpd_deploy.graphs.mixed import OUTPUT, added_nodes, mixed_graph
+from mdpd_deploy.graphs.signature import graph_signature, same_structure, values_sha256
+from mdpd_deploy.graphs.trace import OnnxGraph, export_onnx
+from mdpd_deploy.runtimes.base import TASK_ID
 from mdpd_deploy.runtimes.mixed import Swap, TaskRunner
 from mdpd_deploy.runtimes.onnx import OnnxRunner
 
@@ -64,7 +80,7 @@ _OF_A_TASK = (
 _OF_ALL = ("faded", "pipeline", "precision", "versions")
 
 
-def pack_multi(
+def write_bundle_of_tasks(
     runs: Sequence[Run], out: Path, options: ExportOptions, *, names: Sequence[str] | None = None
 ) -> Bundle:
     """Write and return the verified bundle of several runs.
@@ -89,77 +105,84 @@ def pack_multi(
     refuse_nonempty(out, overwrite=options.overwrite, ours=is_bundle, needed=needed)
     splits = [read_validation(run, options) for run in runs]
     members = [
-        Member(name, run, faded, split)
+        TaskRun(name, run, faded, split)
         for name, run, faded, split in zip(chosen, runs, fade_all(runs), splits, strict=True)
     ]
     with (
         atomic_folder(out, overwrite=options.overwrite) as folder,
         tempfile.TemporaryDirectory(prefix="mdpd-multi-") as scratch,
     ):
-        _write(members, folder, Path(scratch), options)
-        sealed = load_bundle(folder)
-        verification.require_sound(verification.verify(verification.Subject(sealed)))
-        install_if_possible(sealed, options.engine)
+        manifest = _write(members, folder, Path(scratch), options)
+        seal_verified(folder, manifest, options)
     return load_bundle(out)
 
 
-def _write(members: Sequence[Member], folder: Path, scratch: Path, options: ExportOptions) -> None:
-    """Write graphs and tasks, pass every gate, and seal."""
+def _write(
+    members: Sequence[TaskRun], folder: Path, scratch: Path, options: ExportOptions
+) -> dict[str, Any]:
+    """Write graphs and tasks and pass every gate; return the manifest."""
     logger.info("tracing the backbone to ONNX")
     bare = members[0].faded.bare
     assert bare is not None
     base = export_base(bare.backbone, max(member.width for member in members), folder, scratch)
-    deltas = [
-        _write_task(member, folder / TASKS / member.name, base, options) for member in members
-    ]
+    deltas = {
+        member.name: _write_task(member, folder / TASKS / member.name, base, options)
+        for member in members
+    }
     share_tokenizer([folder / TASKS / m.name / TOKENIZER_FILE for m in members], folder)
-    mixed = mixed_graph(
-        onnx.load(base.path, load_external_data=False),
-        [delta.fit(base.shapes) for delta in deltas],
-        form="tensorrt" if options.fmt == "trt" else "explicit",
-    )
     path = folder / MODEL_FILE
-    graph = OnnxGraph(path, base.traced.input_names, (OUTPUT,), len(mixed.graph.node))
-    facts = _describe(members, folder, graph, base, options)
-    onnx.helper.set_model_props(mixed, graph_notes(facts))
-    path.write_bytes(mixed.SerializeToString(deterministic=True))
-    onnx.checker.check_model(str(path), full_check=True)
-    receipt = take_receipt(path, form_of("fp32", "cpu").weights)
-    require_met(receipt, "fp32")
-    facts |= {"receipt": receipt.to_json(), "conversion": "as traced"}
-    facts["mixed"]["added_nodes"] = multi_gates.check_mixed_structure(base.path, path)
+    manifest = _write_mixed(members, deltas, folder, base, options)
     if options.fmt == "trt":
-        write_engine_recipe(folder, facts, options.engine)
-    swap = Swap(base.path, {m.name: delta for m, delta in zip(members, deltas, strict=True)})
-    tasks = [open_task(folder, index, entry) for index, entry in enumerate(facts["tasks"])]
+        write_engine_recipe(folder, manifest, options.engine)
+    tasks = [open_task(folder, index, entry) for index, entry in enumerate(manifest["tasks"])]
+    swap = Swap(base.path, deltas)
     passed = _pass_gates(members, tasks, OnnxRunner(path), swap, base, scratch, options)
-    for entry, gates in zip(facts["tasks"], passed, strict=True):
-        entry["verification"] = {g.name: {"verdict": g.verdict, "note": g.note} for g in gates}
-    facts["verification"] = _summary(passed)
-    written = {"graph": graph_signature(path).digests}
-    details = [
-        {
-            **written,
-            "meaning": meaning_of(folder, entry, entry["name"]),
-            **{gate.name: gate.details for gate in gates},
-        }
-        for entry, gates in zip(facts["tasks"], passed, strict=True)
-    ]
-    write_json(folder / PARITY_FILE, {m.name: d for m, d in zip(members, details, strict=True)})
-    seal(folder, facts)
+    details, written = {}, {"graph": graph_signature(path).digests}
+    for entry, gates in zip(manifest["tasks"], passed, strict=True):
+        entry["verification"] = verdicts(gates)
+        meaning = {"meaning": meaning_of(folder, entry, entry["name"])}
+        numbers = {name: seen.details for name, seen in gates.items()}
+        details[entry["name"]] = written | meaning | numbers
+    note = f"for each of {len(passed)} tasks"
+    told = verdicts(passed[0])
+    manifest["verification"] = {name: {**verdict, "note": note} for name, verdict in told.items()}
+    write_json(folder / PARITY_FILE, details)
+    return manifest
 
 
-def _write_task(member: Member, folder: Path, base: BaseGraph, options: ExportOptions) -> Delta:
+def _write_task(member: TaskRun, folder: Path, base: BaseGraph, options: ExportOptions) -> Delta:
     """Write a task's preprocessing, golden inputs and delta."""
-    run, model = member.run, member.faded.model
     folder.mkdir(parents=True)
-    run.preprocess.save(folder)
-    validation = member.validation if options.golden == "validation" else None
-    raws = validation.inputs if validation else ()
-    make_golden(model, run.preprocess, raws, run.fields).save(folder / GOLDEN_FILE)
-    delta = delta_of(model, base.sha256)
+    member.run.preprocess.save(folder)
+    write_golden(member.run, member.faded, member.validation, options, folder / GOLDEN_FILE)
+    delta = delta_of(member.faded.model, base.sha256)
     delta.save(folder / DELTA_FILE)
     return delta
+
+
+def _write_mixed(
+    members: Sequence[TaskRun],
+    deltas: dict[str, Delta],
+    folder: Path,
+    base: BaseGraph,
+    options: ExportOptions,
+) -> dict[str, Any]:
+    """Write the mixed graph; return the manifest without verdicts and files."""
+    proto = onnx.load(base.path, load_external_data=False)
+    fitted = [delta.fit(base.shapes) for delta in deltas.values()]
+    made = mixed_graph(proto, fitted, form="tensorrt" if options.fmt == "trt" else "explicit")
+    path = folder / MODEL_FILE
+    graph = OnnxGraph(path, base.traced.input_names, (OUTPUT,), len(made.graph.node))
+    manifest = _describe(members, folder, graph, base, options)
+    onnx.helper.set_model_props(made, graph_notes(manifest))
+    path.write_bytes(made.SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path), full_check=True)
+    checked = unconverted(form_of("fp32", "cpu"), path)
+    manifest |= {"receipt": checked.report.to_json(), "conversion": checked.how}
+    for stray in (*side_names(proto), *side_names(made)):
+        raise VerificationError(f"side_free: {stray} belongs to the side network.")
+    manifest["mixed"]["added_nodes"] = added_nodes(proto, made)
+    return manifest
 
 
 def share_tokenizer(files: Sequence[Path], folder: Path) -> None:
@@ -182,7 +205,7 @@ def share_tokenizer(files: Sequence[Path], folder: Path) -> None:
 
 
 def _describe(
-    members: Sequence[Member],
+    members: Sequence[TaskRun],
     folder: Path,
     graph: OnnxGraph,
     base: BaseGraph,
@@ -192,7 +215,7 @@ def _describe(
     alone = []
     for member in members:
         written = (folder / TASKS / member.name / "preprocess.json").read_text(encoding="utf-8")
-        alone.append(describe_run(member.run, member.faded, graph, json.loads(written)))
+        alone.append(manifest_of(member.run, member.faded, graph, json.loads(written)))
     first, *others = alone
     (model,) = first["graphs"]
     bounds = model["shapes"]
@@ -206,15 +229,15 @@ def _describe(
         "task": "+".join(member.name for member in members),
         "kind": "multi",
         "fields": [],
-        "method": "+".join(dict.fromkeys(facts["method"] for facts in alone)),
+        "method": "+".join(dict.fromkeys(one["method"] for one in alone)),
         "labels": [],
         "metrics": [],
         "data": {},
         "preprocess": {},
         **{name: first[name] for name in _OF_ALL},
         "tasks": [
-            {"name": member.name, **{name: facts[name] for name in _OF_A_TASK}}
-            for member, facts in zip(members, alone, strict=True)
+            {"name": member.name, **{name: one[name] for name in _OF_A_TASK}}
+            for member, one in zip(members, alone, strict=True)
         ],
         "graphs": [
             {**model, "inputs": [*model["inputs"], task_id]},
@@ -228,46 +251,57 @@ def _describe(
 
 
 def _pass_gates(
-    members: Sequence[Member],
+    members: Sequence[TaskRun],
     tasks: Sequence[BundleTask],
     runner: OnnxRunner,
     swap: Swap,
     base: BaseGraph,
     scratch: Path,
     options: ExportOptions,
-) -> list[list[Gate]]:
-    """Run every gate for every task; the first that fails raises and names its task."""
-    passed: list[list[Gate]] = []
-    parities: list[Parity] = []
+) -> list[dict[str, Seen]]:
+    """Pass every gate with every task; the first that fails raises and names its task."""
+    passed: list[dict[str, Seen]] = []
+    goldens: list[Golden] = []
+    spreads: list[float] = []
     for member, task in zip(members, tasks, strict=True):
         logger.info("verifying task %s", task.name)
         try:
-            gates = multi_gates.check_structure(member.faded, base, scratch)
+            assert task.golden is not None
+            expected = load_golden(task.golden, names=(OUTPUT,))
+            measured = measured_on(member.run, member.validation, options)
+            reference = Reference(member.faded.model, task.preprocess, expected, measured)
             own = TaskRunner(runner, task)
-            both, parity = multi_gates.check_both_ways(member.faded, own, swap[task.name], task)
-            gates += [*both, _check_metric(member, task, own, parity, options)]
-            gates.append(multi_gates.check_golden_of(task, own, parity))
+            gates = _prove_structure(member, base, scratch)
+            gates["parity"], compared = parity.prove(reference, own, names=(OUTPUT,))
+            gates["swap"], _ = parity.prove(reference, swap[task.name], names=(OUTPUT,))
+            gates["metric"] = metric.prove(reference, own, compared)
+            gates["golden"] = golden.prove(reference, own, compared)
         except MdpdError as err:
             raise type(err)(f"task {task.name} of {member.run.path}: {err}") from err
         passed.append(gates)
-        parities.append(parity)
-    together = multi_gates.check_mixed_rows(tasks, parities, runner)
-    return [[*gates, gate] for gates, gate in zip(passed, together, strict=True)]
+        goldens.append(expected)
+        spreads.append(compared.spread[OUTPUT])
+    together = mixed.prove(tasks, goldens, spreads, runner, FP32_TOLERANCE)
+    return [gates | {"mixed": seen} for gates, seen in zip(passed, together, strict=True)]
 
 
-def _check_metric(
-    member: Member, task: BundleTask, runner: Forward, parity: Parity, options: ExportOptions
-) -> Gate:
-    if not options.metric_gate:
-        return Gate("metric", "skipped", "--no-metric-gate was given")
-    assert member.validation is not None
-    reported = member.run.summary["metrics"]["deployed"]
-    batch = member.run.config.train.eval_batch
-    measured = Measured(member.validation, tuple(reported), reported, batch)
-    return check_metric(member.faded.model, runner, task.preprocess, measured, parity)
-
-
-def _summary(passed: Sequence[Sequence[Gate]]) -> dict[str, dict[str, str]]:
-    """Return each gate's verdict, which is one for all tasks; what was seen is in `tasks`."""
-    note = f"for each of {len(passed)} tasks"
-    return {gate.name: {"verdict": gate.verdict, "note": note} for gate in passed[0]}
+def _prove_structure(member: TaskRun, base: BaseGraph, scratch: Path) -> dict[str, Seen]:
+    """Trace the task's model anew and compare it with the base graph: `side_free` and `identity`."""
+    (width,) = base.shapes[HEAD_BIAS]
+    twin = replace(member.faded, model=comparable(member.faded.model, width))
+    graph = export_onnx(twin.model, scratch / "task.onnx")
+    differences = same_structure(graph.path, base.traced.path)
+    if differences:
+        raise VerificationError(f"identity: the graph is not the base graph: {differences[0]}.")
+    changed, bare = member.faded.changed, graph_signature(base.path)
+    details = {
+        "nodes": graph.nodes,
+        "changed_weights": list(changed),
+        "structure_sha256": bare.structure_sha256,
+        "bare_values_sha256": values_sha256(weight.digest for weight in bare.weights),
+    }
+    note = f"{graph.nodes} nodes equal the bare backbone's; {len(changed)} norms differ"
+    return {
+        "side_free": prove_side_free(twin, graph),
+        "identity": Seen("passed", note, details),
+    }

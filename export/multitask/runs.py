@@ -14,7 +14,7 @@ from mdpd_deploy.export.fade import Faded, bare_norms, fade
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
+class TaskRun:
     """One run on its way into a bundle of several tasks.
 
     Attributes:

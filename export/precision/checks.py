@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from mdpd_deploy.errors import ExportError
+from mdpd_deploy.graphs.signature import type_and_shape
 
 # Rounding to the type, relative to the number, and the numbers too small for the type.
 _ROUNDING = {"float16": (2.0**-10, 1e-7), "bfloat16": (2.0**-7, 1e-30), "float32": (0.0, 0.0)}
@@ -18,18 +19,13 @@ _HALF_LARGEST = 65504.0  # beyond it converters clip: a mask's -3.4e38 becomes t
 def check_converted(source: Path, converted: Path, precision: str) -> None:
     """Check a converted file against the FP32 graph it claims to come from.
 
-    Args:
-        source: The FP32 graph.
-        converted: What a converter wrote, or a user brought.
-        precision: How messages name it.
-
     Raises:
         ExportError: If it is damaged, needs more than the ONNX standard, takes or gives something
             else, or holds a floating-point weight that is not a rounded one of the source.
     """
     try:
         proto = onnx.load(converted, load_external_data=False)
-        if _external(proto):
+        if any(tensor.data_location == tensor.EXTERNAL for tensor in proto.graph.initializer):
             raise ExportError(f"--precision {precision}: the converted file keeps weights outside.")
         onnx.checker.check_model(str(converted), full_check=True)
     except ExportError:
@@ -47,9 +43,13 @@ def check_converted(source: Path, converted: Path, precision: str) -> None:
             f"standard: {', '.join(sorted(domains - {''})) or 'functions'}."
         )
     for what, found, expected in (
-        ("inputs", _ports(proto.graph.input), _ports(before.graph.input)),
-        ("outputs", _ports(proto.graph.output), _ports(before.graph.output)),
+        ("inputs", proto.graph.input, before.graph.input),
+        ("outputs", proto.graph.output, before.graph.output),
     ):
+        found, expected = (
+            [(value.name, *type_and_shape(value)) for value in values]
+            for values in (found, expected)
+        )
         if found != expected:
             raise ExportError(
                 f"--precision {precision}: the converted graph has other {what} than the exported "
@@ -86,20 +86,3 @@ def _rounded(found: NDArray[np.float32], own: NDArray[np.float32], kind: str) ->
     relative, tiny = _ROUNDING[kind]
     own = own.clip(-_HALF_LARGEST, _HALF_LARGEST) if kind == "float16" else own
     return bool((np.abs(found - own) <= relative * np.abs(own) + tiny).all())
-
-
-def _external(proto: onnx.ModelProto) -> bool:
-    from onnx import external_data_helper
-
-    return any(external_data_helper.uses_external_data(t) for t in proto.graph.initializer)
-
-
-def _ports(values: Any) -> list[tuple[str, int, tuple[str, ...]]]:
-    return [
-        (
-            value.name,
-            value.type.tensor_type.elem_type,
-            tuple(d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim),
-        )
-        for value in values
-    ]

@@ -1,99 +1,76 @@
-"""Puts the precision that was asked for in the place of the FP32 graph, whose gates have passed."""
+"""The precision of a bundle: the one asked for, or of several the fastest that passes its gates."""
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import onnx
 
-from mdpd_deploy.artifacts.golden import load_golden
-from mdpd_deploy.artifacts.manifest import GOLDEN_FILE
 from mdpd_deploy.artifacts.run import Run
-from mdpd_deploy.checks.policy import POLICIES, ParityMode
-from mdpd_deploy.export.gates import Gate, Measured
-from mdpd_deploy.export.golden import GoldenSource
-from mdpd_deploy.export.precision.convert import Candidate, convert, material_of, unconverted
-from mdpd_deploy.export.precision.forms import AUTO, Form, Target, form_of, forms_for
-from mdpd_deploy.export.precision.gates import Reference
+from mdpd_deploy.checks.policy import POLICIES
+from mdpd_deploy.checks.reference import Reference
+from mdpd_deploy.checks.subject import Seen
+from mdpd_deploy.export.options import ExportOptions
+from mdpd_deploy.export.precision.convert import Candidate, convert, unconverted
+from mdpd_deploy.export.precision.forms import AUTO, Form, form_of, forms_for
+from mdpd_deploy.export.precision.material import material_of
 from mdpd_deploy.export.precision.trials import TimeGraphs, try_all
-from mdpd_deploy.export.tensorrt.options import EngineOptions
 from mdpd_deploy.export.tensorrt.profiles import Profiles
 from mdpd_deploy.export.tensorrt.trials import with_engine
 from mdpd_deploy.graphs.signature import graph_signature
 from mdpd_deploy.graphs.trace import OnnxGraph
-from mdpd_deploy.model import TaskModel
 
 BEFORE = "proved on the FP32 graph before conversion"
 
 
-class Asked(Protocol):
-    """What of the export's options decides here; see `ExportOptions`."""
-
-    @property
-    def precision(self) -> str: ...
-    @property
-    def target(self) -> Target: ...
-    @property
-    def parity(self) -> ParityMode: ...
-    @property
-    def golden(self) -> GoldenSource: ...
-    @property
-    def autocast_python(self) -> Path | None: ...
-    @property
-    def converted(self) -> Path | None: ...
-    @property
-    def engine(self) -> EngineOptions: ...
-
-
 @dataclass(frozen=True, eq=False)
-class Subject:
+class Draft:
     """A bundle in the making.
 
     Attributes:
         run: Where it comes from.
-        model: What is deployed, FP32 on the CPU.
-        graph: Its verified FP32 graph, in the bundle.
-        folder: The bundle, with preprocessing and golden inputs.
-        measured: Validation examples; None when the metric is not measured.
+        reference: What is deployed, FP32 on the CPU, and what its metric is measured on.
+        graph: Its FP32 graph, in the bundle.
+        folder: The bundle.
         profiles: Ranges of shapes that a TensorRT engine of it takes.
     """
 
     run: Run
-    model: TaskModel
+    reference: Reference
     graph: OnnxGraph
     folder: Path
-    measured: Measured | None
     profiles: Profiles
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What the bundle holds now.
+class Choice:
+    """The outcome, in the words of the bundle's files.
 
     Attributes:
-        gates: Its verdicts.
-        facts: For the manifest.
+        gates: What its gates saw, by name.
+        manifest: For the manifest.
         graph: For the graph's entry there.
         details: All of `parity.json`.
     """
 
-    gates: list[Gate]
-    facts: dict[str, Any]
+    gates: dict[str, Seen]
+    manifest: dict[str, Any]
     graph: dict[str, int]
     details: dict[str, Any]
 
 
-def settle_precision(
-    subject: Subject, passed: Sequence[Gate], asked: Asked, time_graphs: TimeGraphs | None
-) -> Settled:
-    """Convert, verify and install the graph of the precision asked for.
+def choose_precision(
+    draft: Draft, passed: Mapping[str, Seen], asked: ExportOptions, time_graphs: TimeGraphs | None
+) -> Choice:
+    """Convert, verify and put into the bundle the graph of the precision asked for.
 
     Args:
-        subject: The bundle; its graph is replaced.
-        passed: Verdicts of the FP32 graph.
+        draft: The bundle; its graph is replaced.
+        passed: What the gates saw of the FP32 graph.
         asked: Options of the export.
         time_graphs: Times graphs against each other; needed for precision auto only.
 
@@ -102,80 +79,60 @@ def settle_precision(
         ExportError: If the conversion fails or its result is not what was asked for.
         VerificationError: If a gate fails.
     """
-    facts: dict[str, Any] = {}
+    manifest: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="mdpd-precision-") as scratch:
-        maker = _Maker(subject, asked, Path(scratch))
+        make = partial(_make, draft, asked, Path(scratch))
         if asked.precision == AUTO:
             assert time_graphs is not None
-            tried = try_all(forms_for(asked.target), maker.make_to_time, time_graphs)
-            chosen, facts["precision_trials"] = tried.chosen, tried.table
+            tried = try_all(forms_for(asked.target), partial(make, to_time=True), time_graphs)
+            chosen, manifest["precision_trials"] = tried.chosen, tried.table
         else:
-            chosen = maker.make(form_of(asked.precision, asked.target))
+            chosen = make(form_of(asked.precision, asked.target))
         if chosen.gates:
-            shutil.copyfile(chosen.graph, subject.graph.path)
-    receipt, precision = chosen.receipt.to_json(), chosen.form.precision
-    proto = onnx.load(subject.graph.path, load_external_data=False)
-    facts |= {"precision": precision, "receipt": receipt, "conversion": chosen.how}
+            shutil.copyfile(chosen.graph, draft.graph.path)
+    report, precision = chosen.report.to_json(), chosen.form.precision
+    proto = onnx.load(draft.graph.path, load_external_data=False)
     graph = {
         "nodes": len(proto.graph.node),
         "opset": next(entry.version for entry in proto.opset_import if not entry.domain),
     }
-    gates = _verdicts(passed, chosen)
+    manifest |= {"precision": precision, "receipt": report, "conversion": chosen.how}
     policy = {"mode": asked.parity, "precision": precision, **POLICIES[precision].to_json()}
-    details = {gate.name: gate.details for gate in gates} | {"receipt": receipt, "policy": policy}
-    details["graph"] = graph_signature(subject.graph.path).digests
+    gates = _with_own(passed, chosen)
+    details = {name: seen.details for name, seen in gates.items()}
+    details |= {"receipt": report, "policy": policy}
+    details["graph"] = graph_signature(draft.graph.path).digests
     if chosen.gates:
-        renewed = {gate.name for gate in chosen.gates}
-        details["before_conversion"] = {g.name: g.details for g in passed if g.name in renewed}
-    return Settled(gates, facts, graph, details)
+        details["before_conversion"] = {name: passed[name].details for name in chosen.gates}
+    return Choice(gates, manifest, graph, details)
 
 
-class _Maker:
-    """Makes one form after the other; PyTorch's outputs are computed once for all."""
-
-    def __init__(self, subject: Subject, asked: Asked, scratch: Path) -> None:
-        golden = load_golden(subject.folder / GOLDEN_FILE)
-        run = subject.run
-        self._subject, self._asked, self._scratch = subject, asked, scratch
-        self._golden = golden
-        self._reference = Reference(subject.model, run.preprocess, golden, subject.measured)
-        self._material = material_of(
-            run,
-            golden,
-            asked.golden,
-            autocast_python=asked.autocast_python,
-            converted=asked.converted,
-        )
-
-    def make(self, form: Form) -> Candidate:
-        if form.convert is None:
-            return unconverted(form, self._subject.graph.path)
-        return convert(
+def _make(
+    draft: Draft, asked: ExportOptions, scratch: Path, form: Form, *, to_time: bool = False
+) -> Candidate:
+    """Make a form; one that is to be timed for a GPU has the engine that runs there."""
+    if form.convert is None:
+        made = unconverted(form, draft.graph.path)
+    else:
+        made = convert(
             form,
-            self._subject.folder,
-            self._subject.graph.path,
-            self._scratch / f"{form.precision}.onnx",
-            material=self._material,
-            reference=self._reference,
-            mode=self._asked.parity,
+            draft.graph.path,
+            scratch / f"{form.precision}.onnx",
+            material=material_of(draft.run, draft.reference.golden, asked),
+            reference=draft.reference,
+            mode=asked.parity,
         )
-
-    def make_to_time(self, form: Form) -> Candidate:
-        """Make a form as the target runs it: on a GPU with its engine."""
-        made = self.make(form)
-        if self._asked.target == "cpu":
-            return made
-        profiles, options = self._subject.profiles, self._asked.engine
-        return with_engine(made, self._scratch, self._golden, profiles, options)
+    if not to_time or asked.target == "cpu":
+        return made
+    return with_engine(made, scratch, draft.reference.golden, draft.profiles, asked.engine)
 
 
-def _verdicts(passed: Sequence[Gate], chosen: Candidate) -> list[Gate]:
-    """Return the FP32 verdicts, those that the conversion touches replaced by its own."""
+def _with_own(passed: Mapping[str, Seen], chosen: Candidate) -> dict[str, Seen]:
+    """Return what was seen of the FP32 graph, replaced by what a conversion's own gates saw."""
     if not chosen.gates:
-        return list(passed)
-    renewed = {gate.name: gate for gate in chosen.gates}
-    kept = (
-        replace(gate, note=f"{gate.note}; {BEFORE}") if gate.verdict == "passed" else gate
-        for gate in passed
-    )
-    return [renewed.get(gate.name, gate) for gate in kept]
+        return dict(passed)
+    before = {
+        name: replace(seen, note=f"{seen.note}; {BEFORE}") if seen.verdict == "passed" else seen
+        for name, seen in passed.items()
+    }
+    return before | chosen.gates

@@ -1,32 +1,29 @@
-"""One precision of a graph: convert, check the file, take the receipt, pass the gates."""
+"""One precision of a graph: convert, check the file, count what it holds, pass the gates."""
 
 import logging
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
 
-from mdpd_deploy.artifacts.golden import Golden, spread_evenly
-from mdpd_deploy.artifacts.manifest import EXTERNAL_FILE, GOLDEN_FILE, PREPROCESSOR
-from mdpd_deploy.artifacts.run import Run
+from mdpd_deploy.artifacts.manifest import EXTERNAL_FILE
+from mdpd_deploy.checks import golden, metric, parity
 from mdpd_deploy.checks.policy import POLICIES, ParityMode
-from mdpd_deploy.errors import ExportError, UserError
-from mdpd_deploy.export.gates import Gate, check_golden
-from mdpd_deploy.export.golden import GoldenSource
+from mdpd_deploy.checks.reference import Reference
+from mdpd_deploy.checks.subject import Seen
+from mdpd_deploy.errors import ExportError
 from mdpd_deploy.export.precision.bf16_twin import write_twin
 from mdpd_deploy.export.precision.checks import check_converted
 from mdpd_deploy.export.precision.forms import Form
-from mdpd_deploy.export.precision.gates import Reference, check_reduced_metric, check_reduced_parity
-from mdpd_deploy.export.precision.material import Calibration, Material
-from mdpd_deploy.export.precision.runtime_tools import quiet
-from mdpd_deploy.export.precision.weight_report import Receipt, require_met, take_receipt
+from mdpd_deploy.export.precision.material import Material
+from mdpd_deploy.export.precision.onnxruntime_cpu import quiet
+from mdpd_deploy.export.precision.weight_report import WeightReport, require_met, weight_report
 from mdpd_deploy.graphs.trace import strip_notes
 from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION_INPUTS, CALIBRATION_BATCH = 256, 8
 TWIN = (
     "measured on a float32 twin that rounds every bfloat16 value, since ONNX Runtime has no "
     "bfloat16 kernels on the CPU"
@@ -41,7 +38,7 @@ class Candidate:
         form: What was asked for.
         graph: The `.onnx` file.
         how: Who converted it, in a phrase.
-        receipt: What it holds.
+        report: What it holds.
         gates: parity, metric and golden; empty for fp32, whose own gates stand.
         engine: The TensorRT engine that was built of the graph, where that is what runs.
     """
@@ -49,30 +46,25 @@ class Candidate:
     form: Form
     graph: Path
     how: str
-    receipt: Receipt
-    gates: tuple[Gate, ...] = ()
+    report: WeightReport
+    gates: dict[str, Seen] = field(default_factory=dict)
     engine: Path | None = None
 
     @property
     def warned(self) -> bool:
         """Whether a gate was missed, which `--parity warn` allows."""
-        return any(gate.verdict == "warned" for gate in self.gates)
-
-    def gate(self, name: str) -> Gate | None:
-        """Return a gate by name."""
-        return next((gate for gate in self.gates if gate.name == name), None)
+        return any(seen.verdict == "warned" for seen in self.gates.values())
 
 
 def unconverted(form: Form, graph: Path) -> Candidate:
-    """Return the FP32 graph as a candidate, with its receipt."""
-    receipt = take_receipt(graph, form.weights)
-    require_met(receipt, form.precision)
-    return Candidate(form, graph, "as traced", receipt)
+    """Return the FP32 graph as a candidate."""
+    report = weight_report(graph, form.weights)
+    require_met(report, form.precision)
+    return Candidate(form, graph, "as traced", report)
 
 
 def convert(
     form: Form,
-    bundle: Path,
     source: Path,
     target: Path,
     *,
@@ -84,7 +76,6 @@ def convert(
 
     Args:
         form: What to make; not fp32.
-        bundle: The bundle being written, with preprocessing and golden inputs.
         source: The FP32 graph.
         target: The file to write.
         material: What the converter may look at.
@@ -109,53 +100,23 @@ def convert(
     proto = onnx.load(target)
     strip_notes(proto)
     target.write_bytes(proto.SerializeToString(deterministic=True))
-    receipt = take_receipt(target, form.weights)
-    require_met(receipt, form.precision)
+    report = weight_report(target, form.weights)
+    require_met(report, form.precision)
     logger.info("verifying %s", form.precision)
-    return Candidate(form, target, how, receipt, _pass_gates(form, bundle, target, reference, mode))
+    gates = _pass_gates(form, target, reference, mode)
+    return Candidate(form, target, how, report, gates)
 
 
-def _pass_gates(
-    form: Form, bundle: Path, graph: Path, reference: Reference, mode: ParityMode
-) -> tuple[Gate, ...]:
-    policy = POLICIES[form.precision]
+def _pass_gates(form: Form, graph: Path, reference: Reference, mode: ParityMode) -> dict[str, Seen]:
+    policy, twin = POLICIES[form.precision], form.precision == "bf16"
     with tempfile.TemporaryDirectory(prefix="mdpd-twin-") as scratch:
-        twin = form.precision == "bf16"
         runner = OnnxRunner(write_twin(graph, Path(scratch, "twin.onnx")) if twin else graph)
-        parity_gate, parity = check_reduced_parity(reference, runner, policy, mode)
-        metric = check_reduced_metric(reference, runner, policy, parity, mode)
-        golden = check_golden(bundle / PREPROCESSOR, bundle / GOLDEN_FILE, runner, parity)
-    gates = (parity_gate, metric, golden)
-    if not twin:
-        return gates
-    return tuple(
-        Gate(gate.name, gate.verdict, f"{gate.note}; {TWIN}", gate.details) for gate in gates
-    )
-
-
-def material_of(
-    run: Run,
-    golden: Golden,
-    golden_source: GoldenSource,
-    *,
-    autocast_python: Path | None,
-    converted: Path | None,
-) -> Material:
-    """Gather what converters may look at; the training inputs are read only if one asks."""
-    made_up = golden_source == "synthetic"
-    what = "made-up golden inputs" if made_up else "golden inputs from validation"
-
-    def calibration() -> Calibration:
-        try:
-            train = run.load_task_data().train
-        except UserError as err:
-            raise UserError(
-                "int8-trt is calibrated on the run's training inputs, since made-up ones would "
-                f"give wrong ranges, and they cannot be read: {err}"
-            ) from err
-        raws = spread_evenly(train.inputs, CALIBRATION_INPUTS)
-        starts = range(0, len(raws), CALIBRATION_BATCH)
-        parts = [run.preprocess(raws[start : start + CALIBRATION_BATCH]) for start in starts]
-        return Calibration(f"{len(raws)} training inputs", parts)
-
-    return Material(Calibration(what, [golden.arrays]), calibration, autocast_python, converted)
+        seen, compared = parity.prove_converted(reference, runner, policy, mode)
+        gates = {
+            "parity": seen,
+            "metric": metric.prove_converted(reference, runner, policy, compared, mode),
+            "golden": golden.prove(reference, runner, compared),
+        }
+    if twin:
+        return {name: replace(seen, note=f"{seen.note}; {TWIN}") for name, seen in gates.items()}
+    return gates

@@ -13,10 +13,9 @@ from typing import Literal, get_args
 
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.export.precision.autocast import autocast
-from mdpd_deploy.export.precision.fp16_cpu import fp16_for_size
-from mdpd_deploy.export.precision.int8_cpu import quantise_dynamic
 from mdpd_deploy.export.precision.int8_trt import quantise_symmetric
 from mdpd_deploy.export.precision.material import Material
+from mdpd_deploy.export.precision.onnxruntime_cpu import fp16_for_size, quantise_dynamic
 
 Target = Literal["cpu", "gpu"]
 AUTO = "auto"

@@ -13,8 +13,9 @@ import onnx
 from onnx import numpy_helper
 
 from mdpd_deploy.errors import ExportError
-from mdpd_deploy.export.precision.material import Arrays, Calibration, Material
-from mdpd_deploy.export.precision.runtime_tools import quantization
+from mdpd_deploy.export.precision.material import Calibration, Material
+from mdpd_deploy.export.precision.onnxruntime_cpu import quantization
+from mdpd_deploy.runtimes.base import Arrays
 
 OPERATORS = ["MatMul", "Gemm", "Conv"]
 FOREIGN = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinear")

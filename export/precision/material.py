@@ -3,11 +3,17 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from numpy.typing import NDArray
+from mdpd_deploy.artifacts.golden import Golden, spread_evenly
+from mdpd_deploy.artifacts.run import Run
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.runtimes.base import Arrays
 
-Arrays = dict[str, NDArray[Any]]
+if TYPE_CHECKING:  # its forms name the converters, which take what is here
+    from mdpd_deploy.export.options import ExportOptions
+
+CALIBRATION_INPUTS, CALIBRATION_BATCH = 256, 8
 
 
 @dataclass(frozen=True)
@@ -38,3 +44,25 @@ class Material:
     calibration: Callable[[], Calibration]
     autocast_python: Path | None = None
     converted: Path | None = None
+
+
+def material_of(run: Run, golden: Golden, asked: "ExportOptions") -> Material:
+    """Gather what converters may look at; the training inputs are read only if one asks."""
+    made_up = asked.golden == "synthetic"
+    what = "made-up golden inputs" if made_up else "golden inputs from validation"
+
+    def calibration() -> Calibration:
+        try:
+            train = run.load_task_data().train
+        except UserError as err:
+            raise UserError(
+                "int8-trt is calibrated on the run's training inputs, since made-up ones would "
+                f"give wrong ranges, and they cannot be read: {err}"
+            ) from err
+        raws = spread_evenly(train.inputs, CALIBRATION_INPUTS)
+        starts = range(0, len(raws), CALIBRATION_BATCH)
+        parts = [run.preprocess(raws[start : start + CALIBRATION_BATCH]) for start in starts]
+        return Calibration(f"{len(raws)} training inputs", parts)
+
+    own = Calibration(what, [golden.arrays])
+    return Material(own, calibration, asked.autocast_python, asked.converted)

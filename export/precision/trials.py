@@ -125,7 +125,7 @@ def _row(
     if candidate is None:
         return row | {"verdict": "failed", "reason": failure}
     timing = race.timings[form.precision]
-    parity, metric = candidate.gate("parity"), candidate.gate("metric")
+    parity, metric = candidate.gates.get("parity"), candidate.gates.get("metric")
     return row | {
         "verdict": "warned" if candidate.warned else "passed",
         "bytes": candidate.graph.stat().st_size,

@@ -1,4 +1,4 @@
-"""The precision receipt: what a graph really holds and computes, counted in the file.
+"""The weight report: what a graph really holds and computes, counted in the file.
 
 A conversion that quietly left the graph in FP32 is a failure, not a slower success.
 """
@@ -21,8 +21,8 @@ _PASSES_ON = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear", "Transpose
 
 
 @dataclass(frozen=True)
-class Receipt:
-    """What was counted.
+class WeightReport:
+    """Weights and compute nodes of a graph, counted by type.
 
     Attributes:
         asked: Type that was asked for, by ONNX's name.
@@ -55,7 +55,7 @@ class Receipt:
         return ", ".join(f"{count} {operator}" for operator, count in counts.most_common())
 
 
-def take_receipt(path: Path, asked: str) -> Receipt:
+def weight_report(path: Path, asked: str) -> WeightReport:
     """Count a graph's weights and compute nodes by type.
 
     Args:
@@ -84,16 +84,16 @@ def take_receipt(path: Path, asked: str) -> Receipt:
             stored = _name(weight.data_type)
             met += size if computed == asked and stored in (asked, f"u{asked}") else 0
     share = met / numbers if numbers else 0.0
-    return Receipt(asked, dict(weight_bytes), dict(nodes), islands, share)
+    return WeightReport(asked, dict(weight_bytes), dict(nodes), islands, share)
 
 
-def require_met(receipt: Receipt, precision: str) -> None:
+def require_met(report: WeightReport, precision: str) -> None:
     """Raise `ExportError` unless the graph is what was asked for."""
-    if not receipt.met:
+    if not report.met:
         raise ExportError(
-            f"--precision {precision}: only {receipt.weights_share:.0%} of the weights in matrix "
-            f"products became {receipt.asked}, {LEAST_SHARE:.0%} is asked "
-            f"(in FP32: {receipt.islands_by_operator() or 'nothing'})."
+            f"--precision {precision}: only {report.weights_share:.0%} of the weights in matrix "
+            f"products became {report.asked}, {LEAST_SHARE:.0%} is asked "
+            f"(in FP32: {report.islands_by_operator() or 'nothing'})."
         )
 
 

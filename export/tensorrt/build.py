@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a build gives.
+    """A serialised engine, and what its build told.
 
     Attributes:
         plan: The serialised engine, as it goes to the file.

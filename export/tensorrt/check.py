@@ -1,6 +1,7 @@
-"""Is a built engine the bundle's model? Asked on its GPU, before it gets into the bundle."""
+"""Checks of a built engine on its GPU, before it gets into the bundle."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,25 +9,18 @@ import numpy as np
 from mdpd_deploy.artifacts.bundle import Bundle
 from mdpd_deploy.artifacts.golden import Golden
 from mdpd_deploy.artifacts.manifest import MODEL_FILE
-from mdpd_deploy.checks.engine_parity import (
-    Case,
-    EngineParity,
-    compare_engine,
-    limits,
-    shape_batches,
-)
-from mdpd_deploy.checks.replay import prove, recorded
+from mdpd_deploy.checks.compare import Case, Parity, compare
+from mdpd_deploy.checks.engine import limits, shape_batches
+from mdpd_deploy.checks.golden import recorded, replay_golden
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.export.tensorrt.profiles import Profiles
-from mdpd_deploy.runtimes.base import TASK_ID, Runtime, joined
+from mdpd_deploy.runtimes.base import TASK_ID, Runtime, joined, run_cut
 from mdpd_deploy.runtimes.onnx import OnnxRunner
 
 CPU_LESS = frozenset({"bf16"})  # ONNX Runtime has no CPU kernels: golden vectors alone must do
 
 
-def check_engine(
-    bundle: Bundle, runner: Runtime, profiles: Profiles, *, tf32: bool
-) -> EngineParity:
+def check_engine(bundle: Bundle, runner: Runtime, profiles: Profiles, *, tf32: bool) -> Parity:
     """Compare an engine with the golden vectors and, at its profile's corners, with the graph.
 
     What passes also passes the proof that a server asks before it serves the engine.
@@ -43,7 +37,7 @@ def check_engine(
         golden = replace(golden, outputs=bundle.runner()(golden.arrays))
     known = max(recorded(bundle, task).output_diff for task in bundle.tasks)
     parity = require_parity(runner, graph, golden, profiles, precision, tf32=tf32, known=known)
-    prove(bundle, runner)
+    replay_golden(bundle, runner)
     return parity
 
 
@@ -56,7 +50,7 @@ def require_parity(
     *,
     tf32: bool,
     known: float,
-) -> EngineParity:
+) -> Parity:
     """Compare an engine with golden outputs, and with its graph where ONNX Runtime can run that.
 
     Args:
@@ -75,17 +69,17 @@ def require_parity(
     cases = [Case("golden inputs", golden.arrays, golden.outputs)]
     for name, arrays in shape_batches(golden, profiles):
         cases.append(Case(name, arrays, None if reference is None else reference(arrays)))
-    parity = compare_engine(runner, cases, limits(precision, tf32=tf32, known=known))
+    held_to = limits(precision, tf32=tf32, known=known)
+    parity = compare(partial(run_cut, runner), cases, held_to)
     if parity.passed:
         return parity
-    worst = max(parity.cases, key=lambda name: parity.cases[name])
-    if parity.agreement < parity.wanted_agreement:
-        wanted = parity.wanted_agreement
+    if parity.agreement < held_to.agreement:
+        wanted = held_to.agreement
         what = f"{parity.agreement:.1%} of the clear predictions agree, wanted are {wanted:.1%}"
     else:
         what = (
-            f"outputs are off by {parity.scaled_diff:.1e} of their spread at {worst}, "
-            f"allowed {parity.tolerance:.0e}"
+            f"outputs are off by {parity.scaled_diff:.1e} of their spread at "
+            f"{parity.worst.name}, allowed {parity.tolerance:.0e}"
         )
     raise VerificationError(f"engine parity: {what}; the bundle is as it was.")
 

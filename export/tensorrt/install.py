@@ -17,8 +17,9 @@ import onnx
 
 from mdpd_deploy.artifacts.bundle import Bundle
 from mdpd_deploy.artifacts.folders import LOCK, claimed, is_claimed
-from mdpd_deploy.artifacts.manifest import BARE_FILE, MODEL_FILE, replace_caches
-from mdpd_deploy.checks.engine_parity import EngineParity
+from mdpd_deploy.artifacts.manifest import BARE_FILE, MODEL_FILE
+from mdpd_deploy.artifacts.sealed import replace_caches
+from mdpd_deploy.checks.compare import Parity
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.export.tensorrt.build import Plan, build_plan, builder_flags
 from mdpd_deploy.export.tensorrt.check import check_engine
@@ -50,7 +51,7 @@ NOT_FOR_TENSORRT = frozenset({"int8-cpu"})
 
 @dataclass(frozen=True)
 class Installed:
-    """What became of a bundle's engine.
+    """The outcome of a build.
 
     Attributes:
         built: False when the engine that was there is the one asked for.
@@ -91,11 +92,6 @@ def install_engine(bundle: Bundle, options: EngineOptions, *, rebuild: bool = Fa
     """Build and verify the engine of a bundle, unless the one there is what was asked for.
 
     The bundle stays sound at every moment; when anything fails, it is as it was.
-
-    Args:
-        bundle: A bundle that `load_bundle` has just accepted.
-        options: What was asked for.
-        rebuild: Build in any case.
 
     Raises:
         UserError: If TensorRT or the GPU is missing, or the bundle cannot become such an engine.
@@ -174,10 +170,6 @@ def build_alike(bundle: Bundle, graph: Path, plan: Path) -> TrtRunner:
 def refit_names(folder: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of norms and head in a bundle's graph: what a task changes.
 
-    Args:
-        folder: The bundle, sealed or not.
-        manifest: Its manifest.
-
     Raises:
         UserError: If its tasks differ in more than that, or its weights are not FP32.
     """
@@ -238,7 +230,7 @@ def _build(
 
 
 def _describe(
-    staging: Path, key: EngineKey, built: Plan, layers: LayerReport, parity: EngineParity
+    staging: Path, key: EngineKey, built: Plan, layers: LayerReport, parity: Parity
 ) -> dict[str, Any]:
     return {
         "key": key.model_dump(),

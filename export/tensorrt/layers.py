@@ -35,7 +35,7 @@ _BESIDE = {"fp16": {"fp32"}, "bf16": {"fp32"}, "int8-trt": {"fp32", "fp16", "bf1
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What the inspector says.
+    """Layers of an engine by the numbers that they compute in.
 
     Attributes:
         layers: How many.

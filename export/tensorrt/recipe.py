@@ -50,15 +50,7 @@ def engine_required(reason: str) -> ExportError:
 def write_recipe(
     folder: Path, precision: str, profiles: Profiles, options: EngineOptions, refit: Sequence[str]
 ) -> None:
-    """Write `build_engine.json` and `build_engine.sh` into a bundle.
-
-    Args:
-        folder: The bundle, not yet sealed.
-        precision: Of its graph.
-        profiles: From `profile_shapes`, with the options' static batch.
-        options: What was chosen at export.
-        refit: Weights to be marked refittable.
-    """
+    """Write `build_engine.json` and `build_engine.sh` into a bundle."""
     recipe = {
         "command": "mdpd build-engine BUNDLE",
         "onnx": MODEL_FILE,

@@ -11,7 +11,8 @@ import onnx
 
 from mdpd_deploy.artifacts.bundle import Bundle
 from mdpd_deploy.artifacts.manifest import BASE, BASE_FILE, DELTA_FILE, EXTERNAL_FILE, TASKS
-from mdpd_deploy.checks.engine_parity import Case, limits
+from mdpd_deploy.checks.compare import Case
+from mdpd_deploy.checks.engine import limits
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.export.tensorrt.build import build_plan
 from mdpd_deploy.export.tensorrt.options import EngineOptions

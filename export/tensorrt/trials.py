@@ -20,13 +20,6 @@ def with_engine(
 ) -> Candidate:
     """Return a candidate with the engine of its graph.
 
-    Args:
-        candidate: Its graph has passed its own gates.
-        folder: Where the engine goes.
-        golden: Inputs with PyTorch's outputs.
-        profiles: Ranges of shapes.
-        options: How the engine is built.
-
     Raises:
         ExportError: If TensorRT refuses the graph or the build.
         VerificationError: If the engine computes something else, or in another precision.
@@ -36,7 +29,7 @@ def with_engine(
     plan.write_bytes(build_plan(graph, profiles, options).plan)
     runner = TrtRunner(plan, host_code=options.version_compatible)
     check_precision(inspect_layers(import_trt(), runner.engine, precision), precision)
-    replay = candidate.gate("golden")
-    known = 0.0 if replay is None else replay.details["output_diff"]
+    replay = candidate.gates.get("golden")
+    known = replay.details["output_diff"] if replay else 0.0
     require_parity(runner, graph, golden, profiles, precision, tf32=options.tf32, known=known)
     return replace(candidate, engine=plan)

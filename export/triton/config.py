@@ -51,7 +51,7 @@ class TritonOptions:
 
 @dataclass(frozen=True)
 class Signature:
-    """What goes into a graph and comes out.
+    """Inputs and outputs of a graph, and the shapes that it is run with.
 
     Attributes:
         inputs: Every input; the first axis is the batch.
@@ -116,15 +116,7 @@ def preprocess_config(
     signature: Signature,
     options: TritonOptions,
 ) -> dict[str, Any]:
-    """Return the configuration of the Python model that turns raw inputs into the graph's.
-
-    Args:
-        name: The model's name.
-        raw: The raw input, from `raw_input`.
-        outputs: Those of the graph's inputs that preprocessing makes.
-        signature: The graph's.
-        options: See `TritonOptions`.
-    """
+    """Return the configuration of the Python model that turns raw inputs into the graph's."""
     ragged = any(isinstance(axis, str) for port in outputs for axis in port.shape[1:])
     return {
         "name": name,
@@ -140,13 +132,7 @@ def preprocess_config(
 
 
 def ensemble_config(name: str, graph: dict[str, Any], preprocess: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of preprocessing followed by the graph, as one model.
-
-    Args:
-        name: The ensemble's name.
-        graph: From `graph_config`.
-        preprocess: From `preprocess_config`; makes every input of the graph.
-    """
+    """Return the configuration of preprocessing followed by the graph, as one model."""
     return {
         "name": name,
         "platform": "ensemble",

@@ -74,11 +74,7 @@ _NOTES = """
 
 
 def readme(models: Sequence[dict[str, Any]]) -> str:
-    """Return the text.
-
-    Args:
-        models: The models of `repository.json`.
-    """
+    """Return the text."""
     image_note = _image_note(models)
     on_gpu = any(model["kind"] == "KIND_GPU" for model in models)
     parts = [

@@ -39,7 +39,7 @@ from mdpd_deploy.files import read_json, write_json
 from mdpd_deploy.runtimes.base import TASK_ID
 
 PLAN_FILE, KEY_FILE = "model.plan", "model.plan.json"  # an engine and what it was built for
-FACTS_FILE = "repository.json"
+LIST_FILE = "repository.json"
 VERSION = "1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -75,15 +75,15 @@ def write_repository(
             for name, bundle in bundles.items()
             for model in _write_models(folder, name, bundle, options)
         ]
-        facts = {"schema": "1.0", "models": models}
-        write_json(folder / FACTS_FILE, facts)
+        written = {"schema": "1.0", "models": models}
+        write_json(folder / LIST_FILE, written)
         (folder / "README.md").write_text(readme(models), encoding="utf-8")
-    return facts
+    return written
 
 
 def is_repository(path: Path) -> bool:
     """Return whether `write_repository` wrote a folder."""
-    return (path / FACTS_FILE).is_file() and "models" in read_json(path / FACTS_FILE, "repository")
+    return (path / LIST_FILE).is_file() and "models" in read_json(path / LIST_FILE, "repository")
 
 
 def _write_models(
@@ -111,7 +111,7 @@ def _write_models(
         # Triton wants the version's folder, and a copy to an object store would lose an empty one.
         (folder / both["name"] / VERSION / ".keep").touch()
         configs += [python, both]
-    return [_facts(config, manifest, engine) for config in configs]
+    return [_line_of(config, manifest, engine) for config in configs]
 
 
 def _write_config(model: Path, config: dict[str, Any], labels: tuple[str, ...]) -> None:
@@ -206,11 +206,11 @@ def _engine_profiles(engine: Mapping[str, Any], bundle: Bundle) -> dict[str, Sha
     return found
 
 
-def _facts(
+def _line_of(
     config: dict[str, Any], manifest: Manifest, engine: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Return a model's line of `repository.json`."""
-    facts = {
+    line = {
         "name": config["name"],
         "backend": config.get("backend", "ensemble"),
         "kind": config["instance_group"][0]["kind"] if "instance_group" in config else None,
@@ -222,10 +222,10 @@ def _facts(
         "onnx_sha256": manifest.files[MODEL_FILE].sha256,
     }
     if manifest.tasks:
-        facts["tasks"] = [{"name": task.name, "labels": task.labels} for task in manifest.tasks]
+        line["tasks"] = [{"name": task.name, "labels": task.labels} for task in manifest.tasks]
     if engine:
-        facts["engine"] = {name: engine[name] for name in ("tensorrt", "gpu", "compute_capability")}
-    return facts
+        line["engine"] = {name: engine[name] for name in ("tensorrt", "gpu", "compute_capability")}
+    return line
 
 
 def _check_names(bundles: Mapping[str, Bundle], options: TritonOptions) -> None:

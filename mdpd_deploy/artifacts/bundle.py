@@ -15,7 +15,7 @@ BUNDLE/model.onnx          the mixed graph: `task_id` says which task each row o
 BUNDLE/base.onnx           the bare backbone, whose norms and head a run may replace
 BUNDLE/tasks/NAME/         delta.safetensors, preprocess.json, golden.safetensors
 BUNDLE/preprocessor/       the tokenizer that tasks share
-BUNDLE/model.plan, model.plan.json, timing.cache   TensorRT engine, see `engine_cache.py`
+BUNDLE/model.plan, model.plan.json, timing.cache   TensorRT engine, see `runtimes/tensorrt/cache.py`
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,12 +33,9 @@ from mdpd_deploy.artifacts.manifest import (
     MODEL,
     MODEL_FILE,
     TASKS,
-    check_graphs,
-    copy_listed,
-    read_checked,
-    reader,
 )
 from mdpd_deploy.artifacts.once import OncePerProcess
+from mdpd_deploy.artifacts.sealed import check_graphs, copy_listed, read_checked, reader
 from mdpd_deploy.artifacts.tasks import BundleTask, choose_task, load_tasks
 from mdpd_deploy.data.examples import Raw, fits, refuse_empty, words_of
 from mdpd_deploy.data.preprocess import Preprocess

@@ -74,7 +74,7 @@ class Graph(_Record):
 
 
 class Meaning(_Record):
-    """What a task's inputs and outputs mean; see `bundle_tasks.meaning_of`."""
+    """What a task's inputs and outputs mean; see `tasks.meaning_of`."""
 
     outputs_sha256: Digest
     preprocessing_sha256: Digest
@@ -162,11 +162,6 @@ def read_certificate(
     bundle: Path, task: str | None = None, read: Read = Path.read_bytes
 ) -> Certificate:
     """Read the numbers of a bundle's gates.
-
-    Args:
-        bundle: The folder.
-        task: Which task's, where the bundle answers several.
-        read: How files are read.
 
     Raises:
         UserError: If the file is missing or no JSON.

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from mdpd_deploy.artifacts.bundle import Bundle, load_bundle
-from mdpd_deploy.artifacts.manifest import FILE, list_files, upgraded
+from mdpd_deploy.artifacts.manifest import FILE, upgraded
+from mdpd_deploy.artifacts.sealed import list_files
 from mdpd_deploy.errors import UserError, VerificationError, missing_extra
 from mdpd_deploy.files import atomic_path
 

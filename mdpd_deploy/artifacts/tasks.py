@@ -18,8 +18,8 @@ from mdpd_deploy.artifacts.manifest import (
     PREPROCESSOR,
     TASKS,
     Manifest,
-    reader,
 )
+from mdpd_deploy.artifacts.sealed import reader
 from mdpd_deploy.data.examples import Field
 from mdpd_deploy.data.preprocess import TOKENIZER_FILE, Preprocess, load_preprocess
 from mdpd_deploy.errors import UserError, unknown
@@ -57,7 +57,10 @@ class BundleTask:
         return self.task.width
 
     def decode(self, outputs: Mapping[str, NDArray[np.float32]]) -> list[Prediction]:
-        """Turn rows of the graph's outputs, by name, into predictions; a mixed graph's has others' columns."""
+        """Turn rows of the graph's outputs, by name, into predictions.
+
+        A graph of several tasks has one output, whose first columns are the task's own.
+        """
         if self.task.output in outputs:
             return self.task.decode(outputs)
         return self.task.decode({self.task.output: only(outputs)[:, : self.width]})

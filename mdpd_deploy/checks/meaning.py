@@ -1,4 +1,4 @@
-"""Do inputs and outputs of a task mean what they meant at export?"""
+"""Checks `labels` and `preprocessing`: inputs and outputs mean what they meant at export."""
 
 from mdpd_deploy.artifacts.tasks import meaning_of
 from mdpd_deploy.checks.subject import Seen, Subject
@@ -7,7 +7,7 @@ from mdpd_deploy.errors import VerificationError
 _BEFORE = "exported before digests of {} were kept"
 
 
-def check_labels(subject: Subject) -> Seen:
+def recheck_labels(subject: Subject) -> Seen:
     """Class names in their order, kind and name of the task have the digest of the export."""
     record, task = subject.certificate.meaning, subject.task
     if record is None:
@@ -17,7 +17,7 @@ def check_labels(subject: Subject) -> Seen:
     return Seen("passed", f"{task.task.words}, as exported")
 
 
-def check_preprocessing(subject: Subject) -> Seen:
+def recheck_preprocessing(subject: Subject) -> Seen:
     """Settings and tokenizer have the digests of the export."""
     record = subject.certificate.meaning
     if record is None:

@@ -1,20 +1,69 @@
-"""Is the graph of several tasks the bare backbone's, with each task's numbers and nothing more?"""
+"""Gate `mixed`, and `identity` and `parameters` of a graph that answers several tasks.
 
-from collections.abc import Iterator
+The mixed graph is the bare backbone's with each task's numbers and nothing more, and in one batch of
+all tasks each row gets what its task alone gives.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
+import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from mdpd_deploy.artifacts.golden import Golden
 from mdpd_deploy.artifacts.manifest import BASE_FILE, DELTA_FILE, MODEL_FILE, TASKS
+from mdpd_deploy.artifacts.tasks import BundleTask
 from mdpd_deploy.checks.subject import TOO_OLD, Seen, Subject, sound_graph
 from mdpd_deploy.errors import VerificationError
 from mdpd_deploy.graphs.deltas import Delta, load_delta
 from mdpd_deploy.graphs.mixed import TABLE, Form, mixed_graph
 from mdpd_deploy.graphs.signature import graph_signature
+from mdpd_deploy.runtimes.base import Forward, only
+from mdpd_deploy.runtimes.mixed import mixed_batch
 
 
-def check_mixed_identity(subject: Subject) -> Seen:
+def prove(
+    tasks: Sequence[BundleTask],
+    goldens: Sequence[Golden],
+    spreads: Sequence[float],
+    runner: Forward,
+    tolerance: float,
+) -> list[Seen]:
+    """Put every task's golden inputs into one shuffled batch; each row must get its own answer.
+
+    Args:
+        tasks: All of them.
+        goldens: Their golden inputs.
+        spreads: Standard deviation of each one's outputs.
+        runner: The mixed graph.
+        tolerance: Largest difference, in that unit.
+
+    Returns:
+        What was seen of each task.
+    """
+    pairs = list(zip(tasks, goldens, strict=True))
+    requests = [(task, raw) for task, golden in pairs for raw in golden.raws]
+    expected = [row for golden in goldens for row in only(golden.outputs)]
+    order = np.random.default_rng(0).permutation(len(requests))
+    found = only(runner(mixed_batch([requests[place] for place in order])))
+    worst = {task.index: 0.0 for task in tasks}
+    for place, outputs in zip(order, found, strict=True):
+        task = requests[place][0]
+        gap = np.abs(outputs[: task.width] - expected[place]).max() / spreads[task.index]
+        worst[task.index] = max(worst[task.index], float(gap) if np.isfinite(gap) else np.inf)
+    for task in tasks:
+        if worst[task.index] > tolerance:
+            raise VerificationError(
+                f"mixed: in one batch with other tasks {task.name!r} is off by "
+                f"{worst[task.index]:.1e} of its outputs' spread, allowed {tolerance:.0e}."
+            )
+    said = f"one shuffled batch of {len(tasks)} tasks: off by"
+    gaps = [worst[task.index] for task in tasks]
+    return [Seen("passed", f"{said} {gap:.1e} at most", {"output_diff": gap}) for gap in gaps]
+
+
+def recheck_identity_of_tasks(subject: Subject) -> Seen:
     """The base graph is the bare backbone's, and it and the deltas make the mixed graph again."""
     with sound_graph(BASE_FILE):
         base = graph_signature(subject.path / BASE_FILE, subject.bundle.read)
@@ -38,7 +87,7 @@ def check_mixed_identity(subject: Subject) -> Seen:
     )
 
 
-def check_mixed_parameters(subject: Subject) -> Seen:
+def recheck_parameters_of_tasks(subject: Subject) -> Seen:
     """Count the numbers of the base graph and of each task."""
     for name, certificate in subject.certificates.items():
         record = certificate.side_free

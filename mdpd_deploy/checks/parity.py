@@ -1,107 +1,97 @@
-"""Does an exported graph compute what the torch model computes?
+"""Gate `parity`: the graph computes what PyTorch computes, at several batch sizes and lengths."""
 
-Differences are scaled by the spread of the reference outputs: a fixed absolute tolerance makes
-harmless misses noise on a head with large logits, and hides real ones on a head with small logits.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from mdpd_deploy.artifacts.certificate import one_or_all
-from mdpd_deploy.checks.policy import POLICIES, spreads_of
-from mdpd_deploy.model import TaskModel
-from mdpd_deploy.runtimes.base import Arrays, Forward, Outputs
+from mdpd_deploy.checks.compare import Case, Limits, Parity, compare
+from mdpd_deploy.checks.policy import POLICIES, ParityMode, Policy, agreement_of_all
+from mdpd_deploy.checks.reference import Reference, shape_batches, torch_outputs
+from mdpd_deploy.checks.subject import TOO_OLD, Seen, Subject, judged
+from mdpd_deploy.errors import VerificationError
+from mdpd_deploy.runtimes.base import Arrays, Forward
 
+if TYPE_CHECKING:
+    from mdpd_deploy.model import TaskModel
+
+GOLDEN_CASE = "golden inputs"
 FP32_TOLERANCE = POLICIES["fp32"].drift  # of the outputs' standard deviation; 3e-6 is usual
 
 
-@dataclass(frozen=True)
-class Case:
-    """One output of a batch that was put through both.
-
-    Attributes:
-        name: What is special about the batch, e.g. `batch 1, 128 tokens`.
-        output: The output's name.
-        max_abs_diff: Largest absolute difference of a value.
-        finite: Whether every value of both was finite, and the shapes equal.
-    """
-
-    name: str
-    output: str
-    max_abs_diff: float
-    finite: bool
-
-
-@dataclass(frozen=True)
-class Parity:
-    """Torch and graph side by side.
-
-    Attributes:
-        cases: Every output of every batch.
-        spread: Standard deviation of each reference output over all batches.
-        scaled_diff: Largest difference of any case over its output's spread.
-        tolerance: What `scaled_diff` may be; infinite where it is only reported.
-    """
-
-    cases: tuple[Case, ...]
-    spread: Mapping[str, float]
-    scaled_diff: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether every output is finite and within the tolerance."""
-        return self.finite and self.scaled_diff <= self.tolerance
-
-    @property
-    def finite(self) -> bool:
-        """Whether every output of both was finite and of the same shape."""
-        return all(case.finite for case in self.cases)
-
-    def scaled(self, case: Case) -> float:
-        """Return a case's difference in standard deviations of its output."""
-        return case.max_abs_diff / self.spread[case.output]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain numbers for `parity.json`; no tolerance is None there."""
-        cases = [asdict(case) for case in self.cases]
-        if len(self.spread) == 1:
-            cases = [{key: case[key] for key in case if key != "output"} for case in cases]
-        return {
-            "cases": cases,
-            "spread": one_or_all(self.spread),
-            "scaled_diff": self.scaled_diff,
-            "tolerance": None if np.isinf(self.tolerance) else self.tolerance,
-            "passed": self.passed,
-        }
+def prove(
+    reference: Reference,
+    runner: Forward,
+    *,
+    mode: ParityMode = "fail",
+    names: Sequence[str] | None = None,
+) -> tuple[Seen, Parity]:
+    """Compare with PyTorch at every shape that matters, and on the golden inputs."""
+    parity = compare_with_torch(reference.model, runner, _batches(reference), names=names)
+    if not parity.passed:
+        told = (
+            f"outputs differ from PyTorch by {parity.scaled_diff:.1e} of their spread at "
+            f"{parity.worst.name}, allowed {parity.tolerance:.0e}"
+        )
+        if mode == "fail" or not parity.finite:
+            raise VerificationError(f"parity: {told}.")
+        return Seen("warned", f"{told} (--parity warn)", parity.to_json()), parity
+    note = f"largest difference {parity.scaled_diff:.1e} of the outputs' spread"
+    return Seen("passed", note, parity.to_json()), parity
 
 
-def torch_outputs(
-    model: TaskModel, arrays: Mapping[str, NDArray[Any]], names: Sequence[str] | None = None
-) -> Outputs:
-    """Run the torch model on named arrays, on its own device and in its own mode.
+def prove_converted(
+    reference: Reference, runner: Forward, policy: Policy, mode: ParityMode
+) -> tuple[Seen, Parity]:
+    """Compare a converted graph with PyTorch: outputs, and classes of the golden inputs."""
+    allowed = np.inf if policy.scaled_diff is None else policy.scaled_diff
+    batches, golden = _batches(reference), reference.golden
+    parity = compare_with_torch(reference.model, runner, batches, tolerance=allowed)
+    if not parity.finite:
+        raise VerificationError(f"parity: outputs at {parity.worst.name} are not finite.")
+    found = agreement_of_all(golden.outputs, runner(golden.arrays), policy.drift, parity.spread)
+    limit = "reported only" if policy.scaled_diff is None else f"allowed {allowed:.0e}"
+    seen = f"largest difference {parity.scaled_diff:.1e} of the outputs' spread"
+    problems = [] if parity.passed else [f"{seen}, {limit}"]
+    if found.share < policy.agreement:
+        problems.append(f"{found.rows - found.same} of {found.rows} golden inputs change")
+    details = {**parity.to_json(), "golden_agreement": asdict(found)}
+    return judged("parity", f"{seen} ({limit})", problems, details, mode), parity
 
-    Args:
-        model: The model.
-        arrays: Its inputs by name.
-        names: What its outputs are called, in order; None = what the model calls them.
-    """
-    device = next(model.parameters()).device
-    inputs = [torch.from_numpy(arrays[name]).to(device) for name in model.backbone.input_names]
-    with torch.inference_mode():
-        found = model(*inputs)
-    tensors = (found,) if isinstance(found, torch.Tensor) else found
-    pairs = zip(names or model.output_names, tensors, strict=True)
-    return {name: np.asarray(tensor.cpu().numpy(), dtype=np.float32) for name, tensor in pairs}
+
+def recheck(subject: Subject) -> Seen:
+    """The recorded comparison with PyTorch passed and does not contradict itself."""
+    record = subject.certificate.parity
+    if record is None:
+        return TOO_OLD
+    worst = max(case.max_abs_diff / record.spread[case.output] for case in record.cases)
+    finite = all(case.finite for case in record.cases)
+    within = record.tolerance is None or record.scaled_diff <= record.tolerance
+    consistent = math.isclose(worst, record.scaled_diff, rel_tol=1e-6, abs_tol=1e-12)
+    verdict, _ = subject.said_at_export("parity")
+    warned = verdict == "warned" and subject.bundle.manifest.get("parity") == "warn"
+    passed = within and record.passed and verdict == "passed"
+    if not (finite and consistent and (warned or passed)):
+        raise VerificationError(f"the record of the comparison with PyTorch says {verdict!r}")
+    if warned and not within:
+        return Seen(
+            "recorded",
+            f"missed by choice (--parity warn): {record.scaled_diff:.1e} of the "
+            f"outputs' spread from PyTorch, {record.tolerance:.0e} would be allowed",
+        )
+    allowed = "reported only" if record.tolerance is None else f"allowed {record.tolerance:.0e}"
+    note = f"against PyTorch {record.scaled_diff:.1e} of the outputs' spread, {allowed}"
+    return Seen("recorded", f"{note}, {len({case.name for case in record.cases})} batches")
+
+
+def _batches(reference: Reference) -> list[tuple[str, Arrays]]:
+    return [*shape_batches(reference.model), (GOLDEN_CASE, reference.golden.arrays)]
 
 
 def compare_with_torch(
-    model: TaskModel,
+    model: "TaskModel",
     runner: Forward,
     batches: Sequence[tuple[str, Arrays]],
     *,
@@ -118,51 +108,5 @@ def compare_with_torch(
         names: What the graph calls the model's outputs, in order; None = as the model does.
     """
     model.eval()
-    cases, references = [], []
-    for batch, arrays in batches:
-        reference, outputs = torch_outputs(model, arrays, names), runner(arrays)
-        cases += [_case(batch, name, array, outputs) for name, array in reference.items()]
-        references.append(reference)
-    spread = spreads_of(references)
-    worst = max(case.max_abs_diff / spread[case.output] for case in cases)
-    return Parity(tuple(cases), spread, worst, tolerance)
-
-
-def _case(batch: str, name: str, reference: NDArray[np.float32], outputs: Outputs) -> Case:
-    found = outputs.get(name)
-    if found is None or found.shape != reference.shape:
-        return Case(batch, name, np.inf, finite=False)
-    finite = bool(np.isfinite(reference).all() and np.isfinite(found).all())
-    return Case(batch, name, float(np.abs(reference - found).max()) if finite else np.inf, finite)
-
-
-def shape_batches(model: TaskModel, *, max_batch: int = 8) -> Iterator[tuple[str, Arrays]]:
-    """Yield random batches at the shapes a graph must not be fixed to.
-
-    Pictures: batch 1, 5 and `max_batch`. Text: the shortest and the longest sequence with batch 1
-    and several, the latter with padded rows.
-    """
-    backbone = model.backbone
-    if backbone.takes == "image":
-        for batch in (1, 5, max_batch):
-            yield f"batch {batch}", _numpy(backbone.example_inputs(batch))
-        return
-    longest = getattr(backbone.preprocess, "max_length", 64)
-    for batch, tokens in ((1, 3), (1, longest), (5, longest // 2 + 1), (max_batch, 4)):
-        arrays = _numpy(backbone.example_inputs(batch, tokens))
-        padded = _pad_rows(arrays) if batch > 1 else False
-        yield f"batch {batch}, {tokens} tokens{', padded rows' if padded else ''}", arrays
-
-
-def _pad_rows(arrays: Arrays) -> bool:
-    """Mask row i of the batch from token 2 + i on; the last row stays whole."""
-    mask = arrays.get("attention_mask")
-    if mask is None:
-        return False
-    for row in range(len(mask) - 1):
-        mask[row, 2 + row :] = 0
-    return True
-
-
-def _numpy(inputs: dict[str, torch.Tensor]) -> Arrays:
-    return {name: np.array(tensor.numpy()) for name, tensor in inputs.items()}
+    cases = [Case(batch, arrays, torch_outputs(model, arrays, names)) for batch, arrays in batches]
+    return compare(runner, cases, Limits(tolerance))

@@ -1,11 +1,14 @@
-"""What is checked, and what a check says of it. No torch here."""
+"""What a gate sees: at an export, which proves it, and at `mdpd verify`, which checks it again.
+
+No torch here.
+"""
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import onnx
 
@@ -13,12 +16,15 @@ from mdpd_deploy.artifacts.bundle import Bundle
 from mdpd_deploy.artifacts.certificate import Certificate, read_certificate
 from mdpd_deploy.artifacts.manifest import MODEL_FILE
 from mdpd_deploy.artifacts.tasks import BundleTask
+from mdpd_deploy.checks.policy import ParityMode
 from mdpd_deploy.data.examples import Split
 from mdpd_deploy.errors import MdpdError, VerificationError
 from mdpd_deploy.graphs.signature import Signature, graph_signature
 from mdpd_deploy.runtimes.base import Forward, Runtime
 
-Verdict = Literal["passed", "recorded", "not applicable", "not recorded", "not run", "failed"]
+Verdict = Literal[
+    "passed", "skipped", "warned", "recorded", "not applicable", "not recorded", "not run", "failed"
+]
 KEEPING = ("side", "prompt", "prefix")  # methods that leave something beside backbone and head
 SOUND = ("passed", "recorded", "not applicable")
 
@@ -34,20 +40,42 @@ def sound_graph(name: str) -> Iterator[None]:
         raise VerificationError(f"{name} is no sound graph ({err!r:.200})") from err
 
 
-class Seen(NamedTuple):
-    """What a check found, in one sentence."""
+@dataclass(frozen=True)
+class Seen:
+    """What a gate saw.
+
+    Attributes:
+        verdict: One that fails at an export raises instead, or warns where the user asked for that.
+        note: One sentence.
+        details: Numbers for `parity.json`.
+    """
 
     verdict: Verdict
     note: str
+    details: dict[str, Any] = field(default_factory=dict)
 
 
-NOT_FADED = Seen("not applicable", "this method deploys more than the backbone and a head")
+def judged(
+    name: str, note: str, problems: list[str], details: dict[str, Any], mode: ParityMode
+) -> Seen:
+    """Return what a gate with these problems saw; raises `VerificationError` unless they may be."""
+    if not problems:
+        return Seen("passed", note, details)
+    told = "; ".join(problems)
+    if mode == "fail":
+        raise VerificationError(
+            f"{name}: {told}. Choose another precision, or --parity warn to keep it all the same."
+        )
+    return Seen("warned", f"{told} (--parity warn)", details)
+
+
+DEPLOYS_MORE = Seen("not applicable", "this method deploys more than the backbone and a head")
 TOO_OLD = Seen("not recorded", "exported before this was recorded: export the run again")
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is checked, and with what.
+    """A bundle that is checked, with the device and the data for it.
 
     Attributes:
         bundle: As `load_bundle` gave it, so its files and schema are sound.
@@ -98,6 +126,12 @@ class Subject:
     def needs_gpu(self) -> bool:
         """Whether ONNX Runtime has no kernels for this precision on the device."""
         return self.precision == "bf16" and self.device == "cpu"
+
+    @property
+    def refused(self) -> Seen | None:
+        """What is said of a graph that is not what was exported: it is not run."""
+        unfit = self.failed & {"graph", "side_free", "identity", "parameters"}
+        return Seen("not run", f"the graph failed {min(unfit)}") if unfit else None
 
     def said_at_export(self, gate: str) -> tuple[str, str]:
         """Return verdict and note of a gate of the export; empty when there is none."""

@@ -1,7 +1,7 @@
 """Checks a bundle again from what it holds, without the run, the backbone or torch.
 
-Each check is one function from a `Subject` to what was `Seen`; it raises when it fails. A bundle of
-a kind with more to it gets one more function and one more line in a table below.
+Each gate has a file beside this one: `prove` is asked at an export, `recheck` here, from a `Subject`
+to what was `Seen`; both raise when they fail. A new one gets a line in a table below.
 
 files       every file is the one that the manifest lists
 schema      the manifest can be read, and the graph's own notes agree with it
@@ -20,15 +20,7 @@ metric      the task metric is the recorded one, where the data is at hand
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from mdpd_deploy.checks.behaviour import check_golden, check_metric, check_parity
-from mdpd_deploy.checks.graph import (
-    check_graph,
-    check_identity,
-    check_parameters,
-    check_side_free,
-)
-from mdpd_deploy.checks.integrity import check_files, check_schema, check_signature
-from mdpd_deploy.checks.meaning import check_labels, check_preprocessing
+from mdpd_deploy.checks import files, golden, identity, meaning, metric, parity, side_free
 from mdpd_deploy.checks.subject import SOUND, Seen, Subject, Verdict
 from mdpd_deploy.errors import MdpdError, VerificationError, printable
 
@@ -47,20 +39,20 @@ __all__ = [
 Checks = dict[str, Callable[[Subject], Seen]]  # in the order in which they are done
 
 OF_THE_BUNDLE: Checks = {
-    "files": check_files,
-    "schema": check_schema,
-    "signature": check_signature,
-    "graph": check_graph,
-    "side_free": check_side_free,
-    "identity": check_identity,
-    "parameters": check_parameters,
+    "files": files.recheck,
+    "schema": files.recheck_schema,
+    "signature": files.recheck_signature,
+    "graph": identity.recheck_graph,
+    "side_free": side_free.recheck,
+    "identity": identity.recheck,
+    "parameters": side_free.recheck_parameters,
 }
 OF_A_TASK: Checks = {
-    "labels": check_labels,
-    "preprocessing": check_preprocessing,
-    "parity": check_parity,
-    "golden": check_golden,
-    "metric": check_metric,
+    "labels": meaning.recheck_labels,
+    "preprocessing": meaning.recheck_preprocessing,
+    "parity": parity.recheck,
+    "golden": golden.recheck,
+    "metric": metric.recheck,
 }
 
 

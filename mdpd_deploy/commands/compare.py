@@ -27,7 +27,8 @@ from mdpd_deploy.errors import MdpdError, UserError
 
 if TYPE_CHECKING:
     from mdpd_deploy.config import Config
-    from mdpd_deploy.study import Results
+    from mdpd_deploy.study.results import Latency, Results
+    from mdpd_deploy.study.schedule import CellOutcome
 
 CLASSES = 2  # that a forecast takes where no data are named; they hardly matter
 WIDTH = 240  # of tables where the window is narrower: a line that wraps is better than a cut one
@@ -98,24 +99,22 @@ def compare(
     """
     from mdpd_deploy.artifacts.folders import claimed
     from mdpd_deploy.machine import cpu_count
-    from mdpd_deploy.study import ENGINES, build_engine, collect, run_trials, write_plan
+    from mdpd_deploy.study.engines import ENGINES, build_engine
+    from mdpd_deploy.study.plan import write_plan
+    from mdpd_deploy.study.results import collect
+    from mdpd_deploy.study.schedule import run_trials
 
     ENGINES.get_or_raise(engine)
     tasks = [task] if isinstance(task, str) else task
-    factors = tuple(
-        dict.fromkeys(map(float, DEFAULT_FACTORS if lr_factors is None else lr_factors))
-    )
-    _check_numbers(seeds, jobs, threads, factors, latency_seconds)
-    if resume is not None:
-        asked = (config, methods, tasks, seeds, lr_factors, out, *words.values())
-        if set or any(value is not None for value in asked):
-            raise UserError("--resume goes on with what was asked for: give no other option.")
-        folder = Path(resume).expanduser().resolve()
-        stored_plan(folder)  # so that no other folder is locked
-        shared = None
-    else:
+    rates = DEFAULT_FACTORS if lr_factors is None else lr_factors
+    factors = tuple(dict.fromkeys(map(float, rates)))
+    _check_numbers(factors, latency_seconds, seeds=seeds, jobs=jobs, threads=threads)
+    shared = None
+    if resume is None:
         shared = shared_config(config, set, words, guess=not tasks)
-        folder = _folder(out)
+    elif set or _any_given(config, methods, tasks, seeds, lr_factors, out, *words.values()):
+        raise UserError("--resume goes on with what was asked for: give no other option.")
+    folder = _folder(out) if resume is None else _resumed(resume)
     with claimed(folder, by="comparison"), _ended_by_sigterm():
         if shared is None:
             plan = stored_plan(folder)
@@ -123,11 +122,7 @@ def compare(
             base, own = shared
             plan = asked_plan(folder, base, methods, tasks or [own], seeds or 1, factors, _say)
         gpu = on_gpu(plan.base)
-        if gpu and jobs > 1 and engine == "local":
-            raise UserError(
-                f"--jobs {jobs}: trainings at a time would share one GPU and spoil each other's "
-                "figures; leave --jobs out, or use --engine ray, which gives each a GPU."
-            )
+        _check_jobs(jobs, gpu=gpu, engine=engine)
         write_plan(folder, plan.base, plan.asks)
         _say(f"comparison: {folder}")
         each = threads or (1 if engine == "ray" else max(1, cpu_count() // jobs))
@@ -135,13 +130,9 @@ def compare(
             cells = run_trials(plan, folder, running, threads=each, say=_say)
         facts = study_facts(plan, engine, jobs, each)
         results = collect(cells, latency={}, latency_setting="", facts=facts)
-        _write(results, folder)
+        _write(results, folder)  # kept where timing is interrupted
         if latency_seconds:
-            device = plan.base.train.device
-            try:
-                latency, setting = study_latency(cells, folder, latency_seconds, device)
-            except MdpdError as err:
-                latency, setting = {}, f"not measured ({err})"
+            latency, setting = _timed(cells, folder, latency_seconds, plan.base.train.device)
             results = collect(cells, latency=latency, latency_setting=setting, facts=facts)
             _write(results, folder)
     return {**results.to_dict(), "folder": str(folder)}
@@ -174,15 +165,11 @@ def command(
 
 
 def _check_numbers(
-    seeds: int | None,
-    jobs: int,
-    threads: int | None,
-    factors: tuple[float, ...],
-    latency_seconds: float,
+    factors: tuple[float, ...], latency_seconds: float, **counts: int | None
 ) -> None:
-    for name, value in (("--seeds", seeds), ("--jobs", jobs), ("--threads", threads)):
+    for name, value in counts.items():
         if value is not None and value < 1:
-            raise UserError(f"{name} {value}: give at least 1.")
+            raise UserError(f"--{name} {value}: give at least 1.")
     if not factors or not all(0 < factor < float("inf") for factor in factors):
         raise UserError(f"--lr-factors {factors}: give numbers above 0, as in {FACTORS}.")
     if not 0 <= latency_seconds < float("inf"):
@@ -191,7 +178,8 @@ def _check_numbers(
 
 def _write(results: Results, folder: Path) -> None:
     from mdpd_deploy.files import write_json, write_text
-    from mdpd_deploy.study import markdown, write_page
+    from mdpd_deploy.study.study_page import write_page
+    from mdpd_deploy.study.table import markdown
 
     write_json(folder / "compare.json", results.to_dict())
     write_text(folder / "compare.md", markdown(results))
@@ -217,12 +205,41 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _timed(
+    cells: Sequence[CellOutcome], folder: Path, seconds: float, device: str
+) -> tuple[dict[str, Latency], str]:
+    """Return the latencies and what they were measured on, or why they could not be."""
+    try:
+        return study_latency(cells, folder, seconds, device)
+    except MdpdError as err:
+        return {}, f"not measured ({err})"
+
+
+def _any_given(*values: object) -> bool:
+    return any(value is not None for value in values)
+
+
+def _check_jobs(jobs: int, *, gpu: bool, engine: str) -> None:
+    if gpu and jobs > 1 and engine == "local":
+        raise UserError(
+            f"--jobs {jobs}: trainings at a time would share one GPU and spoil each other's "
+            "figures; leave --jobs out, or use --engine ray, which gives each a GPU."
+        )
+
+
+def _resumed(folder: Path | str) -> Path:
+    """Return the folder of a comparison to go on with; raises where it is none."""
+    path = Path(folder).expanduser().resolve()
+    stored_plan(path)  # so that no other folder is locked
+    return path
+
+
 def _folder(out: Path | str | None) -> Path:
     """Return where the comparison lies: a new folder, or one that holds a comparison."""
     from datetime import datetime
 
     from mdpd_deploy.artifacts.folders import free_path, refuse_nonempty
-    from mdpd_deploy.study import PLAN
+    from mdpd_deploy.study.plan import PLAN
 
     if out is None:
         return free_path(Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-compare").resolve()
@@ -246,7 +263,7 @@ def _print_forecast(
 
     from mdpd_deploy.commands.train import print_memory
     from mdpd_deploy.data.load import load_task
-    from mdpd_deploy.study import expand_tasks
+    from mdpd_deploy.study.suites import expand_tasks
     from mdpd_deploy.tasks import Classify, Task
     from mdpd_deploy.train import forecast_methods
 
@@ -278,7 +295,8 @@ def _print_forecast(
 
 def _print(found: dict[str, Any]) -> None:
     from mdpd_deploy.report.terminal import Console
-    from mdpd_deploy.study import Results, render
+    from mdpd_deploy.study.results import Results
+    from mdpd_deploy.study.table import render
 
     width = max(Console().width, WIDTH)
     console = Console(highlight=False, soft_wrap=True, width=width)

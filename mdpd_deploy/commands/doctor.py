@@ -5,13 +5,15 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import typer
+
+from mdpd_deploy.commands.verb import Json, print_json
 
 State = Literal["ok", "absent", "problem"]
 
@@ -50,7 +52,7 @@ class Check:
 
 
 def command(
-    json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON only.")] = False,
+    json: Json = False,
 ) -> None:
     """Check versions, devices, extras, folders and runs; each with the mend if it needs one.
 
@@ -59,10 +61,7 @@ def command(
     checks = examine()
     healthy = all(check.state != "problem" for check in checks)
     if json:
-        from json import dumps
-
-        plain = {"ok": healthy, "checks": [asdict(check) for check in checks]}
-        typer.echo(dumps(plain, indent=2))
+        print_json({"ok": healthy, "checks": [asdict(check) for check in checks]})
     else:
         _print(checks, healthy=healthy)
     raise typer.Exit(0 if healthy else 1)
@@ -70,15 +69,9 @@ def command(
 
 def examine() -> list[Check]:
     """Look at everything; a part that cannot be looked at becomes a `problem`, never an error."""
-    parts: dict[str, Callable[[], Iterator[Check]]] = {
-        "versions": _versions,
-        "devices": _devices,
-        "extras": _extras,
-        "folders": _folders,
-        "runs": _runs,
-    }
     checks: list[Check] = []
-    for area, part in parts.items():
+    for part in (_versions, _devices, _extras, _folders, _runs):
+        area = part.__name__.removeprefix("_")
         try:
             checks += part()
         except Exception as err:  # noqa: BLE001 - broken installations are what this is for

@@ -159,7 +159,7 @@ def evaluate_run(path: Path | None, data: str | None, *, batch: int, device: str
 def _torch_models(run: Any, device: str) -> dict[str, Forward]:
     import torch
 
-    from mdpd_deploy.checks.parity import torch_outputs
+    from mdpd_deploy.checks.reference import torch_outputs
 
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: choose one of cpu, cuda.")

@@ -27,6 +27,28 @@ Golden = Literal["validation", "synthetic"]
 Parity = Literal["fail", "warn"]
 
 
+GoldenWord = Annotated[
+    Golden,
+    typer.Option(
+        help="Inputs kept in the bundle: validation, or synthetic where that data is private."
+    ),
+]
+AutocastPython = Annotated[
+    Path | str | None,
+    typer.Option(
+        envvar="MDPD_AUTOCAST_PYTHON",
+        help="Python of the environment with NVIDIA ModelOpt, for fp16 and bf16 with trt.",
+    ),
+]
+PrecisionWord = Annotated[
+    str,
+    typer.Option(
+        help="fp32; fp16 (on a CPU for size only), bf16 (trt), int8-cpu, int8-trt; or auto: the "
+        "fastest that passes its gates."
+    ),
+]
+
+
 @torch_defaults()
 def export_run(
     run: Path | str | None = None,
@@ -41,13 +63,7 @@ def export_run(
         Path | str | None,
         typer.Option(help="Default: RUN/bundles/FMT-PRECISION, of the first RUN with --multi."),
     ] = None,
-    precision: Annotated[
-        str,
-        typer.Option(
-            help="fp32; fp16 (on a CPU for size only), bf16 (trt), int8-cpu, int8-trt; or auto: the "
-            "fastest that passes its gates."
-        ),
-    ] = "fp32",
+    precision: PrecisionWord = "fp32",
     target: Annotated[
         str | None, typer.Option(help="cpu or gpu. Default: by --fmt (onnx: cpu, trt: gpu).")
     ] = None,
@@ -55,13 +71,7 @@ def export_run(
         Parity,
         typer.Option(help="What a missed parity or metric gate does: fail, or warn and record it."),
     ] = "fail",
-    autocast_python: Annotated[
-        Path | str | None,
-        typer.Option(
-            envvar="MDPD_AUTOCAST_PYTHON",
-            help="Python of the environment with NVIDIA ModelOpt, for fp16 and bf16 with trt.",
-        ),
-    ] = None,
+    autocast_python: AutocastPython = None,
     converted: Annotated[
         Path | str | None,
         typer.Option(help="This model's ONNX file, already converted to fp16 or bf16 for trt."),
@@ -74,12 +84,7 @@ def export_run(
         str | None, typer.Option(help="Data for the metric gate, where the run's own has moved.")
     ] = None,
     metric_gate: Annotated[bool, typer.Option(help="Measure the task metric again.")] = True,
-    golden: Annotated[
-        Golden,
-        typer.Option(
-            help="Inputs kept in the bundle: validation, or synthetic where that data is private."
-        ),
-    ] = "validation",
+    golden: GoldenWord = "validation",
     require_engine: Annotated[
         bool, typer.Option(help="Fail if no TensorRT engine can be built.")
     ] = False,
@@ -113,9 +118,10 @@ def export_run(
     check_word("--fmt", fmt, Format)
     check_word("--golden", golden, Golden)
     check_word("--parity", parity, Parity)
+    from mdpd_deploy.export.options import ExportOptions
     from mdpd_deploy.export.precision.forms import AUTO, place_of
     from mdpd_deploy.export.tensorrt.options import EngineOptions
-    from mdpd_deploy.export.write import ExportOptions, pack
+    from mdpd_deploy.export.write import write_bundle
 
     fmt, place = place_of(fmt, target)
     form = checked_form(precision, place, converted=converted, seconds=seconds)
@@ -140,7 +146,7 @@ def export_run(
         engine=EngineOptions().override(fields_of(EngineWords, engine, "export_run")),
     )
     timer = timer_of(opened, options, seconds) if precision == AUTO else None
-    return pack(opened, folder, options, time_graphs=timer)
+    return write_bundle(opened, folder, options, time_graphs=timer)
 
 
 @torch_defaults()
@@ -187,11 +193,11 @@ def export_runs(
         raise UserError("--multi: name the runs whose tasks go into the bundle.")
     opened = [Run.open(run) for run in runs]
     inside = opened[0].path / "bundles" / f"multi-{fmt}-{precision}"
-    from mdpd_deploy.export.multitask.bundle import pack_multi
-    from mdpd_deploy.export.write import ExportOptions
+    from mdpd_deploy.export.multitask.bundle import write_bundle_of_tasks
+    from mdpd_deploy.export.options import ExportOptions
 
     options = ExportOptions(fmt=fmt, metric_gate=metric_gate, golden=golden, overwrite=overwrite)
-    return pack_multi(opened, inside if out is None else Path(out), options, names=names)
+    return write_bundle_of_tasks(opened, inside if out is None else Path(out), options, names=names)
 
 
 @takes(export_run, words_last=True)
@@ -251,12 +257,7 @@ def _refuse_of_one_run(asked: dict[str, Any]) -> None:
 
 
 def _check_engine(fmt: str, required: bool, words: Mapping[str, Any]) -> None:
-    """Refuse what is of an engine where none is asked for, or where one cannot be built.
-
-    Raises:
-        UserError: For an option without `--fmt trt`.
-        ExportError: If an engine is required, and TensorRT or the GPU is missing.
-    """
+    """Refuse what is of an engine where none is asked for, or where one cannot be built."""
     from mdpd_deploy.export.tensorrt.install import unavailable_reason
     from mdpd_deploy.export.tensorrt.recipe import engine_required
 

@@ -12,9 +12,9 @@ from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from mdpd_deploy.artifacts.run import Run
+    from mdpd_deploy.export.options import ExportOptions
     from mdpd_deploy.export.precision.forms import Form
     from mdpd_deploy.export.precision.trials import Race
-    from mdpd_deploy.export.write import ExportOptions
     from mdpd_deploy.report.terminal import Console
 
 log = logging.getLogger(__name__)

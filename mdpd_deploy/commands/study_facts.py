@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
     from mdpd_deploy.artifacts.run import Run
     from mdpd_deploy.config import Config
-    from mdpd_deploy.study import CellOutcome, Latency, Plan
+    from mdpd_deploy.study.plan import Plan
+    from mdpd_deploy.study.results import Latency
+    from mdpd_deploy.study.schedule import CellOutcome
 
 PLACES: Any = {"data": {"path", "eval_path"}, "backbone": {"name", "weights"}}  # nobody's business
 
@@ -83,7 +85,7 @@ def _time(
     from mdpd_deploy.serve.latency.chart import write_chart
     from mdpd_deploy.serve.latency.runtimes import choose_device
     from mdpd_deploy.serve.latency.variants import variants_of_methods
-    from mdpd_deploy.study import Latency
+    from mdpd_deploy.study.results import Latency
 
     faded = {label: run for label, run in runs.items() if run.keeps is None}
     first = next(iter(faded.values()), next(iter(runs.values())))

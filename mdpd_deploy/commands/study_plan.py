@@ -13,7 +13,7 @@ from mdpd_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from mdpd_deploy.config import Config
-    from mdpd_deploy.study import Ask, Plan
+    from mdpd_deploy.study.plan import Ask, Plan
 
 METHODS = "probe,norms,bitfit,lora,full,unipt,mdpd:unipt"
 DEFAULT_FACTORS = (0.3, 1, 3)
@@ -71,14 +71,9 @@ def asked_plan(
     Raises:
         UserError: For words that mean nothing, or a folder of other trainings.
     """
-    from mdpd_deploy.study import (
-        PLAN,
-        Ask,
-        expand_tasks,
-        on_one_split,
-        read_plan,
-        without_places,
-    )
+    from mdpd_deploy.study.plan import PLAN, Ask, on_one_split, read_plan
+    from mdpd_deploy.study.suites import expand_tasks
+    from mdpd_deploy.study.trial import without_places
 
     base = on_one_split(base)
     earlier: tuple[Ask, ...] = ()
@@ -109,7 +104,7 @@ def asked_plan(
 
 def stored_plan(folder: Path) -> Plan:
     """Return the plan of a folder that `mdpd compare` wrote."""
-    from mdpd_deploy.study import read_plan
+    from mdpd_deploy.study.plan import read_plan
 
     base, asks = read_plan(folder)
     return _plan(base, asks)
@@ -148,7 +143,7 @@ def expand_all(words: Sequence[str]) -> list[str]:
 
 
 def _plan(base: Config, asks: tuple[Ask, ...]) -> Plan:
-    from mdpd_deploy.study import Plan
+    from mdpd_deploy.study.plan import Plan
 
     labels = dict.fromkeys(method for ask in asks for method in ask.methods)
     return Plan(base, asks, *method_configs(base, list(labels)))

@@ -40,6 +40,7 @@ REPEATED = "repeated"  # marks a sequence that is given word by word: --set A --
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace --out.")]
 _SECTIONS = re.compile(r"^ *(Args|Returns|Raises|Example):$", re.MULTILINE)
+_BY_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 Command = Callable[..., None]
 
 
@@ -51,9 +52,9 @@ def takes(work: Callable[..., Any], *, words_last: bool = False) -> Callable[[Co
     """
 
     def decorate(command: Command) -> Command:
-        own = {name: p for name, p in _parameters(command).items() if p.kind is not p.VAR_KEYWORD}
-        shared = {name: p for name, p in _options(work, words_last).items() if name not in own}
-        typed = {name: _for_typer(parameter) for name, parameter in shared.items()}
+        own = _parameters(command)
+        shared = _parameters(work, words_last).items()
+        typed = {name: _for_typer(p) for name, p in shared if _info(p) and name not in own}
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
@@ -66,7 +67,7 @@ def takes(work: Callable[..., Any], *, words_last: bool = False) -> Callable[[Co
         together = [*own.values(), *(parameter for parameter, _ in typed.values())]
         together.sort(key=lambda p: (_is_option(p), p.name in own))
         run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in together]
+            [p.replace(kind=_BY_KEYWORD) for p in together]
         )
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in together}
         run.__doc__ = command.__doc__ or _SECTIONS.split(work.__doc__ or "")[0].rstrip()
@@ -82,30 +83,23 @@ class _Names(dict[str, Any]):
         return getattr(builtins, name, Any)
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def _parameters(
+    function: Callable[..., Any], words_last: bool = False
+) -> dict[str, inspect.Parameter]:
     """Return the parameters of a function with annotations that are no longer text."""
     names = _Names(vars(sys.modules[function.__module__]))
     hints = get_type_hints(function, localns=names, include_extras=True)
-    found = inspect.signature(function).parameters
-    return {name: p.replace(annotation=hints.get(name, Any)) for name, p in found.items()}
-
-
-def _options(work: Callable[..., Any], words_last: bool) -> dict[str, inspect.Parameter]:
-    """Return what of a function's parameters is for the command line."""
-    plain = _parameters(work)
+    plain: dict[str, inspect.Parameter] = {}
     words: dict[str, inspect.Parameter] = {}
-    for parameter in plain.values():
-        shared = next(iter(get_args(parameter.annotation)), None)
-        if parameter.kind is parameter.VAR_KEYWORD and is_typeddict(shared):
-            hints = get_type_hints(shared, include_extras=True)
-            words |= {
-                name: inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint
-                )
-                for name, hint in hints.items()
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            plain[name] = parameter.replace(annotation=hints.get(name, Any))
+        elif (shared := get_args(hints.get(name))) and is_typeddict(shared[0]):
+            words = {
+                word: inspect.Parameter(word, _BY_KEYWORD, default=None, annotation=hint)
+                for word, hint in get_type_hints(shared[0], include_extras=True).items()
             }
-    found = {**plain, **words} if words_last else {**words, **plain}
-    return {name: p for name, p in found.items() if _info(p) is not None}
+    return {**plain, **words} if words_last else {**words, **plain}
 
 
 def _info(parameter: inspect.Parameter) -> OptionInfo | ArgumentInfo | None:

@@ -68,11 +68,6 @@ class Delta:
 def load_delta(path: Path, base_sha256: str, read: Read = Path.read_bytes) -> Delta:
     """Read what `Delta.save` wrote.
 
-    Args:
-        path: The file.
-        base_sha256: Of the base graph that it is for.
-        read: How the file is read.
-
     Raises:
         UserError: If the file is damaged, no delta, or of another base graph; one sentence.
     """

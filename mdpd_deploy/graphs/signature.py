@@ -101,7 +101,7 @@ def graph_signature(path: Path, read: Read | None = None) -> Signature:
     proto = onnx.load_model_from_string((read or Path.read_bytes)(path))
     graph = proto.graph
     weight_of = _weight_reader(graph, path.parent, read)
-    types = {v.name: _type_and_shape(v) for v in (*graph.value_info, *graph.input, *graph.output)}
+    types = {v.name: type_and_shape(v) for v in (*graph.value_info, *graph.input, *graph.output)}
     made = {value.name: ("value", f"input {value.name}") for value in graph.input}
     made[""] = ("value", "absent")
     nodes = []
@@ -230,7 +230,8 @@ def _part(tensor: onnx.TensorProto, folder: Path, read: Read, files: dict[str, b
     return whole[start : start + where.length if where.length else len(whole)]
 
 
-def _type_and_shape(value: onnx.ValueInfoProto) -> TypeAndShape:
+def type_and_shape(value: onnx.ValueInfoProto) -> TypeAndShape:
+    """Return the element type of a value and its dims, by name where they are dynamic."""
     tensor = value.type.tensor_type
     return tensor.elem_type, tuple(d.dim_param or str(d.dim_value) for d in tensor.shape.dim)
 

@@ -1,9 +1,9 @@
 """One torch module → one ONNX graph: what export and the benchmark both need.
 
 The graph takes the backbone's inputs by name with a named `batch` axis (text: also `sequence`)
-and gives the model's outputs by name, as `logits` or `scores`. It is opset 20 with eager attention, holds only
-operators of the default domain and carries no stack trace, path or other note of the machine that
-made it. How two graphs are compared is in `graph_signature.py`.
+and gives the model's outputs by name, as `logits` or `scores`. It is opset 20 with eager attention,
+holds only operators of the default domain and carries no stack trace, path or other note of the
+machine that made it. How two graphs are compared is in `signature.py`.
 """
 
 import contextlib
@@ -22,18 +22,7 @@ from onnxscript import ir
 
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.errors import ExportError
-from mdpd_deploy.graphs.signature import changed_weights, graph_signature, same_structure
 from mdpd_deploy.model import TaskModel
-
-__all__ = [
-    "OPSET",
-    "OnnxGraph",
-    "changed_weights",
-    "export_onnx",
-    "graph_signature",
-    "same_structure",
-    "strip_notes",
-]
 
 OPSET = (
     20  # the exporter's default in torch 2.11 to 2.15; LayerNorm is one node, all runtimes read it
@@ -45,7 +34,7 @@ EXAMPLE_BATCH, EXAMPLE_TOKENS = 2, 7  # a batch of 1 or an even length can hide 
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """What was exported.
+    """An exported graph.
 
     Attributes:
         path: The `.onnx` file; `path.name + ".data"` lies beside it when the weights are large.

@@ -11,7 +11,7 @@ from PIL import Image
 from mdpd_deploy.artifacts.scores import split_name
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.report.page import Html, join, picture, section, tag
-from mdpd_deploy.tasks.base import Outputs, Targets, Task
+from mdpd_deploy.tasks.base import Answers, Targets, Task
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Outputs on the evaluation data, n examples and C outputs.
+    """Answers on the evaluation data, n examples and C outputs.
 
     Attributes:
         task: What was learnt.
         labels: What the task makes of the labels [n].
-        deployed: Outputs of the deployed model [n, C].
-        side: Outputs of the side network [n, C]; None for a run without one.
+        deployed: Answers of the deployed model [n, C].
+        side: Answers of the side network [n, C]; None for a run without one.
         samples: Examples to show, see `pick_samples`.
         split: What the examples are.
     """
 
     task: Task
     labels: Targets
-    deployed: Outputs
-    side: Outputs | None
+    deployed: Answers
+    side: Answers | None
     samples: tuple[Sample, ...] = ()
     split: str = "validation"
 
@@ -63,16 +63,16 @@ class TaskPage(ABC):
         """Show labels against the deployed model's predictions."""
 
     @abstractmethod
-    def agreement(self, predictions: Predictions, side: Outputs) -> Html:
+    def agreement(self, predictions: Predictions, side: Answers) -> Html:
         """Compare deployed model and side network."""
 
     @abstractmethod
-    def verdict(self, label: float, output: Outputs) -> list[Html | None]:
+    def verdict(self, label: float, output: Answers) -> list[Html | None]:
         """Say what was predicted of an example [C], and its label."""
 
 
 def pick_samples(
-    task: Task, inputs: Sequence[Raw], labels: Targets, outputs: Outputs, *, most: int = 12
+    task: Task, inputs: Sequence[Raw], labels: Targets, outputs: Answers, *, most: int = 12
 ) -> tuple[Sample, ...]:
     """Choose up to `most` examples: the worst mistakes for a half, the rest evenly spread."""
     error, wrong = task.mistakes(labels, outputs)

@@ -77,10 +77,6 @@ def only(outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
 def check_task_ids(arrays: Mapping[str, NDArray[Any]], names: Sequence[str]) -> None:
     """Refuse a mixed batch unless every row names one of the tasks.
 
-    Args:
-        arrays: The graph's inputs, batch axis first.
-        names: The tasks in the order of `task_id`.
-
     Raises:
         UserError: With the valid values.
     """

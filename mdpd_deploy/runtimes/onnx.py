@@ -81,9 +81,6 @@ class OnnxRunner:
     def __call__(self, arrays: Mapping[str, NDArray[Any]], /) -> Outputs:
         """Run one batch.
 
-        Args:
-            arrays: Every input by name, batch axis first.
-
         Returns:
             Every output by name, batch axis first, float32.
 

@@ -11,33 +11,3 @@
 
 Nothing here trains: a trial is `mdpd train` on a config file.
 """
-
-from mdpd_deploy.study.engines import ENGINES, build_engine
-from mdpd_deploy.study.plan import PLAN, Ask, Plan, on_one_split, read_plan, write_plan
-from mdpd_deploy.study.results import Latency, Results, collect
-from mdpd_deploy.study.schedule import CellOutcome, run_trials
-from mdpd_deploy.study.study_page import write_page
-from mdpd_deploy.study.suites import expand_tasks
-from mdpd_deploy.study.table import markdown, render
-from mdpd_deploy.study.trial import without_places
-
-__all__ = [
-    "ENGINES",
-    "PLAN",
-    "Ask",
-    "CellOutcome",
-    "Latency",
-    "Plan",
-    "Results",
-    "build_engine",
-    "collect",
-    "expand_tasks",
-    "markdown",
-    "on_one_split",
-    "read_plan",
-    "render",
-    "run_trials",
-    "without_places",
-    "write_page",
-    "write_plan",
-]

@@ -15,7 +15,7 @@ KINDS = ("MDPD: the side network fades", "more than the backbone at inference",
 
 def write_page(path: Path, results: Results) -> None:
     """Write report.html."""
-    facts = results.facts
+    facts, failed = results.facts, failures(results)
     title = f"{', '.join(results.tasks)} · {len(results.methods)} methods"
     write_text(
         path,
@@ -25,9 +25,9 @@ def write_page(path: Path, results: Results) -> None:
                 tag("p", f"{title} · {facts['backbone']} · {facts['length']}, batch "
                          f"{facts['batch']} · {facts['machine']}")),
             _pictures(results),
-            [_tables(results)],
+            [section(title, table(head, rows)) for title, head, rows in tables(results)],
             _sweeps(results),
-            _failures(results),
+            section("Failed", [tag("p", line, class_="wrong") for line in failed]) if failed else None,
             tag("footer", [tag("p", line) for line in notes(results)]),
         ),
     )  # fmt: skip
@@ -46,35 +46,24 @@ def _pictures(results: Results) -> object:
     drawn = {label: 100 * score for label, score in scores.items() if score is not None}
     if not drawn:
         return None
-    what = f"{results.overall_words} (×100)"
     keys = [(KINDS[kind - 1], kind) for kind in sorted({kind_of(label) for label in drawn})]
     peaks = {label: peak for label in drawn if (peak := _peak(results, label)) is not None}
+    times = {label: results.latency[label].ratio for label in drawn if label in results.latency}
+    unit, scale = ("GB", 1e9) if max(peaks.values(), default=0) >= 1e9 else ("MB", 1e6)
+    memory = {label: peak / scale for label, peak in peaks.items()}
     charts = []
-    if peaks:
-        unit, scale = ("GB", 1e9) if max(peaks.values()) >= 1e9 else ("MB", 1e6)
-        memory = [
-            Dot(_name(label), peak / scale, drawn[label], _error(results, label), kind_of(label))
-            for label, peak in peaks.items()
+    for title, costs, words in (
+        ("Training memory", memory, f"peak training memory ({unit}, live tensors)"),
+        ("Inference time", times, "time of one inference ÷ that of backbone + head"),
+    ):
+        dots = [
+            Dot(_name(label), cost, drawn[label], _error(results, label), kind_of(label))
+            for label, cost in costs.items()
         ]
-        words = f"peak training memory ({unit}, live tensors)"
-        chart = trade_off_chart(memory, x_label=words, y_label=what, log=True)
-        charts.append(figure("Training memory", chart, keys))
-    timed = [
-        Dot(
-            _name(label),
-            results.latency[label].ratio,
-            score,
-            _error(results, label),
-            kind_of(label),
-        )
-        for label, score in drawn.items()
-        if label in results.latency
-    ]
-    if timed:
-        chart = trade_off_chart(
-            timed, x_label="time of one inference ÷ that of backbone + head", y_label=what
-        )
-        charts.append(figure("Inference time", chart, keys))
+        if dots:
+            what = f"{results.overall_words} (×100)"
+            chart = trade_off_chart(dots, x_label=words, y_label=what, log=costs is memory)
+            charts.append(figure(title, chart, keys))
     return section(
         "Trade-offs",
         tag("div", charts, class_="trade-offs"),
@@ -100,10 +89,6 @@ def _error(results: Results, label: str) -> float:
     return 100 * alone.sd if alone is not None and alone.sd is not None else 0.0
 
 
-def _tables(results: Results) -> object:
-    return [section(title, table(headings, rows)) for title, headings, rows in tables(results)]
-
-
 def _sweeps(results: Results) -> object:
     rows = [row for row in results.rows if len(row.sweep) > 1]
     if not rows:
@@ -126,8 +111,3 @@ def _swept(row: Row, factor: str) -> object:
         return "failed" if factor in row.sweep else DASH
     chosen = row.factor is not None and f"{row.factor:g}" == factor
     return tag("b", f"{100 * score:.1f}") if chosen else f"{100 * score:.1f}"
-
-
-def _failures(results: Results) -> object:
-    lines = failures(results)
-    return section("Failed", [tag("p", line, class_="wrong") for line in lines]) if lines else None

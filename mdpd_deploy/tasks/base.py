@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mdpd_deploy.tasks.metrics import Values
 
 Targets = NDArray[np.int64] | NDArray[np.float64]
-Outputs = NDArray[np.floating]
+Answers = NDArray[np.floating]  # [n, C], one row for each example
 Indices = NDArray[np.int64]
 
 
@@ -172,11 +172,11 @@ class Task(ABC):
     # --- what outputs mean ---------------------------------------------------------------------
 
     @abstractmethod
-    def decode(self, outputs: Mapping[str, Outputs]) -> list[Prediction]:
+    def decode(self, outputs: Mapping[str, Answers]) -> list[Prediction]:
         """Turn a graph's outputs, by name, into one prediction of each example."""
 
     @abstractmethod
-    def mistakes(self, targets: Targets, outputs: Outputs) -> tuple[Outputs, NDArray[np.bool_]]:
+    def mistakes(self, targets: Targets, outputs: Answers) -> tuple[Answers, NDArray[np.bool_]]:
         """Return how wrong each example is [n], and whether it counts as a mistake [n]."""
 
     @abstractmethod
@@ -188,7 +188,7 @@ class Task(ABC):
         """Return how a report shows its predictions."""
 
     @abstractmethod
-    def unsaid(self, targets: Targets, outputs: Outputs) -> str | None:
+    def unsaid(self, targets: Targets, outputs: Answers) -> str | None:
         """Say which answers never come although they are right ones; None if all do."""
 
 

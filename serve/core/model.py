@@ -11,7 +11,7 @@ from mdpd_deploy.artifacts.bundle import Bundle
 from mdpd_deploy.artifacts.manifest import MODEL_FILE
 from mdpd_deploy.artifacts.signing import load_signed
 from mdpd_deploy.artifacts.tasks import BundleTask
-from mdpd_deploy.checks.replay import prove
+from mdpd_deploy.checks.golden import replay_golden
 from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError, WorkFailed
@@ -90,7 +90,7 @@ class ServedModel:
         limits = options.limits
         self.texts_limit = texts_limit(self.max_batch, limits.text_bytes, limits.texts_bytes)
         self._pads = any(spec.name == MASK for spec in self.inputs)
-        prove(self.bundle, self.runner)
+        replay_golden(self.bundle, self.runner)
 
     @property
     def platform(self) -> str:

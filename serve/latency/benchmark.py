@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 import mdpd_deploy
-from mdpd_deploy.graphs.trace import export_onnx, same_structure
+from mdpd_deploy.graphs.signature import same_structure
+from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.machine import describe
 from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
 from mdpd_deploy.serve.latency.cells import CellTimes, Plan

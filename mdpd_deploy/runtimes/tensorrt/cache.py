@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mdpd_deploy.artifacts.manifest import EXTERNAL_FILE, MODEL_FILE, graph_notes, reader
+from mdpd_deploy.artifacts.manifest import EXTERNAL_FILE, MODEL_FILE, graph_notes
+from mdpd_deploy.artifacts.sealed import reader
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import read_json
 from mdpd_deploy.runtimes.tensorrt.cuda import Gpu, current_gpu

@@ -16,9 +16,6 @@ OLDEST, NEXT_MAJOR = "10.12", "12"
 def import_trt(purpose: str = "a TensorRT engine") -> Any:
     """Return the module `tensorrt`.
 
-    Args:
-        purpose: What needs it, for the message.
-
     Raises:
         UserError: If it is not installed, cannot be loaded, or is of a version that was not tried.
     """

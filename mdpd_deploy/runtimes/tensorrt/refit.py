@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdpd_deploy.checks.engine_parity import Case, Limits, compare_engine
+from mdpd_deploy.checks.compare import Case, Limits, compare
 from mdpd_deploy.errors import UserError, VerificationError, WorkFailed
-from mdpd_deploy.runtimes.base import Outputs, first_columns, only
+from mdpd_deploy.runtimes.base import Outputs, first_columns, only, run_cut
 from mdpd_deploy.runtimes.tensorrt.library import import_trt, said
 from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
 
@@ -74,28 +74,18 @@ def _attempt(
         _exchange(runner, values)
     except WorkFailed as err:  # some weights may have changed already
         return str(err)
-    limits = Limits(tolerance, tolerance, 1.0)
-    parity = compare_engine(_Columns(runner, golden), [golden], limits)
+    assert golden.expected is not None
+    width = only(golden.expected).shape[1]  # as many columns as the task has
+
+    def run(arrays: Mapping[str, NDArray[Any]]) -> Outputs:
+        return first_columns(run_cut(runner, arrays), width)
+
+    parity = compare(run, [golden], Limits(tolerance, tolerance, 1.0))
     if parity.passed:
         return None
     return (
         f"the outputs are off by {parity.scaled_diff:.1e} of their spread, allowed {tolerance:.0e}."
     )
-
-
-class _Columns:
-    """An engine's outputs, as many columns as a task has."""
-
-    def __init__(self, runner: TrtRunner, golden: Case) -> None:
-        self.device, self.provider = runner.device, runner.provider
-        self.input_names, self.output_names = runner.input_names, runner.output_names
-        self.metadata, self.max_batch = runner.metadata, runner.max_batch
-        self.failed = runner.failed
-        self._runner = runner
-        self._count = None if golden.expected is None else only(golden.expected).shape[1]
-
-    def __call__(self, arrays: Mapping[str, NDArray[Any]], /) -> Outputs:
-        return first_columns(self._runner(arrays), self._count)
 
 
 def _checked(runner: TrtRunner, tensors: Tensors) -> dict[str, NDArray[Any]]:

@@ -28,7 +28,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class EngineInput:
-    """What an engine takes under one name.
+    """Type and range of shapes of an engine's input.
 
     Attributes:
         dtype: Of its values.
@@ -97,9 +97,6 @@ class TrtRunner:
 
     def __call__(self, arrays: Mapping[str, NDArray[Any]], /) -> Outputs:
         """Run one batch.
-
-        Args:
-            arrays: Every input by name, batch axis first.
 
         Returns:
             Every output by name, batch axis first, float32.

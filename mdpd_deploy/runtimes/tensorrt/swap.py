@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from mdpd_deploy.checks.engine_parity import Case
+from mdpd_deploy.checks.compare import Case
 from mdpd_deploy.runtimes.base import Forward, Outputs, first_columns, only
 from mdpd_deploy.runtimes.tensorrt.refit import Tensors, apply_delta
 from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
@@ -20,7 +20,7 @@ from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
 
 @dataclass(frozen=True, eq=False)
 class SwapTask:
-    """What an engine needs to become a task.
+    """Weights and golden vectors of a task.
 
     Attributes:
         tensors: A value for every refittable weight (`Delta.fit`).

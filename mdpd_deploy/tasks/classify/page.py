@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from mdpd_deploy.report.page import Html, count, percent, section, table, tag
 from mdpd_deploy.report.predictions import Predictions, TaskPage
-from mdpd_deploy.tasks.base import Outputs
+from mdpd_deploy.tasks.base import Answers
 from mdpd_deploy.tasks.classify.task import Classify, softmax
 
 MATRIX_CLASSES = 30  # more classes than this get a table of the worst confusions
@@ -40,7 +40,7 @@ class ClassPage(TaskPage):
             )
         return section(predictions.titled("Where it goes wrong"), _worst(matrix, self.names))
 
-    def agreement(self, predictions: Predictions, side: Outputs) -> Html:
+    def agreement(self, predictions: Predictions, side: Answers) -> Html:
         """Count where deployed model and side network are right."""
         said, side_said = predictions.deployed.argmax(1), side.argmax(1)
         right, side_right = said == predictions.labels, side_said == predictions.labels
@@ -67,7 +67,7 @@ class ClassPage(TaskPage):
             "evaluation examples.",
         )
 
-    def verdict(self, label: float, output: Outputs) -> list[Html | None]:
+    def verdict(self, label: float, output: Answers) -> list[Html | None]:
         """Say what was predicted of an example, how surely, and the label if that is another."""
         guess = int(output.argmax())
         right = guess == int(label)

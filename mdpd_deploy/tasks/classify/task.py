@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mdpd_deploy.data.cells import class_of
 from mdpd_deploy.data.splits import stratified_split
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.tasks.base import KINDS, Indices, Outputs, Prediction, Targets, Task
+from mdpd_deploy.tasks.base import KINDS, Answers, Indices, Prediction, Targets, Task
 from mdpd_deploy.tasks.metrics import Values, majority
 from mdpd_deploy.text import listed, require_unicode
 
@@ -202,7 +202,7 @@ class Classify(Task):
 
     # --- what outputs mean ---------------------------------------------------------------------
 
-    def decode(self, outputs: Mapping[str, Outputs]) -> list[Prediction]:
+    def decode(self, outputs: Mapping[str, Answers]) -> list[Prediction]:
         """Turn logits [n, C] into classes with their probabilities."""
         return [self._ranked(row) for row in outputs[self.output].astype(np.float64)]
 
@@ -213,7 +213,7 @@ class Classify(Task):
         best = self.labels[int(order[0])]
         return ClassPrediction(best, ranked[best], ranked)
 
-    def mistakes(self, targets: Targets, outputs: Outputs) -> tuple[Outputs, NDArray[np.bool_]]:
+    def mistakes(self, targets: Targets, outputs: Answers) -> tuple[Answers, NDArray[np.bool_]]:
         """A wrong class is a mistake, and worse the surer the model was."""
         return softmax(outputs).max(1), outputs.argmax(1) != targets
 
@@ -227,7 +227,7 @@ class Classify(Task):
 
         return ClassPage(self)
 
-    def unsaid(self, targets: Targets, outputs: Outputs) -> str | None:
+    def unsaid(self, targets: Targets, outputs: Answers) -> str | None:
         """Name the classes that are there and never predicted."""
         said = set(outputs.argmax(axis=1).tolist())
         there = np.unique(targets.astype(np.int64)).tolist()
@@ -238,10 +238,10 @@ class Classify(Task):
 KINDS.register(Classify.kind)(Classify)
 
 
-def softmax(outputs: Outputs) -> Outputs:
+def softmax(outputs: Answers) -> Answers:
     """Return logits [n, C] as shares that sum to 1."""
     powers = np.exp(outputs - outputs.max(1, keepdims=True))
-    shares: Outputs = powers / powers.sum(1, keepdims=True)
+    shares: Answers = powers / powers.sum(1, keepdims=True)
     return shares
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from mdpd_deploy.report.charts import scatter_chart
 from mdpd_deploy.report.page import Html, section, tag
 from mdpd_deploy.report.predictions import Predictions, TaskPage
-from mdpd_deploy.tasks.base import Outputs
+from mdpd_deploy.tasks.base import Answers
 
 
 class ScorePage(TaskPage):
@@ -24,7 +24,7 @@ class ScorePage(TaskPage):
             note="One dot per evaluation example; on the dashed line the prediction is exact.",
         )
 
-    def agreement(self, predictions: Predictions, side: Outputs) -> Html:
+    def agreement(self, predictions: Predictions, side: Answers) -> Html:
         """Draw the deployed model's scores against the side network's."""
         deployed, other = predictions.deployed[:, 0], side[:, 0]
         gap = np.abs(deployed - other)
@@ -38,6 +38,6 @@ class ScorePage(TaskPage):
             f"{gap.max():.4g}.",
         )
 
-    def verdict(self, label: float, output: Outputs) -> list[Html | None]:
+    def verdict(self, label: float, output: Answers) -> list[Html | None]:
         """Say the score and the label."""
         return [tag("div", f"predicted {output[0]:.4g}"), tag("small", f"label {label:.4g}")]

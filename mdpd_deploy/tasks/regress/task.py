@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mdpd_deploy.data.splits import random_split
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.tasks.base import KINDS, Indices, Outputs, Prediction, Targets, Task
+from mdpd_deploy.tasks.base import KINDS, Answers, Indices, Prediction, Targets, Task
 from mdpd_deploy.tasks.metrics import Values
 
 if TYPE_CHECKING:
@@ -166,11 +166,11 @@ class Regress(Task):
 
     # --- what outputs mean ---------------------------------------------------------------------
 
-    def decode(self, outputs: Mapping[str, Outputs]) -> list[Prediction]:
+    def decode(self, outputs: Mapping[str, Answers]) -> list[Prediction]:
         """Turn scores [n, 1] into predictions."""
         return [ScorePrediction(score=float(row[0])) for row in outputs[self.output]]
 
-    def mistakes(self, targets: Targets, outputs: Outputs) -> tuple[Outputs, NDArray[np.bool_]]:
+    def mistakes(self, targets: Targets, outputs: Answers) -> tuple[Answers, NDArray[np.bool_]]:
         """The larger half of the errors counts as mistakes."""
         error = np.abs(outputs[:, 0] - targets)
         return error, error > np.median(error)
@@ -185,7 +185,7 @@ class Regress(Task):
 
         return ScorePage()
 
-    def unsaid(self, targets: Targets, outputs: Outputs) -> str | None:
+    def unsaid(self, targets: Targets, outputs: Answers) -> str | None:
         """Return None: a number need not have occurred."""
         return None
 
