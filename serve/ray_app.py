@@ -122,15 +122,11 @@ class _Replica:
             raise WorkFailed(failed)
 
 
-_OPTIONS: Any = create_model(
-    "_OPTIONS",
-    __config__=ConfigDict(extra="forbid"),
-    **{
-        each.name: (each.type, each.default)
-        for each in (*fields(CoreOptions), *fields(Scaling))
-        if each.name != "limits"
-    },
-)
+_FIELDS: dict[str, Any] = {
+    each.name: (each.type, each.default) for each in (*fields(CoreOptions), *fields(Scaling))
+}
+del _FIELDS["limits"]
+_OPTIONS: Any = create_model("_OPTIONS", __config__=ConfigDict(extra="forbid"), **_FIELDS)
 
 
 class AppArguments(_OPTIONS):  # type: ignore[misc]

@@ -14,9 +14,8 @@ from mdpd_deploy.data.cautions import data_cautions
 from mdpd_deploy.data.check import check_images
 from mdpd_deploy.data.examples import TaskData
 from mdpd_deploy.data.lengths import TextLengths, lengths_note, text_lengths
-from mdpd_deploy.data.load import load_task
+from mdpd_deploy.data.load import default_resize, load_task
 from mdpd_deploy.data.preprocess import ImagePreprocess, TextPreprocess
-from mdpd_deploy.data.registry import default_resize
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks import Task
 from mdpd_deploy.train.batches import Schedule

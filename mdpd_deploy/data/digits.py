@@ -9,10 +9,9 @@ from PIL import Image
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.assemble import assemble
-from mdpd_deploy.data.examples import Raw, TaskData
-from mdpd_deploy.data.registry import TASKS, refuse_options
-from mdpd_deploy.data.rows import Rows, Source
-from mdpd_deploy.data.splits import Indices, stratified_split
+from mdpd_deploy.data.examples import Indices, Raw, TaskData
+from mdpd_deploy.data.rows import TASKS, Rows, Source, refuse_options
+from mdpd_deploy.data.splits import stratified_split
 from mdpd_deploy.tasks import Classify
 
 VALIDATION = 797

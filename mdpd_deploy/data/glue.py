@@ -14,8 +14,7 @@ from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.assemble import assemble, relabelled
 from mdpd_deploy.data.examples import Raw, TaskData, texts
 from mdpd_deploy.data.inventory import left_out, why_unread
-from mdpd_deploy.data.registry import TASKS, refuse_options
-from mdpd_deploy.data.rows import Rows, Source
+from mdpd_deploy.data.rows import TASKS, Rows, Source, refuse_options
 from mdpd_deploy.data.table_file import read_lines
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks import Classify, Regress

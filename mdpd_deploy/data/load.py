@@ -8,11 +8,12 @@ digits                    digits.py        the embedded default
 """
 
 from pathlib import Path
+from typing import Literal
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data import digits, glue, own, vtab  # noqa: F401  (each registers its names)
 from mdpd_deploy.data.examples import Split, TaskData
-from mdpd_deploy.data.registry import TASKS, Reader
+from mdpd_deploy.data.rows import TASKS, Reader
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.tasks import KINDS, Task
 
@@ -27,6 +28,14 @@ def find_reader(task: str) -> Reader:
             raise UserError(f"--task {task!r} lacks the data set: write {family}/NAME.")
         return TASKS[family + slash]
     raise unknown("--task", task, (f"{n}NAME" if n.endswith("/") else n for n in TASKS))
+
+
+def default_resize(task: str) -> Literal["squash"] | None:
+    """Return how a task's pictures are resized unless `data.resize` says; None = the model's way.
+
+    VTAB's papers show the model the whole picture; a crop leaves a quarter of one of KITTI.
+    """
+    return "squash" if task.startswith(("vtab/", "vtab-full/")) else None
 
 
 def load_task(task: str, config: DataConfig, *, seed: int) -> TaskData:

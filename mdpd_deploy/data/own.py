@@ -9,8 +9,7 @@ from mdpd_deploy.data.examples import Split, TaskData, words_of
 from mdpd_deploy.data.hub import PREFIX, SPLITS_FILE, is_saved, load_hub, load_saved, read_hub
 from mdpd_deploy.data.image_folder import read_image_folder
 from mdpd_deploy.data.inventory import Inventory, left_out
-from mdpd_deploy.data.registry import TASKS
-from mdpd_deploy.data.rows import Columns, Found, Rows, Source
+from mdpd_deploy.data.rows import TASKS, Columns, Found, Rows, Source
 from mdpd_deploy.data.split_files import beside_tables, split_files, unnamed_pictures
 from mdpd_deploy.data.table import Table, is_text_table, read_table, table_texts
 from mdpd_deploy.errors import UserError

@@ -1,10 +1,19 @@
-"""What a reader finds in one split, before labels become numbers."""
+"""What a reader is, and what it finds before labels become numbers.
+
+A new source of data is one file and one entry in `TASKS`: a whole task name (`glue/sst2`,
+`classify`), or a prefix that ends in `/` for a family whose members are folders of the user
+(`vtab/`).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from mdpd_deploy.data.examples import Field, Raw, texts
+from mdpd_deploy.config import DataConfig
+from mdpd_deploy.data.examples import Field, Raw, TaskData, texts
 from mdpd_deploy.data.inventory import NOTHING, Inventory
+from mdpd_deploy.errors import UserError
+from mdpd_deploy.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -83,3 +92,19 @@ class Source:
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     inventory: Inventory = NOTHING
+
+
+class Reader(Protocol):
+    """Reads one task: the name as typed, the data options, and the seed of every split made."""
+
+    def __call__(self, task: str, config: DataConfig, *, seed: int) -> TaskData: ...
+
+
+TASKS: Registry[Reader] = Registry("--task")
+
+
+def refuse_options(task: str, config: DataConfig, *names: str) -> None:
+    """Raise `UserError` for a data option that this task cannot use (none is ignored in silence)."""
+    for name in names:
+        if getattr(config, name) is not None:
+            raise UserError(f"--task {task} does not use data.{name}: leave it out.")

@@ -208,21 +208,28 @@ def _read_delimited(path: Path, text: str, delimiter: str, quoting: Literal[0, 3
             f"{path} line {reader.line_num} is not well-formed ({err}): "
             "put fields with quotes or separators in quotes, and double inner quotes."
         ) from None
-    _check_header(path, header)
     for row, line in zip(rows, lines, strict=True):
         if len(row) != len(header):
             raise UserError(
                 f"{path} line {line} has {len(row)} fields, the header has {len(header)}: "
                 "put fields that contain the separator in quotes."
             )
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
-    return Table(path, columns, lines, "line")
+    return table_of(path, header, rows, lines, "line")
 
 
-def _check_header(path: Path, header: list[str]) -> None:
-    doubles = sorted({name for name in header if header.count(name) > 1})
-    if doubles:
+def table_of(
+    path: Path,
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    lines: Sequence[int],
+    unit: str,
+    left_out: tuple[tuple[str, str], ...] = (),
+) -> Table:
+    """Return a table of rows that are as long as the header; raises `UserError` for equal names."""
+    if doubles := sorted({name for name in header if header.count(name) > 1}):
         raise UserError(f"{path} has two columns named {doubles[0]!r}: rename one of them.")
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    return Table(path, columns, lines, unit, left_out)
 
 
 @FORMATS.register(".jsonl", ".ndjson")
@@ -276,11 +283,7 @@ def _records(path: Path, records: list[Any], places: Sequence[int], unit: str) -
 def _read_xlsx(path: Path, encoding: str | None) -> Table:
     from mdpd_deploy.data.xlsx import read_sheet
 
-    sheet = read_sheet(path)
-    _check_header(path, sheet.header)
-    columns = {name: [row[i] for row in sheet.rows] for i, name in enumerate(sheet.header)}
-    others = tuple(("sheets after the first", f"{path.name} {name}") for name in sheet.others)
-    return Table(path, columns, sheet.numbers, "row", others)
+    return read_sheet(path)
 
 
 @FORMATS.register(".parquet")

@@ -17,8 +17,7 @@ from mdpd_deploy.data.assemble import assemble
 from mdpd_deploy.data.examples import Raw, TaskData
 from mdpd_deploy.data.images import looks_like_picture
 from mdpd_deploy.data.inventory import Inventory, left_out, walk
-from mdpd_deploy.data.registry import TASKS, refuse_options
-from mdpd_deploy.data.rows import Rows, Source
+from mdpd_deploy.data.rows import TASKS, Rows, Source, refuse_options
 from mdpd_deploy.data.table_file import read_lines
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks import Classify

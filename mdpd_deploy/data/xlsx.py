@@ -7,10 +7,10 @@ not opened.
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mdpd_deploy.data.table import Table, table_of
 from mdpd_deploy.data.table_file import most_bytes, too_large
 from mdpd_deploy.errors import UserError, missing_extra
 
@@ -18,18 +18,8 @@ MOST_ROWS = 1_048_576  # Excel's own limit; a file may claim any number
 MOST_CELLS = 50_000_000
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """A sheet's cells: the header, the rows below it, their numbers, and the names of other sheets."""
-
-    header: list[str]
-    rows: list[list[Any]]
-    numbers: list[int]
-    others: tuple[str, ...]
-
-
-def read_sheet(path: Path) -> Sheet:
-    """Return the first sheet of a workbook.
+def read_sheet(path: Path) -> Table:
+    """Return the first sheet of a workbook; the others are left out.
 
     Raises:
         UserError: If openpyxl is missing, or the file is no sound workbook or too large.
@@ -62,9 +52,8 @@ def read_sheet(path: Path) -> Sheet:
                 "name every column in the first row."
             )
     padded = [[*cells, *[None] * (len(header) - len(cells))] for _, cells in rows[1:]]
-    return Sheet(
-        header, padded, [number for number, _ in rows[1:]], tuple(s.title for s in sheets[1:])
-    )
+    others = tuple(("sheets after the first", f"{path.name} {sheet.title}") for sheet in sheets[1:])
+    return table_of(path, header, padded, [number for number, _ in rows[1:]], "row", others)
 
 
 def _check_size(path: Path) -> None:

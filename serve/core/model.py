@@ -221,14 +221,12 @@ class ServedModel:
 
 def _join(parts: list[NDArray[Any]], spec: TensorSpec, filler: int) -> NDArray[Any]:
     """Put rows under each other, padding a varying second axis to the longest."""
-    if len(spec.axes) != 2 or spec.axes[1].name is None:
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-    length = max(spec.axes[1].low, *(part.shape[1] for part in parts))
-    if all(part.shape[1] == length for part in parts):
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-    joined = np.full((sum(map(len, parts)), length), filler, dtype=spec.dtype)
-    start = 0
-    for part in parts:
-        joined[start : start + len(part), : part.shape[1]] = part
-        start += len(part)
-    return joined
+    if len(spec.axes) == 2 and spec.axes[1].name is not None:
+        length = max(spec.axes[1].low, *(part.shape[1] for part in parts))
+        parts = [_pad(part, length, filler) for part in parts]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _pad(part: NDArray[Any], length: int, filler: int) -> NDArray[Any]:
+    lack = length - part.shape[1]
+    return np.pad(part, ((0, 0), (0, lack)), constant_values=filler) if lack else part

@@ -23,7 +23,7 @@ from mdpd_deploy.serve.core.json_body import (
     tensors_limit,
 )
 from mdpd_deploy.serve.core.refusal import invalid, shown, unsupported
-from mdpd_deploy.serve.core.tensors import DATATYPES, Arrays, TensorSpec
+from mdpd_deploy.serve.core.tensors import Arrays, TensorSpec, datatype_of
 
 # Parameters that would change the answer if they were ignored, as other servers understand them.
 _NOT_HERE = ("sequence_id", "sequence_start", "sequence_end", "priority")
@@ -118,11 +118,8 @@ def encode_reply(
     tail: list[bytes] = []
     for name, binary in request.outputs.items():
         array = arrays[name]
-        entry: dict[str, Any] = {
-            "name": name,
-            "datatype": datatype_of(array),
-            "shape": list(array.shape),
-        }
+        datatype, shape = datatype_of(array.dtype), list(array.shape)
+        entry: dict[str, Any] = {"name": name, "datatype": datatype, "shape": shape}
         if binary:
             tail.append(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
             entry["parameters"] = {"binary_data_size": len(tail[-1])}
@@ -134,11 +131,6 @@ def encode_reply(
         plain["id"] = request.id
     head = json.dumps(plain, allow_nan=False).encode()
     return Reply(b"".join([head, *tail]), len(head) if tail else None)
-
-
-def datatype_of(array: NDArray[Any]) -> str:
-    """Return the protocol's word for an array's type."""
-    return next(name for name, dtype in DATATYPES.items() if dtype == array.dtype)
 
 
 def _read_inputs(entries: list[Any], specs: Sequence[TensorSpec], tail: memoryview) -> Arrays:

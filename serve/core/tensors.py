@@ -31,6 +31,11 @@ DATATYPES: dict[str, np.dtype[Any]] = {
 _OF_NUMPY = {dtype.newbyteorder("="): name for name, dtype in DATATYPES.items()}
 
 
+def datatype_of(dtype: np.dtype[Any]) -> str:
+    """Return the protocol's word for a numpy type."""
+    return _OF_NUMPY[dtype.newbyteorder("=")]
+
+
 @dataclass(frozen=True)
 class Axis:
     """One axis of a tensor.
@@ -112,7 +117,7 @@ def read_specs(
     return tuple(
         TensorSpec(
             name=port["name"],
-            datatype=_OF_NUMPY[np.dtype(port["dtype"])],
+            datatype=datatype_of(np.dtype(port["dtype"])),
             axes=tuple(_axis(size, shapes) for size in port["shape"]),
             values=values.get(port["name"]),
         )

@@ -107,7 +107,8 @@ def race_graphs(
     timings = {}
     for name, ratio in {**ratios, base: itself}.items():
         said = verdict(ratio, itself, MARGIN[device])
-        code, words = said.code, said.words.replace("deployed", base)
+        code: str = said.code
+        words = said.words.replace("deployed", base)
         if name == base:
             code, words = "control", control_words(itself, MARGIN[device])
         p50_ms = percentiles_ms(cell.times[name])["p50_ms"]

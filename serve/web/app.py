@@ -1,8 +1,10 @@
 """The application: routes over a request core, errors in one form, headers, counting."""
 
+from __future__ import annotations
+
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,7 @@ from mdpd_deploy.serve.web.routes import add_pages, add_plain_routes, add_protoc
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-# The words of ASGI, the interface between uvicorn and the application.
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -32,7 +28,7 @@ _HEADERS = [
 ]
 
 
-def build_app(core: RequestCore, metrics: Metrics) -> "FastAPI":
+def build_app(core: RequestCore, metrics: Metrics) -> FastAPI:
     """Return the application; the core, its `state.core`, starts and closes with it.
 
     Args:
@@ -48,7 +44,7 @@ def build_app(core: RequestCore, metrics: Metrics) -> "FastAPI":
         raise missing_extra("fastapi", "serve", "serving") from err
 
     @asynccontextmanager
-    async def lifespan(app: "FastAPI") -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await core.start()
         yield
         await core.close()

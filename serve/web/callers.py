@@ -7,6 +7,7 @@ this server's own page or from no page at all, and bodies must say what they are
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from ipaddress import IPv6Address, ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -65,17 +66,8 @@ def _is_known(host: str, hosts: Collection[str]) -> bool:
     if host.startswith("["):
         return _is_address(name)
     name = name.removesuffix(".")
-    known = {each.lower() for each in hosts} | {"localhost"}
-    above = name.partition(".")[2]
-    return _is_address(name) or not known.isdisjoint({name, "*"}) or _below(above, known)
-
-
-def _below(name: str, known: Collection[str]) -> bool:
-    while name:
-        if f"*.{name}" in known:
-            return True
-        name = name.partition(".")[2]
-    return False
+    known = (each.lower() for each in (*hosts, "localhost"))
+    return _is_address(name) or any(fnmatchcase(name, each) for each in known)
 
 
 def _is_address(name: str) -> bool:

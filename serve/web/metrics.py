@@ -1,9 +1,13 @@
 """What the server tells Prometheus: requests, errors, waiting, computing, batches, queues."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 from mdpd_deploy.errors import missing_extra
 from mdpd_deploy.serve.core.batcher import Batch
+
+T = TypeVar("T")
 
 _SECONDS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25),
@@ -27,31 +31,19 @@ class Metrics:
             from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
         except ImportError as err:
             raise missing_extra("prometheus-client", "serve", "serving") from err
-        self._registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "mdpd_requests", "Requests answered.", ("route", "status"), registry=registry
-        )
-        self._errors = Counter(
-            "mdpd_errors", "Requests refused or failed, by kind.", ("kind",), registry=registry
-        )
-        self._latency = Histogram(
-            "mdpd_request_seconds", "From headers to answer.", ("route",),
-            buckets=_SECONDS, registry=registry,
-        )  # fmt: skip
-        self._queue = Histogram(
-            "mdpd_queue_seconds", "A request's wait for the device.", ("model",),
-            buckets=_SECONDS, registry=registry,
-        )  # fmt: skip
-        self._compute = Histogram(
-            "mdpd_compute_seconds", "A batch's run on the device.", ("model",),
-            buckets=_SECONDS, registry=registry,
-        )  # fmt: skip
-        self._rows = Histogram(
-            "mdpd_batch_rows", "Rows of a batch.", ("model",), buckets=_ROWS, registry=registry
-        )
-        self._depth = Gauge(
-            "mdpd_queue_rows", "Rows in progress or waiting.", ("model",), registry=registry
-        )
+        self._registry = CollectorRegistry()
+
+        def made(kind: Callable[..., T], name: str, words: str, *labels: str, **more: Any) -> T:
+            return kind(f"mdpd_{name}", words, labels, registry=self._registry, **more)
+
+        seconds = partial(made, Histogram, buckets=_SECONDS)
+        self._requests = made(Counter, "requests", "Requests answered.", "route", "status")
+        self._errors = made(Counter, "errors", "Requests refused or failed, by kind.", "kind")
+        self._latency = seconds("request_seconds", "From headers to answer.", "route")
+        self._queue = seconds("queue_seconds", "A request's wait for the device.", "model")
+        self._compute = seconds("compute_seconds", "A batch's run on the device.", "model")
+        self._rows = made(Histogram, "batch_rows", "Rows of a batch.", "model", buckets=_ROWS)
+        self._depth = made(Gauge, "queue_rows", "Rows in progress or waiting.", "model")
 
     def watch_queue(self, model: str, depth: Callable[[], int]) -> None:
         """Report `depth()` as a model's queue whenever the metrics are read."""
