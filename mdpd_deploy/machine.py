@@ -63,6 +63,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def output_of(tool: str, *words: str) -> str:
+    """Return what a program prints; "" where there is none or it fails."""
+    if (found := shutil.which(tool)) is None:
+        return ""
+    try:
+        return subprocess.run(
+            [found, *words], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def gpu_driver() -> str:
     """Return the version of the NVIDIA driver, "" where its own tool does not report one."""
     gpus = _gpus()
@@ -134,18 +146,10 @@ def _cpu_model() -> str:
 
 def _gpus() -> list[dict[str, str]]:
     """Name, memory and driver of every NVIDIA GPU that the driver's own tool reports."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(
-            [tool, *query], capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
+    query = ("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    lines = output_of("nvidia-smi", *query).splitlines()
     fields = ("name", "memory", "driver")
-    rows = [line.split(",") for line in done.stdout.splitlines() if line.count(",") == 2]
+    rows = [line.split(",") for line in lines if line.count(",") == 2]
     return [dict(zip(fields, map(str.strip, row), strict=True)) for row in rows]
 
 

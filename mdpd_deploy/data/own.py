@@ -162,14 +162,12 @@ def _choose(config: DataConfig, existing: list[str], where: str) -> Columns:
     if config.text is not None and config.image is not None:
         raise UserError("--text and --image exclude each other: give one of them.")
     has = f"{where} has the columns: {', '.join(existing)}."
-    text = config.text
-    if text is None and config.image is None:
+    text, image = config.text, config.image
+    if text is None and image is None:
         image = "image" if "image" in existing else None
         text = ["text"] if "text" in existing and image is None else None
         if text is None and image is None:
             raise UserError(f"name the input column with --text A[,B] or --image COL. {has}")
-    else:
-        image = config.image
     if text is not None and len(text) not in (1, 2):
         raise UserError(f"--text takes one column or two (a pair), given {len(text)}. {has}")
     label = config.label or ("label" if "label" in existing else None)

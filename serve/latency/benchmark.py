@@ -6,7 +6,6 @@ one round, inside one opening of one cell.
 """
 
 import logging
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,7 +18,7 @@ import torch
 import mdpd_deploy
 from mdpd_deploy.graphs.signature import same_structure
 from mdpd_deploy.graphs.trace import export_onnx
-from mdpd_deploy.machine import describe
+from mdpd_deploy.machine import describe, output_of
 from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
 from mdpd_deploy.serve.latency.cells import CellTimes, Plan
 from mdpd_deploy.serve.latency.contention import Counters
@@ -161,12 +160,8 @@ def _git_commit() -> str | None:
     root = Path(mdpd_deploy.__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+    words = ("-C", str(root), "describe", "--always", "--dirty", "--abbrev=40")
+    return output_of("git", *words).strip() or None
 
 
 class _Benchmark:
