@@ -179,6 +179,7 @@ class PictureTransformer(Transformer):
         self.size = preprocess.size
         rows, columns = (edge // model.config.patch_size for edge in preprocess.size)
         self.grid = (rows, columns)
+        self.prefix_tokens = 0  # until one forward tells
         mend = "Check the size of its pictures in preprocessor_config.json."
         with explaining(f"backbone.name: {name} cannot be run", mend), torch.no_grad():
             tokens = self.eval().trace(self.example_inputs(1), last=0).taps[0].shape[1]
