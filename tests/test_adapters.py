@@ -13,7 +13,8 @@ from mdpd_deploy.adapters import LAYERS, build_tokens, inject, merged_weights
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.config import BackboneConfig, PeftConfig, check_config, load_config
 from mdpd_deploy.errors import UserError
-from mdpd_deploy.graphs.trace import export_onnx, same_structure
+from mdpd_deploy.graphs.signature import same_structure
+from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.tasks import Classify
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.train.batches import StepDataset

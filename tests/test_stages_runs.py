@@ -69,7 +69,7 @@ def test_export_verify_predict_and_latency(runs, digit_folder, tmp_path):
     assert verify_bundle(bundle.path).unsound == []
     picture = next((digit_folder / "validation").rglob("*.png"))
     (answer,) = load_bundle(bundle.path).predict([picture])
-    assert answer.label in run.label_names
+    assert answer.label in run.task.labels
     if name != "resnet":
         return
     report = bench_latency(run.path, runtime=["onnx"], batch=[1], seconds=0.2, openings=3)
@@ -87,4 +87,4 @@ def test_two_tasks_share_one_graph(runs, digit_folder, tmp_path):
     picture = next((digit_folder / "validation").rglob("*.png"))
     for task, run in (("three", three), ("two", two)):
         (answer,) = both.predict([picture], task=task)
-        assert answer.label in run.label_names
+        assert answer.label in run.task.labels
