@@ -539,6 +539,9 @@ def test_a_bundle_of_tasks_of_the_first_schema_opens(text_bundle, tmp_path):
     del plain["pipeline"]
     plain |= {name: model[name] for name in ("inputs", "outputs", "shapes", "opset", "nodes")}
     plain["mixed"]["base_nodes"] = base["nodes"]
+    for told in (plain, *plain["tasks"]):
+        told["pair"] = len(told.pop("fields")) > 1
+    plain["modality"] = "text"
     (folder / "manifest.json").write_text(json.dumps(plain | {"schema": "1.1"}))
     earlier = load_bundle(folder)
     assert earlier.manifest["graphs"] == text_bundle.manifest["graphs"]

@@ -21,6 +21,7 @@ from mdpd_deploy.machine import cpu_count, describe
 from mdpd_deploy.model import Deployed, TaskModel
 from mdpd_deploy.runtimes.base import only
 from mdpd_deploy.runtimes.onnx import OnnxRunner, compute_nodes_on_cpu
+from mdpd_deploy.tasks import Classify, Regress
 from mdpd_deploy.tasks.head import Head
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="runs exported graphs")
@@ -37,7 +38,8 @@ def backbone_of(tiny_vit, tiny_bert):
 
 def deployed(backbone, *, scale=None, tuned=True):
     torch.manual_seed(1)
-    model = Deployed(backbone, Head(backbone.width, 1 if scale else 3, scale)).eval()
+    task = Regress(scale=scale) if scale else Classify.numbered(3)
+    model = Deployed(backbone, task.new_head(backbone.width)).eval()
     torch.nn.init.normal_(model.head.linear.weight)
     if tuned:
         with torch.no_grad():

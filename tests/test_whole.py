@@ -32,7 +32,7 @@ VISION = {
 }
 # a tenth of the families that benchmarks/backbones.py tries: timm name, blocks
 SWEPT = {
-    "test_byobnet": 4, "test_coatnet": 5, "test_convnext": 13, "test_efficientnet_evos": 5,
+    "test_byobnet": 4, "test_coatnet": 5, "test_convnext": 9, "test_efficientnet_evos": 5,
     "test_mambaout": 10, "test_maxvit": 12, "test_resnet": 4,
 }  # fmt: skip
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -152,18 +152,18 @@ def test_what_needs_declared_taps_is_refused_in_a_sentence(method):
 
 @pytest.mark.parametrize("name", ["lora", "adalora"])
 def test_low_rank_layers_are_found_by_their_names_and_merge(name):
-    with pytest.raises(UserError, match=r"resnet18 have no queries .*set peft.targets=all"):
-        inject(vision("resnet18"), name, PeftConfig())
-    adapted, plain = (vision("swin_tiny_patch4_window7_224") for _ in range(2))
+    with pytest.raises(UserError, match=r"test_byobnet have no queries .*set peft.targets=all"):
+        inject(vision("test_byobnet"), name, PeftConfig())
+    adapted, plain = (vision("test_maxvit") for _ in range(2))
     inject(adapted, name, PeftConfig(rank=2), random=True)
     inputs = plain.example_inputs(1)
     with torch.no_grad():
         before, layered, merged = plain(inputs), adapted(inputs), merged_weights(adapted)
-        assert len(merged) == 12 and all(weight.endswith("attn.qkv.weight") for weight in merged)
+        assert merged and all(weight.endswith("attn.qkv.weight") for weight in merged)
         for weight, value in merged.items():
             plain.get_parameter(weight).copy_(value)
-        torch.testing.assert_close(plain(inputs), layered, rtol=1e-3, atol=1e-3)
-    assert (layered - before).abs().max() > 1e-4
+        torch.testing.assert_close(plain(inputs), layered, rtol=0, atol=5e-3)
+    assert (layered - before).abs().max() > 1
     with pytest.raises(UserError, match=r"makes? keys and values is not known; use --method lora"):
         inject(plain, "ia3", PeftConfig())
 
