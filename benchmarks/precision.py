@@ -21,7 +21,7 @@ from mdpd_deploy import export_run, fit
 from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.checks.policy import paired_drop
 from mdpd_deploy.checks.reference import Measured, Reference
-from mdpd_deploy.commands.bench_latency import input_source
+from mdpd_deploy.commands.subject import input_source
 from mdpd_deploy.export.fade import fade
 from mdpd_deploy.export.options import ExportOptions
 from mdpd_deploy.export.precision.convert import convert
