@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mdpd_deploy.artifacts.folders import atomic_folder
+from mdpd_deploy.artifacts.outputs import write_outputs
 from mdpd_deploy.artifacts.run import BACKBONE, LABELS, SCHEMA, Run, read_metrics
 from mdpd_deploy.artifacts.scores import key_of
 from mdpd_deploy.files import sha256_file, write_json
@@ -72,6 +73,17 @@ def finish(setup: Setup, out: Path, progress: Progress) -> Run:
     if setup.state.is_main_process:
         require_folder(out)
         report(setup, out, summary, outputs["validation"], side.get("validation"))
+        write_outputs(
+            out,
+            {
+                name: {
+                    "labels": split.labels,
+                    "deployed": outputs[name]["output"],
+                    **({"side": side[name]["output"]} if side else {}),
+                }
+                for name, split in setup.data.evaluation.items()
+            },
+        )
         write_json(out / "summary.json", summary)
     return run
 

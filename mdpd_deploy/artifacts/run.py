@@ -1,6 +1,6 @@
 """The run directory: what training leaves on disk, written and read in this one place.
 
-    RUN/config.yaml  metrics.jsonl  summary.json  report.html
+    RUN/config.yaml  metrics.jsonl  summary.json  report.html  outputs.safetensors
     RUN/checkpoints/   see train/checkpoint.py
     RUN/model/         delta.safetensors  side.safetensors  adapter.safetensors  labels.json
                        preprocess.json (+ tokenizer.json)   backbone.safetensors
