@@ -35,6 +35,7 @@ def call(*words):
     return main(["bench-latency", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_a_run_is_timed_in_both_runtimes(run, tiny_vit, capsys):
     options = ["--batch", "1", "--seconds", "0.05", "--openings", "3", "--threads", "1"]
     assert call(run, "--rivals", "bare,sherl", *options, "--json") == 0

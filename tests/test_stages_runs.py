@@ -60,6 +60,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(runs, digit_folder, tmp_path
     assert (copied / "model" / "side.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unwarmed")
 def test_export_verify_predict_and_latency(runs, digit_folder, tmp_path):
     name, run, _ = runs
