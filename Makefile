@@ -15,7 +15,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 # Tests run in two processes of one thread each: faster than one process of two threads, and the
 # same sums on every machine. Models come from packages and local folders, never from the network.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-PYTEST_ARGS ?= -n 2 --dist loadscope
+PYTEST_ARGS ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 # What a release is looked at with; an environment of its own keeps these out of the project's.
 TOOLS := build/tools

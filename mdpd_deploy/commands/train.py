@@ -55,7 +55,8 @@ def fit(
 
     Example:
         >>> from mdpd_deploy import fit
-        >>> run = fit(task="classify", data=pictures, steps=4, out=folder / "run", quiet=True)
+        >>> words = dict(task="classify", data=pictures, backbone=encoder, steps=4)
+        >>> run = fit(out=folder / "run", quiet=True, **words)
         >>> run.summary["status"], sorted(run.summary["metrics"])
         ('completed', ['deployed', 'side'])
     """
