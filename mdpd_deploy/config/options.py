@@ -101,7 +101,7 @@ class BackboneConfig(Section):
     """The frozen network that is deployed."""
 
     name: str = BUILTIN_BACKBONE  # builtin:NAME, timm:NAME, hf:NAME[@revision], or a local folder
-    weights: str | None = None  # a local weights file for timm:NAME
+    weights: str | None = None  # --weights: a local file for timm:NAME
     pretrained: bool = True  # false: random weights, stored with the run
     pooling: Literal["mean", "cls"] = "mean"  # mean of real tokens / patch tokens, or the first
     tower: Literal["vision", "text"] | None = None  # of an image-text model; vision if not named
