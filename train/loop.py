@@ -24,6 +24,7 @@ from mdpd_deploy.train.checkpoint import (
 from mdpd_deploy.train.evaluate import run_over
 from mdpd_deploy.train.fisher import inherit_important
 from mdpd_deploy.train.log import MetricsLog, require_folder
+from mdpd_deploy.train.mean import WeightMean
 from mdpd_deploy.train.memory.forecast import measured_step
 from mdpd_deploy.train.methods import Batch, Method
 from mdpd_deploy.train.optim import (
@@ -49,7 +50,8 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
         stop_request: Obeyed after a step, with a checkpoint.
 
     Returns:
-        Where the run ended. The method holds the last weights, `best.safetensors` the best.
+        Where the run ended. The method holds the last weights, or their mean if there is one,
+        `best.safetensors` the best.
 
     Raises:
         WorkFailed: If the run diverges, or its folder is gone.
@@ -57,8 +59,9 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
     config, method, state = setup.config, setup.method, setup.state
     optimizer = build_optimizer(method)
     torch.manual_seed(config.train.seed + 1 + state.process_index)
+    mean = WeightMean(method, config.train.ema)
     checkpoints = Checkpoints(
-        out / "checkpoints", method, optimizer, config.to_yaml(), data_fingerprint(setup.data)
+        out / "checkpoints", method, optimizer, mean, config.to_yaml(), data_fingerprint(setup.data)
     )
     found = checkpoints.load_newest(bar.say)
     progress = found or Progress()
@@ -68,6 +71,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
         bar.say(f"resuming {out} at step {progress.step} of {setup.steps}")
     else:
         inherit_important(setup, bar.say)
+        mean.start()
     log = MetricsLog(out, progress.step, config.track.to, enabled=state.is_main_process)
     dataset = StepDataset(
         setup.data.train,
@@ -84,9 +88,10 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
     for step in range(progress.step, progress.step if ended else setup.steps):
         started = time.perf_counter()
         parts = next(loader)
-        set_learning_rate(optimizer, step, setup.steps, config.optim)
+        still = step < config.optim.norms_after * setup.steps
+        set_learning_rate(optimizer, setup.rate.share(step), norms_still=still)
         if step < MEASURED_STEPS:
-            with measured_step(method, optimizer, parts) as peak:
+            with measured_step(method, optimizer, parts, mean.tensors) as peak:
                 losses, norms = one_step(setup, optimizer, parts, step)
             progress.memory = {"peak_live_bytes": peak.peak_bytes, "parts": dict(peak.parts)}
             progress.memory |= {"choice": asdict(choice)} if choice else {}
@@ -96,6 +101,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
                 torch.cuda.synchronize()
             progress.train_s += time.perf_counter() - started
             progress.samples += len(setup.schedule.members(step))
+        mean.update()
         progress.step = step + 1
         last = progress.step == setup.steps
         if step == 0:
@@ -110,7 +116,8 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
             log.write(line)
         stop = False
         if progress.step % setup.eval_every == 0 or last:
-            stop = evaluate(setup, progress, log, checkpoints.folder, bar)
+            with mean.in_place():
+                stop = evaluate(setup, progress, log, checkpoints.folder, bar)
         due = progress.step % setup.checkpoint_every == 0 and not last
         if (due or stop_request.came) and state.is_main_process:
             require_folder(out)
@@ -120,6 +127,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
             bar.say(f"stopped at step {progress.step}: no gain in {progress.stale} evaluations")
             break
     log.close()
+    mean.take()
     return progress
 
 

@@ -189,6 +189,12 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
         *((f"{name} examples", f"{count:,}") for name, count in plan.examples.items()),
         *([("classes", f"{len(plan.classes)}: {classes}")] if plan.classes else []),
         ("steps", f"{plan.steps:,} of {plan.batch} examples, {plan.steps_per_epoch:,} an epoch"),
+        ("learning rate", plan.learning_rate),
+        *(
+            [("options", "\n".join(f"{k}={v}" for k, v in plan.options.items()))]
+            if plan.options
+            else []
+        ),
         *((f"parameters, {name}", f"{count:,}") for name, count in plan.params.items()),
         (
             "memory forecast",

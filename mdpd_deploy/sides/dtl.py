@@ -21,6 +21,10 @@ At the start h = 0 and the logits are the frozen backbone's. Read-out is the dep
 so that this holds exactly; the released code averages before the final norm. Prefix tokens
 skip g; texts, which the papers leave out, take a 1-D convolution along the words.
 
+The backbone's stochastic depth (`backbone.drop_path`) is on while training, as in the released
+code: a block that is run on z draws anew what it leaves out, and the backbone's own pass stops
+before it, so that each block draws once for an answer.
+
 The pattern of v2 on plain transformers is not reported, and no literal one gives the sizes reported
 for ViT-B (v2 0.07 M, LS 0.04 M). The default follows the one for Swin's third stage: readings at
 1, 5, 9, 12 and fusions at 7, 9, 12 of 12 blocks, 0.079 and 0.035 M. No two of these fusions read

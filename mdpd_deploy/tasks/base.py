@@ -65,6 +65,7 @@ class Task(ABC):
     Attributes:
         kind: Its name in runs, manifests and the registry.
         output: Name of the graph's output.
+        mixes: Whether `loss` and `errors` take shares of classes [B, C] for labels too.
         usual_metrics: Metric names, the primary one first, where a data set has none of its own.
         labels: Class names in index order; empty where outputs are no classes.
     """
@@ -72,6 +73,7 @@ class Task(ABC):
     kind: ClassVar[str]
     output: ClassVar[str]
     usual_metrics: ClassVar[tuple[str, ...]]
+    mixes: ClassVar[bool] = False
     labels: tuple[str, ...] = ()
 
     @property
