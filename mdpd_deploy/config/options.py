@@ -258,6 +258,8 @@ class TrackConfig(Section):
 class Config(Section):
     """One run."""
 
+    # --recipe: the paper's protocol that filled in what was not given; what it set stands below
+    recipe: str | None = YOUNGER
     task: str = "digits"
     method: str = "mdpd"
     out: str | None = None
