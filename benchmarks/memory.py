@@ -196,7 +196,8 @@ def page(tables: Sequence[Setting], words: Sequence[str]) -> str:
             parts.append(
                 "The papers measured on CUDA, each in a harness of its own; on BitFit they differ "
                 "from one another. Compare within a column. Our UniPT and SHERL are not of the sizes "
-                "that MDPD's paper has (5.19 and 5.08 M): its versions of them for ViT are unreleased."
+                "that MDPD's paper has (at r = 2, without the head, 4.74 M against 5.19 and 7.39 M against "
+                "5.08): its versions of them for ViT are unreleased."
             )
         else:
             parts.append(without_dropout(setting))

@@ -41,6 +41,7 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb("train", "command", "Fine-tune a model and write a run folder."),
     "eval": Verb("evaluate", "command", "Measure a run or a bundle on data."),
+    "recipes": Verb("recipes", "command", "List the papers' protocols, for --recipe."),
     "compare": Verb("compare", "command", "Train methods on the same data, side by side."),
     "export": Verb("export", "command", "Drop the side network; write a verified bundle."),
     "verify": Verb("verify", "command", "Check a bundle again from what it holds."),

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mdpd_deploy.config import DataConfig
+from mdpd_deploy.data.examples import Split, parts_of
 from mdpd_deploy.data.glue import GLUE
-from mdpd_deploy.data.load import load_task
+from mdpd_deploy.data.load import load_evaluation, load_task
 from mdpd_deploy.errors import UserError
 
 MNLI_START = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse"
@@ -299,3 +301,76 @@ def test_real_folders_read_every_line(task: str) -> None:
         lines = folder.joinpath(file).read_bytes().count(b"\n")
         assert len(split) == lines - (0 if task == "cola" else 1)
     assert not data.notes
+
+
+# --- LST's splits ---------------------------------------------------------------------------------
+
+
+def write_rows(folder: Path, file: str, count: int, task: str) -> None:
+    _, header, labels = OFFICIAL[task]
+    names, wanted = columns(header), GLUE[task]
+    rows = []
+    for i in range(count):
+        cells = dict.fromkeys(names, "x") | {name: f"{file} {i}" for name in wanted.text}
+        rows.append([(cells | {wanted.label: labels[i % 2]})[name] for name in names])
+    write(folder / file, names, rows)
+
+
+def numbers(split: Split) -> list[int]:
+    return [int(parts_of(raw)[0].split()[1]) for raw in split.inputs]
+
+
+def test_lst_halves_the_dev_file_of_a_small_task_in_torchs_order(tmp_path: Path) -> None:
+    write_rows(tmp_path / "RTE", "train.tsv", 6, "rte")
+    write_rows(tmp_path / "RTE", "dev.tsv", 9, "rte")
+    data = glue("rte", tmp_path, splits="lst")
+    generator = torch.Generator().manual_seed(42)
+    order = torch.randperm(9, generator=generator).tolist()
+    assert numbers(data.evaluation["validation"]) == order[:4]
+    assert numbers(data.evaluation["test"]) == order[4:]
+    assert data.evaluation["test"].labels.tolist() == [i % 2 for i in order[4:]]
+    assert numbers(data.train) == list(range(6))
+
+
+def test_lst_takes_a_thousand_examples_out_of_a_large_train_file(tmp_path: Path) -> None:
+    write_rows(tmp_path / "SST-2", "train.tsv", 1010, "sst2")
+    write_rows(tmp_path / "SST-2", "dev.tsv", 5, "sst2")
+    data = glue("sst2", tmp_path, splits="lst")
+    order = torch.randperm(1010, generator=torch.Generator().manual_seed(42)).tolist()
+    assert numbers(data.evaluation["validation"]) == order[:1000]
+    assert numbers(data.train) == order[1000:]
+    assert numbers(data.evaluation["test"]) == list(range(5))
+    write_rows(tmp_path / "SST-2", "train.tsv", 999, "sst2")
+    with pytest.raises(UserError, match=r"train\.tsv: data\.splits=lst holds out 1,000"):
+        glue("sst2", tmp_path, splits="lst")
+
+
+def test_lst_chooses_on_the_mismatched_and_measures_the_matched(tmp_path: Path) -> None:
+    for file, header in (
+        ("train.tsv", MNLI_TRAIN), ("dev_matched.tsv", MNLI_DEV), ("dev_mismatched.tsv", MNLI_DEV),
+    ):  # fmt: skip
+        names = header.split()
+        rows = [
+            [file if "sentence" in name else label for name in names]
+            for label in ("entailment", "neutral", "contradiction")
+        ]
+        write(tmp_path / "MNLI" / file, names, rows)
+    found = glue("mnli", tmp_path, splits="lst").evaluation
+    said = {name: parts_of(split.inputs[0])[0] for name, split in found.items()}
+    assert said == {"validation": "dev_mismatched.tsv", "test": "dev_matched.tsv"}
+
+
+def test_lst_has_no_splits_for_wnli_nor_for_other_tasks(tmp_path: Path) -> None:
+    write_task(tmp_path, "wnli")
+    with pytest.raises(UserError, match=r"data\.splits=lst has no place for WNLI"):
+        glue("wnli", tmp_path, splits="lst")
+    write_rows(tmp_path / "RTE", "train.tsv", 6, "rte")
+    write_rows(tmp_path / "RTE", "dev.tsv", 6, "rte")
+    with pytest.raises(UserError, match=r"data\.splits=lst has no place for --eval-data"):
+        glue("rte", tmp_path, splits="lst", eval_path=str(tmp_path))
+    with pytest.raises(UserError, match=r"--task digits does not use data\.splits"):
+        load_task("digits", DataConfig(splits="lst"), seed=0)
+    dev = str(tmp_path / "RTE" / "dev.tsv")
+    fixed = DataConfig(path=str(tmp_path), eval_path=dev, splits="lst")
+    task = glue("rte", tmp_path).task
+    assert len(load_evaluation("glue/rte", task, fixed, seed=0)["validation"]) == 6

@@ -118,7 +118,7 @@ def test_a_comparison_guesses_only_without_a_task(tmp_path: Path) -> None:
     from mdpd_deploy.commands.study_plan import shared_config
 
     folder = pictures(tmp_path / "pics")
-    assert shared_config(None, [], {"data": str(folder)}, guess=True)[1] == "classify"
+    assert shared_config(None, [], {"data": str(folder)}, guess=True)[1] == ["classify"]
     (tmp_path / "glue" / "CoLA").mkdir(parents=True)
     table(tmp_path / "glue" / "CoLA" / "train.tsv", [])
-    assert shared_config(None, [], {"data": str(tmp_path / "glue")})[1] == "digits"
+    assert shared_config(None, [], {"data": str(tmp_path / "glue")})[1] == ["digits"]

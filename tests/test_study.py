@@ -103,7 +103,7 @@ def test_a_plan_is_read_back(tmp_path):
     base = Config.model_validate({"train": {"steps": 7}})
     fewer = replace(ASK, left_out=("glue/wnli is left out: it is not there.",))
     write_plan(tmp_path, base, [ASK, fewer])
-    assert read_plan(tmp_path) == (base, (ASK, fewer))
+    assert read_plan(tmp_path) == (base, (ASK, fewer), {})
 
 
 @pytest.mark.parametrize(

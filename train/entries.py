@@ -7,7 +7,8 @@ network and names none takes the default one (`mdpd` = `mdpd:unipt`).
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mdpd_deploy.config import SIDE_ALIASES, Config, SideConfig
+from mdpd_deploy.config import SIDE_ALIASES, Config, SideConfig, check_config
+from mdpd_deploy.config.recipes import nested, recipe_settings
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.sides import SIDES, other_side
 from mdpd_deploy.sides.base import check_options as check_side_options
@@ -84,6 +85,19 @@ def apply_entry(config: Config, entry: Entry) -> Config:
         reset = getattr(config, section).model_copy(update={name: value})
         config = config.model_copy(update={section: reset})
     return config.model_copy(update={"method": entry.method})
+
+
+def without_unread(config: Config) -> Config:
+    """Return a config without what its recipe sets and its method or side network does not read."""
+    side = config.side.name if METHODS.get_or_raise(config.method).uses_side else None
+    asked, read = config.flat(), apply_entry(config, Entry(config.method, side)).flat()
+    unread = [
+        name
+        for name, value, recipe in recipe_settings(config)
+        if value == recipe and asked.get(name) != read.get(name)
+    ]
+    kept = {name: value for name, value in asked.items() if name not in unread}
+    return check_config(nested(kept)) if unread else config
 
 
 def check_options(config: Config) -> None:

@@ -21,11 +21,12 @@ from mdpd_deploy.artifacts.folders import (
 )
 from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.config import Config, read_config
+from mdpd_deploy.config.recipes import Setting, recipe_settings
 from mdpd_deploy.data.inventory import Inventory
 from mdpd_deploy.data.lengths import TextLengths
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import write_text
-from mdpd_deploy.train.entries import default_entries, entry_configs
+from mdpd_deploy.train.entries import default_entries, entry_configs, without_unread
 from mdpd_deploy.train.finish import finish
 from mdpd_deploy.train.loop import train
 from mdpd_deploy.train.memory.choice import MemoryChoice
@@ -50,6 +51,7 @@ class Plan:
         licence: Of its weights.
         memory_table: What every method would need in this run's place, this one's included; empty
             unless it was asked for.
+        recipe: What its recipe says, and what this run has.
         tokens: How long the texts of each split are, and how many are cut; empty for images.
         text_length: Tokens of the batch that the forecasts are for; None for images.
     """
@@ -79,9 +81,11 @@ class Plan:
     device: str
     notes: tuple[str, ...]
     inventory: Inventory
+    recipe: tuple[Setting, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "inventory": self.inventory.to_dict()}
+        recipe = [setting._asdict() for setting in self.recipe]
+        return {**asdict(self), "inventory": self.inventory.to_dict(), "recipe": recipe}
 
 
 def make_plan(config: Config, *, all_methods: bool = False) -> Plan:
@@ -94,7 +98,7 @@ def make_plan(config: Config, *, all_methods: bool = False) -> Plan:
     Raises:
         UserError: For anything in the config or the data that cannot work.
     """
-    setup = prepare(with_resize(config))
+    setup = prepare(with_resize(without_unread(config)))
     return _plan(setup, _every_method(setup) if all_methods else ())
 
 
@@ -132,6 +136,7 @@ def _plan(setup: Setup, memory_table: tuple[MemoryRow, ...]) -> Plan:
         device=str(setup.state.device),
         notes=setup.notes,
         inventory=setup.data.inventory,
+        recipe=recipe_settings(config),
     )
 
 
@@ -165,7 +170,7 @@ def fit_run(config: Config, *, overwrite: bool = False, quiet: bool = False) -> 
     out = Path(config.out).expanduser() if config.out else _free_out(config)
     check = partial(refuse_nonempty, out, overwrite=overwrite, ours=_is_ours)
     check()  # before the data are read, and again when the folder is ours alone
-    config = with_resize(config.model_copy(update={"out": str(out.resolve())}))
+    config = with_resize(without_unread(config).model_copy(update={"out": str(out.resolve())}))
     setup = prepare(config)
     with _held(setup, out, check):
         if setup.state.is_main_process:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mdpd_deploy.backbones import Backbone, Card, card_of, check_backbone, load_backbone
 from mdpd_deploy.config import Config, DataConfig
+from mdpd_deploy.config.recipes import recipe_notes
 from mdpd_deploy.data.cautions import data_cautions
 from mdpd_deploy.data.check import check_images
 from mdpd_deploy.data.examples import TaskData
@@ -79,7 +80,7 @@ class Setup:
     def notes(self) -> tuple[str, ...]:
         """Sentences a user should see: of the data, and of a backbone that is not for own data."""
         advice = None if self.config.task == "digits" else self.card.advice
-        return (*self.data.notes, *([advice] if advice else []))
+        return (*recipe_notes(self.config), *self.data.notes, *([advice] if advice else []))
 
     def frozen_weights(self) -> dict[str, Tensor]:
         """Return the backbone's weights as they were before training, float32, by name."""

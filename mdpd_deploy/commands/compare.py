@@ -12,12 +12,12 @@ import typer
 from mdpd_deploy.commands.options import SharedWords
 from mdpd_deploy.commands.study_facts import on_gpu, study_facts, study_latency
 from mdpd_deploy.commands.study_plan import (
-    DEFAULT_FACTORS,
     FACTORS,
     METHODS,
     asked_plan,
     expand_all,
     method_configs,
+    options_of_tasks,
     shared_config,
     stored_plan,
 )
@@ -49,7 +49,7 @@ def compare(
     ] = None,
     task: Annotated[
         str | Sequence[str] | None,
-        typer.Option(help="Tasks with commas, or glue, vtab, vtab-full for all."),
+        typer.Option(help="Tasks with commas, or glue, vtab, vtab-full, few-shot, fgvc for all."),
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(help="How many, from train.seed on; default 1.")
@@ -106,9 +106,7 @@ def compare(
 
     ENGINES.get_or_raise(engine)
     tasks = [task] if isinstance(task, str) else task
-    rates = DEFAULT_FACTORS if lr_factors is None else lr_factors
-    factors = tuple(dict.fromkeys(map(float, rates)))
-    _check_numbers(factors, latency_seconds, seeds=seeds, jobs=jobs, threads=threads)
+    _check_numbers(lr_factors, latency_seconds, seeds=seeds, jobs=jobs, threads=threads)
     shared = None
     if resume is None:
         shared = shared_config(config, set, words, guess=not tasks)
@@ -120,10 +118,10 @@ def compare(
             plan = stored_plan(folder)
         else:
             base, own = shared
-            plan = asked_plan(folder, base, methods, tasks or [own], seeds or 1, factors, _say)
+            plan = asked_plan(folder, base, methods, tasks or own, seeds, lr_factors, _say)
         gpu = on_gpu(plan.base)
         _check_jobs(jobs, gpu=gpu, engine=engine)
-        write_plan(folder, plan.base, plan.asks)
+        write_plan(folder, plan.base, plan.asks, plan.of_tasks)
         _say(f"comparison: {folder}")
         each = threads or (1 if engine == "ray" else max(1, cpu_count() // jobs))
         with build_engine(engine, jobs=jobs, threads=each, gpus=int(gpu)) as running:
@@ -143,9 +141,15 @@ def command(
     forecast: Annotated[
         bool, typer.Option("--forecast", help="Only forecast each method's memory; no training.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be trained; no training.")
+    ] = False,
     json: Json = False,
     **asked: Any,
 ) -> None:
+    if dry_run:
+        _print_plan(**asked, as_json=json)
+        return
     if forecast:
         for name in OF_TRAININGS:
             if name in asked:
@@ -165,12 +169,13 @@ def command(
 
 
 def _check_numbers(
-    factors: tuple[float, ...], latency_seconds: float, **counts: int | None
+    factors: Sequence[float] | None, latency_seconds: float, **counts: int | None
 ) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: give at least 1.")
-    if not factors or not all(0 < factor < float("inf") for factor in factors):
+    known = factors is None or (factors and all(0 < factor < float("inf") for factor in factors))
+    if not known:
         raise UserError(f"--lr-factors {factors}: give numbers above 0, as in {FACTORS}.")
     if not 0 <= latency_seconds < float("inf"):
         raise UserError(f"--latency-seconds {latency_seconds}: give 0 or a time above it.")
@@ -249,6 +254,65 @@ def _folder(out: Path | str | None) -> Path:
     return folder
 
 
+def _print_plan(
+    config: Path | None = None,
+    *,
+    methods: Sequence[str] | None = None,
+    task: Sequence[str] | None = None,
+    seeds: int | None = None,
+    lr_factors: Sequence[float] | None = None,
+    out: Path | None = None,
+    set: Sequence[str] = (),
+    as_json: bool,
+    resume: Path | None = None,
+    jobs: int = 1,
+    threads: int | None = None,
+    engine: str = "local",
+    latency_seconds: float = 0,
+    **words: Any,
+) -> None:
+    """Print the trainings that the words mean, and what the recipe says of them."""
+    from dataclasses import asdict
+
+    from mdpd_deploy.commands.train import settings_words
+    from mdpd_deploy.config.recipes import OF_ONE_RUN, recipe_notes, recipe_settings
+    from mdpd_deploy.report.terminal import print_table
+
+    if resume is not None:
+        raise UserError("--dry-run plans a new comparison: leave --resume out.")
+    _check_numbers(lr_factors, latency_seconds, seeds=seeds, jobs=jobs, threads=threads)
+    given, own = shared_config(config, set, words, guess=not task)
+    folder, named = _folder(out), task or own
+    plan = asked_plan(folder, given, methods, named, seeds, lr_factors, _say, unread=True)
+    settings = [s for s in recipe_settings(plan.base) if s.option not in OF_ONE_RUN]
+    cells = plan.cells()
+    count = sum(len(cell.factors) + len(cell.seeds) - 1 for cell in cells)
+    ask = plan.asks[-1]
+    if as_json:
+        print_json(
+            {
+                "trainings": count,
+                **asdict(ask),
+                "recipe": [setting._asdict() for setting in settings],
+                "of_tasks": plan.of_tasks,
+            }
+        )
+        return
+    rows = [
+        ("trainings", f"{count:,}"),
+        ("backbone", plan.base.backbone.name),
+        ("methods", ", ".join(plan.methods)),
+        ("learning rates", ", ".join(f"×{factor:g}" for factor in ask.factors)),
+        ("seeds", ", ".join(map(str, ask.seeds))),
+        *([("recipe", settings_words(settings))] if settings else []),
+    ]
+    for name in plan.tasks:
+        own_options = plan.of_tasks.get(name, {}).items()
+        rows.append((name, ", ".join(f"{option}={value}" for option, value in own_options)))
+    rows += [("note", note) for note in recipe_notes(plan.base)]
+    print_table("plan (nothing was trained)", ("", ""), rows)
+
+
 def _print_forecast(
     config: Path | None = None,
     *,
@@ -262,21 +326,24 @@ def _print_forecast(
     from dataclasses import asdict
 
     from mdpd_deploy.commands.train import print_memory
+    from mdpd_deploy.config.recipes import with_options, with_recipe
     from mdpd_deploy.data.load import load_task
     from mdpd_deploy.study.suites import expand_tasks
     from mdpd_deploy.tasks import Classify, Task
     from mdpd_deploy.train import forecast_methods
 
-    base, own = shared_config(config, set, words, guess=not task)
+    given, own = shared_config(config, set, words, guess=not task)
+    base = with_recipe(given, shared=True)
     answers: Task = Classify.numbered(CLASSES)
     longest = ""
     if task or base.data.path is not None:
-        named = expand_tasks(task or [own], base, _say)
+        named = expand_tasks(task or own, base, _say)
         if len(named) > 1:
             raise UserError(
                 f"--forecast takes one task, and --task names {len(named)}: memory depends on the "
                 f"backbone, batch and length; name one, e.g. {named[0]}."
             )
+        base = with_options(base, options_of_tasks(given, named).get(named[0], {}))
         data = load_task(named[0], base.data, seed=base.train.seed)
         answers = data.task
         if "text" in data.fields:

@@ -14,6 +14,11 @@ from mdpd_deploy.commands.names import METHODS, SIDES
 class SharedWords(TypedDict, total=False):
     """The words of `mdpd compare` for what all its trainings share; `mdpd train` has them too."""
 
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A paper's protocol, below all else that is given; `mdpd recipes`."),
+        "recipe",
+    ]
     data: Annotated[
         str | Path | None,
         typer.Option(help="File, folder or hub:NAME; for glue and vtab their root."),

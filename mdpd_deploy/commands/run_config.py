@@ -23,6 +23,7 @@ def build_config(
     words: Mapping[str, Any],
     *,
     guess: bool = True,
+    recipe: bool = True,
 ) -> Config:
     """Return the checked config that a file, `--set` assignments and words mean together.
 
@@ -31,8 +32,10 @@ def build_config(
         sets: Assignments.
         words: Those of `TrainWords`.
         guess: Settle the task by the data where nothing names it.
+        recipe: Fill in what the recipe says and nothing else does.
     """
     from mdpd_deploy.config import Config, check_config, load_config
+    from mdpd_deploy.config.recipes import is_whole, with_recipe
 
     config, words = _data_in_front(config, words)
     named = fields_of(TrainWords, words, "fit")
@@ -46,7 +49,12 @@ def build_config(
         loaded = check_config(_merged(config.model_dump(exclude_unset=True), given))
     else:
         loaded = load_config(None if config is None else Path(config), named, list(sets))
-    return _absolute(_with_task(loaded) if guess else loaded)
+    if words.get("recipe") is not None and is_whole(loaded):
+        raise UserError(
+            f"{config} holds every option, so that --recipe has nothing to fill in: leave one out."
+        )
+    loaded = with_task(loaded) if guess else loaded
+    return _absolute(with_recipe(loaded) if recipe else loaded)
 
 
 def _data_in_front(
@@ -64,12 +72,14 @@ def _data_in_front(
     return None, {**words, "data": str(config)}
 
 
-def _with_task(config: Config) -> Config:
+def with_task(config: Config) -> Config:
     """Settle the task by the data where nothing names it."""
+    from mdpd_deploy.config.recipes import require_task
     from mdpd_deploy.data.guess import guess_task
 
     if "task" in config.model_fields_set or config.data.path is None:
         return config
+    require_task(config)
     task = guess_task(config.data)
     log.info("task: %s, by what %s holds (--task says otherwise)", task, config.data.path)
     return config.model_copy(update={"task": task})

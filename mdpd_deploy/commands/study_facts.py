@@ -28,15 +28,22 @@ def study_facts(plan: Plan, engine: str, jobs: int, threads: int) -> dict[str, A
         if base.train.steps is not None
         else f"{base.train.epochs or 10:g} epochs"
     )
+    own = {name for options in plan.of_tasks.values() for name in options}
+    if own & {"train.steps", "train.epochs"}:
+        length += f", and as {base.recipe} has it for single tasks"
+    rate = "its own default" if base.optim.lr is None else f"optim.lr={base.optim.lr:g}"
+    if "optim.lr" in own:
+        rate = f"the rate that {base.recipe} has for each task"
     running = f"{jobs} training{'s' * (jobs > 1)} of {threads} thread{'s' * (threads > 1)}"
     device = machine["gpu"][0]["name"] if on_gpu(base) and machine["gpu"] else machine["cpu"]
     return {
         "backbone": Path(name).name if name.startswith("/") else name,
         "length": length,
         "batch": base.train.batch * base.train.accumulate,
-        "rate": "its own default" if base.optim.lr is None else f"optim.lr={base.optim.lr:g}",
+        "rate": rate,
         "machine": "a Ray cluster" if engine == "ray" else f"{device}, {running} at a time",
         "config": base.model_dump(mode="json", exclude_defaults=True, exclude=PLACES),
+        "of_tasks": {task: dict(options) for task, options in plan.of_tasks.items()},
         "left_out": list(plan.left_out),
         "details": machine,
     }

@@ -23,6 +23,7 @@ from mdpd_deploy.errors import UserError
 if TYPE_CHECKING:
     from mdpd_deploy.artifacts.run import Run
     from mdpd_deploy.config import Config
+    from mdpd_deploy.config.recipes import Setting
     from mdpd_deploy.train import MemoryRow, Plan
 
 
@@ -206,6 +207,7 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
             else []
         ),
         ("device", plan.device),
+        *([("recipe", settings_words(plan.recipe))] if plan.recipe else []),
         *(("note", note) for note in plan.notes),
         *([("data", plan.inventory.line)] if plan.inventory.line else []),
     ]
@@ -215,6 +217,14 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
         print_memory(plan.memory_table, "in this run's place", own=own)
     else:
         console.print("Add --all-methods to see what every other method would need.")
+
+
+def settings_words(settings: Sequence[Setting]) -> str:
+    """Say what a run has of its recipe, a line for each option, and what was given in its place."""
+    return "\n".join(
+        f"{option}={value}" + ("" if value == recipe else f" (the recipe has {recipe})")
+        for option, value, recipe in settings
+    )
 
 
 def print_memory(rows: Sequence[MemoryRow], where: str, own: str | None = None) -> None:

@@ -1,4 +1,6 @@
-"""The options of a run (`options`), and how a file and the command line become one config (`load`)."""
+"""The options of a run (`options`), how a file and the command line become one config (`load`), and the
+papers' protocols (`recipes`).
+"""
 
 from mdpd_deploy.config.load import check_config, load_config, read_config
 from mdpd_deploy.config.options import (

@@ -75,6 +75,8 @@ class DataConfig(Section):
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     # seed of what is split off and of `limit`; default: train.seed, in a comparison the first one
     split_seed: int | None = Field(default=None, ge=0, lt=2**32)
+    # glue/: validation and test as LST's code makes them of GLUE's labelled files; default: official
+    splits: Literal["lst"] | None = YOUNGER
     # use only the first N training examples (after a shuffle)
     limit: int | None = Field(default=None, ge=1)
     workers: int = Field(default=0, ge=0)  # loader processes
@@ -325,6 +327,8 @@ class TrackConfig(Section):
 class Config(Section):
     """One run."""
 
+    # --recipe: the paper's protocol that filled in what was not given; what it set stands below
+    recipe: str | None = YOUNGER
     task: str = "digits"
     method: str = "mdpd"
     out: str | None = None

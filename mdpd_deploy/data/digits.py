@@ -22,7 +22,8 @@ def read_digits(task: str, config: DataConfig, *, seed: int) -> TaskData:
     """Return the digits; no data option but `limit` and `labels` applies."""
     from sklearn.datasets import load_digits
 
-    refuse_options(task, config, "path", "eval_path", "text", "image", "label", "encoding")
+    unused = ("path", "eval_path", "text", "image", "label", "encoding", "splits")
+    refuse_options(task, config, *unused)
     pixels, target = (np.asarray(part) for part in load_digits(return_X_y=True))
     grey = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # 17 levels → 8 bit
     train, validation = stratified_split(target.astype(np.int64), VALIDATION, seed)

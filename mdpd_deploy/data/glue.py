@@ -4,11 +4,18 @@ Files are unquoted TSV: a `"` is a character. CoLA's train and dev files have no
 trained on and dev is `validation` (MNLI: dev_matched; dev_mismatched is measured as
 `validation_mismatched`); a test file counts only where it holds labels, as MRPC's own release does.
 Class order and metrics are those of the data set cards, so class 1 is the positive one for F1.
+
+`data.splits=lst` makes `validation` and `test` of the same files as LST, UniPT, SHERL and MDPD do: of
+a small task each is half of dev, of a large one 1,000 training examples are validation and dev is test
+(MNLI: mismatched and matched). The order is that of `torch.randperm` with the seed 42.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.assemble import assemble, relabelled
@@ -19,6 +26,8 @@ from mdpd_deploy.data.table_file import read_lines
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks import Classify, Regress
 
+HALVED = ("CoLA", "RTE", "MRPC", "STS-B")  # by LST: those of which dev becomes validation and test
+HELD = 1000  # training examples that LST holds out of the others
 _ENTAILMENT = {"entailment": "entailment", "not_entailment": "not_entailment"}
 
 
@@ -121,7 +130,9 @@ def read_glue(task: str, config: DataConfig, *, seed: int) -> TaskData:
     left: list[tuple[str, str]] = []
     splits = {"train": _read(folder / "train.tsv", glue, left)}
     evaluation = Path(config.eval_path).expanduser() if config.eval_path else folder
-    if evaluation.is_file():
+    if config.splits == "lst":
+        splits |= _as_lst(task, config, splits["train"], folder, left)
+    elif evaluation.is_file():
         splits["validation"] = _read(evaluation, glue, left)
     else:
         if config.eval_path:
@@ -135,15 +146,46 @@ def read_glue(task: str, config: DataConfig, *, seed: int) -> TaskData:
         texts(len(glue.text)),
         names=tuple(glue.classes.values()) or None,
         columns=glue.text,
-        inventory=left_out([*left, *_unused(folder, glue, splits)]),
+        inventory=left_out([*left, *_unused(folder, splits, config)]),
     )
     return assemble(task, glue.kind, source, config, seed=seed, metrics=glue.metrics)
 
 
-def _unused(folder: Path, glue: GlueTask, splits: Mapping[str, Rows]) -> list[tuple[str, str]]:
+def _as_lst(
+    task: str, config: DataConfig, train: Rows, folder: Path, left: list[tuple[str, str]]
+) -> dict[str, Rows]:
+    """Return the splits as LST's code makes them (`AbstractTask.get` with `split_validation_test`)."""
+    glue = GLUE[task.removeprefix("glue/")]
+    if config.eval_path or task == "glue/wnli":
+        what = "WNLI" if task == "glue/wnli" else "--eval-data"
+        raise UserError(f"data.splits=lst has no place for {what}: leave one of them out.")
+    dev = [_read(folder / file, glue, left) for _, file in glue.dev]
+    if len(dev) > 1:  # MNLI
+        return {"validation": dev[1], "test": dev[0]}
+    if glue.folder in HALVED:
+        order, count = torch_randperm(len(dev[0])), len(dev[0]) // 2
+        return {"validation": dev[0].of(order[:count]), "test": dev[0].of(order[count:])}
+    order = torch_randperm(len(train))
+    if len(train) <= HELD:
+        raise UserError(f"{train.source}: data.splits=lst holds out {HELD:,} of its examples.")
+    held, kept = order[:HELD], order[HELD:]
+    return {"train": train.of(kept), "validation": train.of(held), "test": dev[0]}
+
+
+def torch_randperm(n: int, seed: int = 42) -> NDArray[np.int64]:
+    """Return `torch.randperm(n, generator=torch.Generator().manual_seed(seed))` without torch."""
+    raw = np.random.RandomState(seed).randint(0, 1 << 32, size=max(n - 1, 0), dtype=np.uint32)
+    order = np.arange(n)
+    for i, number in enumerate(raw):
+        j = i + int(number) % (n - i)
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+def _unused(folder: Path, splits: Mapping[str, Rows], config: DataConfig) -> list[tuple[str, str]]:
     """Return what lies in the task's folder and is not read, with the reason."""
     read = {Path(rows.source).name for rows in splits.values()}
-    test = {"test.tsv": "test files without labels"}
+    test = {} if config.splits else {"test.tsv": "test files without labels"}
     return [
         (why_unread(path) or test.get(path.name, "files that are not read"), path.name)
         for path in sorted(folder.iterdir())

@@ -3,6 +3,9 @@
 --task                    reader
 glue/NAME                 glue.py          official GLUE folders
 vtab/NAME vtab-full/NAME  vtab.py          VTAB-1K list files
+few-shot/NAME:K           few_shot.py      fine-grained sets, K pictures a class
+domains/NAME              domains.py       one set to train on, others to measure
+fgvc/NAME                 fgvc.py          fine-grained sets, lists or as published
 classify, regress         own.py           tables, image folders, hub data sets
 digits                    digits.py        the embedded default
 """
@@ -11,7 +14,15 @@ from pathlib import Path
 from typing import Literal
 
 from mdpd_deploy.config import DataConfig
-from mdpd_deploy.data import digits, glue, own, vtab  # noqa: F401  (each registers its names)
+from mdpd_deploy.data import (  # noqa: F401  (each registers its names)
+    digits,
+    domains,
+    few_shot,
+    fgvc,
+    glue,
+    own,
+    vtab,
+)
 from mdpd_deploy.data.examples import Split, TaskData
 from mdpd_deploy.data.rows import TASKS, Reader
 from mdpd_deploy.errors import UserError, unknown
@@ -77,5 +88,7 @@ def load_evaluation(name: str, task: Task, config: DataConfig, *, seed: int) -> 
     update: dict[str, object] = {"labels": list(task.labels) or None}
     if config.eval_path is not None and Path(config.eval_path).expanduser().is_dir():
         update |= {"path": config.eval_path, "eval_path": None}  # the training data may be gone
+    elif config.eval_path is not None:
+        update |= {"splits": None}  # what is measured is the file
     fixed = config.model_copy(update=update)
     return load_task(name, fixed, seed=seed).evaluation

@@ -9,7 +9,7 @@ from mdpd_deploy.data.examples import Split, TaskData, words_of
 from mdpd_deploy.data.hub import PREFIX, SPLITS_FILE, is_saved, load_hub, load_saved, read_hub
 from mdpd_deploy.data.image_folder import read_image_folder
 from mdpd_deploy.data.inventory import Inventory, left_out
-from mdpd_deploy.data.rows import TASKS, Columns, Found, Rows, Source
+from mdpd_deploy.data.rows import TASKS, Columns, Found, Rows, Source, refuse_options
 from mdpd_deploy.data.split_files import beside_tables, split_files, unnamed_pictures
 from mdpd_deploy.data.table import Table, is_text_table, read_table, table_texts
 from mdpd_deploy.errors import UserError
@@ -29,6 +29,7 @@ def read_own(task: str, config: DataConfig, *, seed: int) -> TaskData:
     Raises:
         UserError: For a wrong path, column, label, text or picture, with its file and row.
     """
+    refuse_options(task, config, "splits")
     kind = KINDS[task]
     if config.path is None:
         raise UserError(f"--task {task} needs --data: a table, a folder, or hub:NAME.")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mdpd_deploy.config import DataConfig
-from mdpd_deploy.data.examples import Field, Raw, TaskData, texts
+from mdpd_deploy.data.examples import Field, Indices, Raw, TaskData, texts
 from mdpd_deploy.data.inventory import NOTHING, Inventory
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
@@ -34,6 +34,11 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def of(self, indices: Indices) -> "Rows":
+        """Return the rows at `indices`, in that order."""
+        inputs, labels = ([part[i] for i in indices] for part in (self.inputs, self.labels))
+        return Rows(inputs, labels, lambda i: self.where(int(indices[i])), self.source)
 
 
 @dataclass(frozen=True)

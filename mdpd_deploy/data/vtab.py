@@ -5,18 +5,16 @@ A line is `relative/path.jpg INDEX`, the path relative to the data set's folder;
 
     vtab/NAME       trains on train800, chooses the best weights on val200, measures test
     vtab-full/NAME  trains on all 1000 (train800val200) and measures test after the last epoch, as
-                    the papers do; their augmentation, schedules and rates are not part of it, and
-                    `validation` is then seen in training, so use train.keep=last
+                    the papers do (`--recipe vtab-dtl` has their schedules and rates); `validation`
+                    is then seen in training, so use train.keep=last
 """
 
-import os
 from pathlib import Path
 
 from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.assemble import assemble
-from mdpd_deploy.data.examples import Raw, TaskData
-from mdpd_deploy.data.images import looks_like_picture
-from mdpd_deploy.data.inventory import Inventory, left_out, walk
+from mdpd_deploy.data.examples import TaskData
+from mdpd_deploy.data.lists import METRICS, class_count, named, read_list, unlisted
 from mdpd_deploy.data.rows import TASKS, Rows, Source, refuse_options
 from mdpd_deploy.data.table_file import read_lines
 from mdpd_deploy.errors import UserError
@@ -52,8 +50,7 @@ LAYOUT = (
     "test.txt",
     "classes.txt",
 )
-MOST_DIGITS = 6  # of a class index
-METRICS = ("accuracy", "balanced_accuracy")
+HINT = "VTAB-1K's layout has this list."
 FULL_NOTE = (
     "validation pictures are part of the training data (train800val200): "
     "use train.keep=last and read the figure of `test`."
@@ -69,7 +66,7 @@ def read_vtab(task: str, config: DataConfig, *, seed: int) -> TaskData:
     Raises:
         UserError: If a folder, list or picture is missing, or a line is damaged.
     """
-    refuse_options(task, config, "text", "image", "label", "encoding")
+    refuse_options(task, config, "text", "image", "label", "encoding", "splits")
     family, _, name = task.partition("/")
     if config.path is None:
         raise UserError(f"--task {task} needs --data: the folder that holds {name}/.")
@@ -84,12 +81,14 @@ def read_vtab(task: str, config: DataConfig, *, seed: int) -> TaskData:
     if not files["test"].is_file() and not full:
         del files["test"]
     check = config.bad_images == "stop"
-    splits = {split: _read_list(path, must_exist=check) for split, path in files.items()}
+    splits = {
+        split: read_list(path, path.parent, HINT, must_exist=check) for split, path in files.items()
+    }
     names = _class_names(folder, name, splits)
     for split, rows in splits.items():
-        splits[split] = _named(rows, names)
+        splits[split] = named(rows, names, "correct the line or classes.txt")
     notes = (FULL_NOTE,) if full and config.eval_path is None else ()
-    inventory = _unlisted(folder, splits)
+    inventory = unlisted(folder, splits, LAYOUT)
     source = Source(
         splits, ("image",), names=names, all_classes=False, notes=notes, inventory=inventory
     )
@@ -110,60 +109,14 @@ def _data_folder(root: str, name: str, task: str) -> Path:
     )
 
 
-def _read_list(path: Path, *, must_exist: bool) -> Rows:
-    lines = read_lines(path, "VTAB-1K's layout has this list.")
-    inputs: list[Raw] = []
-    labels: list[str] = []
-    places: list[int] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal() or len(label) > MOST_DIGITS:
-            raise UserError(
-                f"{path} line {number} is not `relative/path.jpg CLASS_INDEX`: correct the line."
-            )
-        if must_exist and not (path.parent / name).is_file():
-            raise UserError(
-                f"{path} line {number}: the picture {path.parent / name} does not exist: "
-                "correct the line or add the picture."
-            )
-        inputs.append(path.parent / name)
-        labels.append(str(int(label)))
-        places.append(number)
-    return Rows(inputs, labels, lambda i: f"{path} line {places[i]}", str(path))
-
-
-def _unlisted(folder: Path, splits: dict[str, Rows]) -> Inventory:
-    """Return the account of what no list names; the layout's own files count as used."""
-    used = {os.path.normpath(str(raw)) for rows in splits.values() for raw in rows.inputs}
-    used |= {str(folder / name) for name in LAYOUT}
-    return left_out(
-        (why or _why_unlisted(path), path.relative_to(folder).as_posix())
-        for path, why in walk(folder)
-        if str(path) not in used
-    )
-
-
-def _why_unlisted(path: Path) -> str:
-    kind = "pictures" if looks_like_picture(path) else "files"
-    return f"{kind} that no list names"
-
-
 def _class_names(folder: Path, name: str, splits: dict[str, Rows]) -> tuple[str, ...]:
-    named = folder / "classes.txt"
-    if named.is_file():
-        return tuple(line.strip() for line in read_lines(named, "") if line.strip())
-    highest = max((int(label) for rows in splits.values() for label in rows.labels), default=0)
-    return tuple(str(index) for index in range(OFFICIAL_CLASSES.get(name, highest + 1)))
-
-
-def _named(rows: Rows, names: tuple[str, ...]) -> Rows:
-    for i, label in enumerate(rows.labels):
-        if int(label) >= len(names):
-            raise UserError(
-                f"{rows.where(i)}: the class index {label} is outside the {len(names)} classes "
-                f"(0 to {len(names) - 1}): correct the line or classes.txt."
-            )
-    named = [names[int(label)] for label in rows.labels]
-    return Rows(rows.inputs, named, rows.where, rows.source)
+    file, official = folder / "classes.txt", OFFICIAL_CLASSES.get(name)
+    if not file.is_file():
+        return tuple(str(index) for index in range(official or class_count(splits.values())))
+    names = tuple(line.strip() for line in read_lines(file, "") if line.strip())
+    if official not in (None, len(names)):
+        raise UserError(
+            f"{file} names {len(names)} classes, and VTAB-1K's {name} has {official}: correct it, or "
+            "call the folder otherwise."
+        )
+    return names

@@ -15,7 +15,7 @@ other seeds.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ from mdpd_deploy.files import write_text
 SCHEMA = 1
 LONGEST = 100  # bytes of a name that becomes a folder's
 PLAN = "compare.yaml"
+
+
+OfTasks = Mapping[str, Mapping[str, Any]]  # task → option by dotted name → value
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,16 @@ class Plan:
         asks: What was asked for, oldest first.
         configs: Label → the base config with that method.
         rates: Label → the learning rate that a factor of 1 means.
+        of_tasks: Task → options in which its trainings differ from `base`, and
+        special: (task, label) → config and learning rate of these.
     """
 
     base: Config
     asks: tuple[Ask, ...]
     configs: Mapping[str, Config]
     rates: Mapping[str, float]
+    of_tasks: OfTasks = field(default_factory=dict)
+    special: Mapping[tuple[str, str], tuple[Config, float]] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """Return every task with every method once, in the order of asking."""
@@ -145,8 +152,9 @@ class Plan:
 
     def trial(self, cell: Cell, factor: float, seed: int) -> Trial:
         """Return one trial of a cell."""
-        config = self.configs[cell.method]
-        own = {"lr": self.rates[cell.method]}  # what is set for norms and head is swept alike
+        usual = self.configs[cell.method], self.rates[cell.method]
+        config, rate = self.special.get((cell.task, cell.method), usual)
+        own = {"lr": rate}  # what is set for norms and head is swept alike
         own |= {
             name: rate
             for name in ("norm_lr", "head_lr")
@@ -173,20 +181,23 @@ def on_one_split(base: Config) -> Config:
     )
 
 
-def write_plan(folder: Path, base: Config, asks: Sequence[Ask]) -> None:
+def write_plan(
+    folder: Path, base: Config, asks: Sequence[Ask], of_tasks: OfTasks | None = None
+) -> None:
     """Write STUDY/compare.yaml."""
     plain = {
         "schema": SCHEMA,
         "asks": [
-            {field.name: list(getattr(ask, field.name)) for field in fields(ask)} for ask in asks
+            {part.name: list(getattr(ask, part.name)) for part in fields(ask)} for ask in asks
         ],
         "base": base.model_dump(mode="json"),
+        **({"tasks": of_tasks} if of_tasks else {}),
     }
     write_text(folder / PLAN, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
-def read_plan(folder: Path) -> tuple[Config, tuple[Ask, ...]]:
-    """Read the base config and the asks of STUDY/compare.yaml.
+def read_plan(folder: Path) -> tuple[Config, tuple[Ask, ...], OfTasks]:
+    """Read the base config, the asks and the tasks' own options of STUDY/compare.yaml.
 
     Raises:
         UserError: If it is missing, damaged or of another version.
@@ -201,7 +212,7 @@ def read_plan(folder: Path) -> tuple[Config, tuple[Ask, ...]]:
         )
         if not all(ask.factors and ask.seeds for ask in asks):
             raise KeyError("an ask without factors or seeds")
-        return check_config(plain["base"]), asks
+        return check_config(plain["base"]), asks, plain.get("tasks", {})
     except FileNotFoundError:
         raise UserError(
             f"{folder} is no folder that `mdpd compare` wrote (it has no {PLAN})."

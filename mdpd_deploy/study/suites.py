@@ -4,6 +4,8 @@ glue       the nine tasks; the mean is over eight, without WNLI
 vtab       the 19 tasks of VTAB-1K by their folder names, and any other folder in the same
            layout; the mean is over the means of the three groups
 vtab-full  the same, trained on all 1,000 pictures
+few-shot   five fine-grained sets with 1, 2, 4, 8 and 16 pictures a class
+fgvc       five fine-grained sets
 """
 
 import statistics
@@ -11,12 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mdpd_deploy.config import Config
+from mdpd_deploy.data.few_shot import CLASSES as FEW_SHOT
+from mdpd_deploy.data.few_shot import SHOTS
+from mdpd_deploy.data.fgvc import SETS as FGVC
 from mdpd_deploy.data.glue import GLUE
 from mdpd_deploy.data.load import load_task
 from mdpd_deploy.data.vtab import OFFICIAL_CLASSES
 from mdpd_deploy.errors import UserError
 
-SUITES = ("glue", "vtab", "vtab-full")
+SUITES = ("glue", "vtab", "vtab-full", "few-shot", "fgvc")
+MEMBERS = {  # of the suites whose every task is known
+    "glue": list(GLUE),
+    "few-shot": [f"{name}:{shots}" for shots in SHOTS for name in FEW_SHOT],
+    "fgvc": list(FGVC),
+}
 OTHER = "other"
 LISTS = {
     "vtab": ("train800.txt",),
@@ -29,7 +39,12 @@ VTAB_GROUPS = {
     "structured": ("clevr_count", "clevr_dist", "dmlab", "kitti", "dsprites_loc", "dsprites_ori",
                    "smallnorb_azi", "smallnorb_ele"),
 }  # fmt: skip
-GROUP_SIZES = {"glue": len(GLUE) - 1, **{name: len(tasks) for name, tasks in VTAB_GROUPS.items()}}
+GROUP_SIZES = {
+    "glue": len(GLUE) - 1,
+    "few-shot": len(MEMBERS["few-shot"]),
+    "fgvc": len(FGVC),
+    **{name: len(tasks) for name, tasks in VTAB_GROUPS.items()},
+}
 
 
 def expand_tasks(words: Sequence[str], base: Config, warn: Callable[[str], None]) -> list[str]:
@@ -49,8 +64,11 @@ def expand_tasks(words: Sequence[str], base: Config, warn: Callable[[str], None]
             _check(word, base)
             tasks.append(word)
             continue
-        members = _members(word, base)
-        for name in members:
+        if base.data.path is None:
+            raise UserError(
+                f"--task {word} needs --data: the folder that holds its tasks' folders."
+            )
+        for name in suite_members(word, base.data.path):
             try:
                 _check(name, base)
             except UserError as err:
@@ -66,10 +84,10 @@ def expand_tasks(words: Sequence[str], base: Config, warn: Callable[[str], None]
 
 
 def group_of(task: str) -> str:
-    """Return the group of a task: glue, natural, specialized, structured, or other."""
+    """Return the group of a task: its suite's, of VTAB-1K natural, specialized or structured, or other."""
     family, _, name = task.partition("/")
-    if family == "glue":
-        return "glue" if name != "wnli" else OTHER
+    if family in MEMBERS and name in MEMBERS[family]:
+        return family if name != "wnli" else OTHER
     for group, names in VTAB_GROUPS.items():
         if name in names and family in SUITES:
             return group
@@ -91,13 +109,12 @@ def group_means(scores: Mapping[str, float]) -> dict[str, float]:
     return means
 
 
-def _members(suite: str, base: Config) -> list[str]:
-    if base.data.path is None:
-        raise UserError(f"--task {suite} needs --data: the folder that holds its tasks' folders.")
-    if suite == "glue":
-        return [f"glue/{name}" for name in GLUE]
-    root = Path(base.data.path)
-    lists = (path for name in LISTS[suite] for path in root.glob(f"*/{name}"))
+def suite_members(suite: str, data: str | None) -> list[str]:
+    """Return the tasks of a suite, and what else lies in `data` in its layout."""
+    if suite in MEMBERS:
+        return [f"{suite}/{name}" for name in MEMBERS[suite]]
+    root = Path(data) if data is not None else None
+    lists = (path for name in LISTS[suite] for path in (root.glob(f"*/{name}") if root else ()))
     others = sorted(path.parent.name for path in lists)
     return [f"{suite}/{name}" for name in dict.fromkeys((*OFFICIAL_CLASSES, *others))]
 
