@@ -8,6 +8,7 @@ import contextlib
 import random
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,14 +89,14 @@ def policy(words: str, preprocess: ImagePreprocess) -> Change:
         if not re.fullmatch(r"t[a-z0-9]+|[a-z]+[0-9.]+", part):
             raise UserError(f"{known}: {part!r} is no letters with a number. {mend}")
     with explaining(known, mend):
-        _, changes, _ = transforms_imagenet_train(
+        parts: Any = transforms_imagenet_train(
             preprocess.size,
             auto_augment=words,
             interpolation=preprocess.interpolation,
             mean=preprocess.mean,
             separate=True,
         )
-    change: Change = changes
+    change: Change = parts[1]  # between the crop and the tensor
     return change
 
 

@@ -26,9 +26,8 @@ from mdpd_deploy.train.memory.choice import SettledMemory, free_bytes, settle_me
 from mdpd_deploy.train.methods import Method, build_method
 from mdpd_deploy.train.rate import Rate, build_rate
 
-# options of `data` that only one kind of input reads
-CHANGES = ("augment", "scale", "auto_augment", "mixup", "cutmix")
-READ_OF = {
+CHANGES = ("augment", "scale", "auto_augment", "mixup", "cutmix")  # of training pictures
+READ_OF = {  # options of `data` that only one kind of input reads
     "image": (*CHANGES, "resize", "crop_pct", "normalize"),
     "text": ("max_length", "pad"),
 }
