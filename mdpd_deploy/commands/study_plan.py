@@ -97,7 +97,7 @@ def asked_plan(
     said, given = recipe_comparison(base), base
     base = with_recipe(base, shared=True)
     base = base if said.own_splits else on_one_split(base)
-    methods = methods or said.methods
+    methods = said.methods if methods is None else methods
     factors = tuple(dict.fromkeys(map(float, lr_factors or said.lr_factors or DEFAULT_FACTORS)))
     earlier: tuple[Ask, ...] = ()
     own: OfTasks = {}
@@ -214,7 +214,7 @@ def _plan(base: Config, asks: tuple[Ask, ...], of_tasks: OfTasks) -> Plan:
     from mdpd_deploy.study.plan import Plan
 
     labels = list(dict.fromkeys(method for ask in asks for method in ask.methods))
-    special = {}
+    special: dict[tuple[str, str], tuple[Config, float]] = {}
     for task, own in of_tasks.items():
         configs, rates = method_configs(with_options(base, own), labels)
         special |= {(task, label): (configs[label], rates[label]) for label in labels}

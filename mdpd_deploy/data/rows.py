@@ -37,7 +37,7 @@ class Rows:
 
     def of(self, indices: Indices) -> "Rows":
         """Return the rows at `indices`, in that order."""
-        inputs, labels = ([part[i] for i in indices] for part in (self.inputs, self.labels))
+        inputs, labels = [self.inputs[i] for i in indices], [self.labels[i] for i in indices]
         return Rows(inputs, labels, lambda i: self.where(int(indices[i])), self.source)
 
 
