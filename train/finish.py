@@ -24,7 +24,7 @@ from mdpd_deploy.machine import versions
 from mdpd_deploy.model import TaskModel
 from mdpd_deploy.report.predictions import Predictions, pick_samples
 from mdpd_deploy.tasks.metrics import Values, compute
-from mdpd_deploy.train.cautions import result_cautions
+from mdpd_deploy.train.cautions import felt_caution, result_cautions
 from mdpd_deploy.train.checkpoint import Progress, load_best
 from mdpd_deploy.train.evaluate import Outputs, run_over
 from mdpd_deploy.train.log import require_folder
@@ -50,6 +50,7 @@ def finish(setup: Setup, out: Path, progress: Progress) -> Run:
             write_model(setup, folder)
     setup.state.wait_for_everyone()
     summary = describe(setup, progress)
+    summary["felt"] = felt_share(out)
     summary["files"] = {p.name: sha256_file(p) for p in sorted((out / "model").iterdir())}
     run = Run(out, setup.config, summary, setup.data.task)
     deployed = run.load_deployed().to(setup.state.device)
@@ -66,6 +67,7 @@ def finish(setup: Setup, out: Path, progress: Progress) -> Run:
         floor = setup.data.task.floor(setup.data.metrics, setup.data.train.labels, split.labels)
         if floor is not None:
             summary[key_of("majority", name)] = floor
+    summary["notes"] += felt_caution(summary["felt"])
     summary["notes"] += result_cautions(
         setup.data, summary["metrics"], summary.get("majority"), outputs["validation"]
     )
@@ -86,6 +88,13 @@ def finish(setup: Setup, out: Path, progress: Progress) -> Run:
         )
         write_json(out / "summary.json", summary)
     return run
+
+
+def felt_share(out: Path) -> float | None:
+    """Return the mean over a run's evaluations of what `Method.felt` found; None where it found nothing."""
+    path = out / "metrics.jsonl"
+    found = [line["felt"] for line in read_metrics(path) if "felt" in line]
+    return sum(found) / len(found) if found else None
 
 
 def write_model(setup: Setup, folder: Path) -> None:

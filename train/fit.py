@@ -26,6 +26,7 @@ from mdpd_deploy.data.inventory import Inventory
 from mdpd_deploy.data.lengths import TextLengths
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import write_text
+from mdpd_deploy.train.cautions import plan_cautions
 from mdpd_deploy.train.entries import default_entries, entry_configs, without_unread
 from mdpd_deploy.train.finish import finish
 from mdpd_deploy.train.loop import train
@@ -134,7 +135,7 @@ def _plan(setup: Setup, memory_table: tuple[MemoryRow, ...]) -> Plan:
         tokens=setup.lengths,
         text_length=setup.text_length,
         device=str(setup.state.device),
-        notes=setup.notes,
+        notes=(*setup.notes, *plan_cautions(config)),
         inventory=setup.data.inventory,
         recipe=recipe_settings(config),
     )

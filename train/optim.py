@@ -77,10 +77,10 @@ def set_learning_rate(
         group["lr"] = 0.0 if still else group["peak_lr"] * share
 
 
-def clip_gradients(method: Method, limit: float | None) -> dict[str, Tensor]:
-    """Clip each group's gradient norm to `limit`; return the norms before clipping."""
+def clip_gradients(method: Method, limit: float | None, step: int = 0) -> dict[str, Tensor]:
+    """Clip the gradient norm of each group that a step trains; return the norms before clipping."""
     norms = {}
-    for name, parameters in method.groups.items():
+    for name, parameters in method.moved(step).items():
         norms[name] = nn.utils.clip_grad_norm_(parameters.values(), limit or math.inf)
     return norms
 

@@ -165,6 +165,9 @@ def _print_run(run: Run, *, as_json: bool) -> None:
     share = params["trained"] / params["backbone"]
     rows.append(("trained parameters", f"{params['trained']:,} ({share:.1%} of the backbone)"))
     rows.append(("deployed on top of the backbone", f"{params['deployed_delta']:,}"))
+    if summary.get("felt") is not None:
+        share = f"{summary['felt']:.2%} of the gradient of norms and head"
+        rows.append(("distillation felt", share))
     if "peak_live_bytes" in memory:
         rows.append(("peak training memory", f"{memory['peak_live_bytes'] / 1e6:,.1f} MB"))
     rows.append(("training time", f"{summary['time']['train_s']:.1f} s"))

@@ -33,9 +33,15 @@ def _whole_number_as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-# The default of an option that the first runs did not have: it is written only where it is set, so
-# that the checkpoints and bundles of older runs still know their config.
-YOUNGER = Field(default=None, exclude_if=lambda value: value is None)
+def younger(default: Any) -> Any:
+    """Return an option that the first runs did not have: it is written only where it is set.
+
+    So the checkpoints and bundles of older runs still know their config.
+    """
+    return Field(default=default, exclude_if=lambda value: bool(value == default))
+
+
+YOUNGER = younger(None)
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -131,11 +137,16 @@ class SideConfig(Section):
     variant: Literal["reference", "paper"] = "reference"  # released code, or the paper's equations
     projection: Literal["auto", "d-d", "d-D-d"] = "auto"  # UniPT's map of the blend
     late_layers: int = Field(default=1, ge=1)  # SHERL: blocks that it enters anew
+    # SHERL: what its gates let through of a late block's own input at the start; default: open beside
+    # plain transformers that end in a norm, else closed as released
+    gate: Literal["closed", "open"] | Annotated[float, Field(gt=-1, lt=1)] | None = YOUNGER
     rank: int = Field(default=2, ge=1)  # DTL: d', the rank of each reading
     kernel: int | None = Field(default=None, ge=1, le=15)  # DTL: k; default 5 images, 3 text
     dtl_first: int | None = Field(default=None, ge=1)  # DTL: M, first adapted block; L//2 + 1
     dtl_reads: list[int] | None = Field(default=None, min_length=1)  # DTLv2: blocks that are read
     dtl_adds: list[int] | None = Field(default=None, min_length=1)  # DTLv2: blocks adapted
+    # DTL: final norm, then mean of the tokens, as the deployed model; or released: mean, then norm
+    readout: Literal["model", "released"] = younger("model")
     # LST's first weights: the backbone's largest, its most important for the task, or random
     init: Literal["magnitude", "fisher", "random"] = "magnitude"
 
@@ -162,12 +173,20 @@ class DistillConfig(Section):
 
     mask_ratio: float = Field(default=0.5, ge=0, le=1)  # λ, Eq. 5
     mask_level: Literal["sample", "batch"] = "sample"  # one mask per example, or per batch
-    bottleneck: int | None = Field(default=None, ge=1)  # d; default min(12, side width // 2)
+    mask_tokens: Literal["patches", "all"] = younger(
+        "patches"
+    )  # all: class and register tokens too
+    # d; default min(12, side width // 2), and side width // 4 with gen_conv=full
+    bottleneck: int | None = Field(default=None, ge=1)
+    # the two convolutions of G: depth-wise behind the bottleneck, or full ones inside it
+    gen_conv: Literal["depthwise", "full"] = younger("depthwise")
     share_phi: bool = False  # one φ for all layers instead of one each
     share_gen: bool = False  # one G for all deep layers instead of one each
     shallow_layers: int | None = Field(default=None, ge=0)  # default: the first half (rounded up)
+    last_layer: bool = younger(False)  # SHERL: the late block's output is a side feature too
     feature_mean: bool = False  # mean over tokens and channels instead of the paper's sum
     side_head: Literal["final", "paper"] = "final"  # Y_S from the final norm, or Eq. 3 on s_L
+    phi_logits: bool = younger(False)  # Eq. 3 compares a learned linear map of Y_B
 
 
 class LossConfig(Section):
@@ -236,6 +255,8 @@ class TrainConfig(Section):
     memory: Annotated[str, BeforeValidator(_size_with_unit)] | None = YOUNGER
     # let the side pass also move norms it runs through (literal joint)
     late_norm_grad: bool = False
+    # both passes in every step, or in turn: odd steps train the side network, even ones the backbone
+    turns: Literal["joint", "alternate"] = younger("joint")
     # task loss on the backbone's own head; the paper has none, and at 1 its logits loss is hardly felt
     student_task_weight: float = Field(default=1.0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen weights held, side autocast, in bf16

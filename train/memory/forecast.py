@@ -7,7 +7,7 @@ The very code that trains runs on fake tensors: shapes and types, no memory, no 
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,8 +68,12 @@ def forecast(config: Config, task: Task, *, text_length: int | None = None) -> M
         parts = example_batches(backbone, method, config, text_length or config.data.max_length)
         mean = WeightMean(method, config.train.ema)
         _make_state(optimizer)
-        with measured_step(method, optimizer, parts, mean.tensors) as peak:
-            _step(method, optimizer, parts)
+        peaks = []
+        for step in range(method.turns):
+            turn = [replace(part, step=step) for part in parts]
+            with measured_step(method, optimizer, turn, mean.tensors) as peak:
+                _step(method, optimizer, turn)
+            peaks.append(peak)
     trained = sum(method.parameter_counts.values())
     return MemoryForecast(peak.peak_bytes, peak.parts, trained, method.deployed_delta)
 
@@ -128,7 +132,7 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
 def _step(method: Method, optimizer: torch.optim.Optimizer, parts: Sequence[Batch]) -> None:
     for part in parts:
         method.step(part)
-    clip_gradients(method, method.config.optim.clip)
+    clip_gradients(method, method.config.optim.clip, parts[0].step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
