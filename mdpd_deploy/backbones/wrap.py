@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 from torch.utils.checkpoint import checkpoint
 
 from mdpd_deploy.backbones.layout import Layout
@@ -182,7 +183,7 @@ def record(
                 trace.taps.append(end.detach())
             if keep_taps or index == last - 1:
                 trace.ends.append(end)
-        if index == len(blocks) - 1:
+        if index == len(blocks) - 1 and not is_exporting():  # whose tracer minds an exception
             raise _ReachedError
         return out
 
@@ -219,11 +220,18 @@ def _wrapper(index: int, plain: Forward, run: Run) -> Forward:
 
 
 def _call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Return a block's call without a cache of keys and values, which running it twice fills twice."""
+    args = tuple(None if _is_cache(value) else value for value in args)
+    kwargs = {name: None if _is_cache(value) else value for name, value in kwargs.items()}
     if args:
         return Call(args[0], args[1:], kwargs)
     name = next(iter(inspect.signature(forward).parameters))
     rest = {key: value for key, value in kwargs.items() if key != name}
     return Call(kwargs[name], (), rest, name)
+
+
+def _is_cache(value: object) -> bool:
+    return hasattr(value, "get_seq_length")
 
 
 def first_of(out: Any) -> Tensor:
