@@ -18,7 +18,8 @@ ALMOST_ZERO = 2.0**-24  # the smallest number above 0 that fp16 has, too
 
 def _squeeze(x: Any) -> Any:
     """Drop the axes of length 1, but not that of a batch which has one example when it runs."""
-    return opset20.Squeeze(x, [axis for axis, length in enumerate(x.shape) if length == 1])
+    operators: Any = opset20  # whose types know graphs only
+    return operators.Squeeze(x, [axis for axis, length in enumerate(x.shape) if length == 1])
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -77,13 +78,23 @@ def _keep_zeros_around_max_pools(model: ir.Model) -> None:
     """
     tensor = ir.tensor(np.float32(ALMOST_ZERO), name="almost_zero")
     border = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype))
-    border.shape = tensor.shape
+    border.shape = ir.Shape(())
     for node in model.graph:
         after = {user.op_type for user in node.outputs[0].consumers()}
-        value = node.inputs[2] if node.op_type == "Pad" and after == {"MaxPool"} else None
-        if value is not None and value.const_value is not None and value.const_value.numpy() == 0:
-            node.replace_input_with(2, border)
-            if not value.uses():
-                model.graph.initializers.pop(str(value.name), None)
+        if node.op_type != "Pad" or after != {"MaxPool"} or not _pads_zeros(node):
+            continue
+        old = node.inputs[2] if len(node.inputs) > 2 else None
+        node.resize_inputs(max(3, len(node.inputs)))
+        node.replace_input_with(2, border)
+        if old is not None and not old.uses():
+            model.graph.initializers.pop(str(old.name), None)
     if border.uses():
         model.graph.register_initializer(border)
+
+
+def _pads_zeros(node: ir.Node) -> bool:
+    mode = node.attributes.get("mode")
+    if mode is not None and mode.as_string() != "constant":
+        return False
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    return value is None or (value.const_value is not None and not value.const_value.numpy().any())
