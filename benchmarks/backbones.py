@@ -23,7 +23,7 @@ import signal
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import chain
 from multiprocessing.connection import Connection
@@ -58,18 +58,26 @@ TINY = {
 }  # fmt: skip
 SMALL = 64  # pixels of pictures, for models that take any number
 TINY_PICTURES = {
-    "image_size": SMALL, "patch_size": 8, "embed_dim": 16, "window_size": 4, "vocab_size": 64,
-    **{n: v for n, v in TINY.items() if n not in ("head_dim", "vocab_size")},
+    "image_size": SMALL, "patch_size": 8, "embed_dim": 16, "window_size": 2, "vocab_size": 64,
+    **{n: v for n, v in TINY.items() if n not in ("head_dim", "hidden_dim", "vocab_size")},
 }  # fmt: skip
+IDS = {
+    "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3,
+}  # fmt: skip
+CHOSEN: dict[str, dict[str, Any]] = {  # what a model's user chooses, or what tiny sizes ask for
+    "xmod": {"default_language": "en_XX"},
+    "reformer": {"axial_pos_embds": False},
+    "funnel": {"architectures": ["FunnelModel"]},
+}
 TEXT, PICTURES, TOWERS = "text", "pictures", ("vision tower", "text tower")
 PASSED = "works"
 
 
-def vision_families() -> Iterator[tuple[str, str]]:
-    """Yield (family, its smallest model): a family is a module of timm."""
+def vision_families(wanted: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    """Yield (family, its smallest model) of the wanted: a family is a module of timm."""
     import timm
 
-    for family in timm.list_modules():
+    for family in filter(wanted, timm.list_modules()):
         names = timm.list_models(module=family)
         sizes = {}
         for name in names:
@@ -97,6 +105,7 @@ def picture_families() -> Iterator[tuple[str, str]]:
 
     encoders = {*auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}
     encoders |= {*auto.MODEL_FOR_IMAGE_MAPPING_NAMES}
+    encoders -= {"timm_backbone", "timm_wrapper"}  # timm's models, which are tried as such
     pairs = {*auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES} | {
         "blip", "clip", "flava", "groupvit", "vision-text-dual-encoder", "xclip",
     }  # fmt: skip
@@ -124,19 +133,19 @@ def write_model(name: str, folder: Path) -> dict[str, Any]:
     wanted, _, kind = name.partition(":")
     config = tiny_config(kind, TINY if wanted == TEXT else TINY_PICTURES)
     AutoModel.from_config(config).save_pretrained(folder)
-    tower = wanted.partition(" ")[0] if wanted in TOWERS else None
+    paired = len(towers_of(config)) > 1
     if wanted in (TEXT, TOWERS[1]):
         write_tokenizer(folder)
-    else:
-        part = config if tower is None else config.vision_config
-        size = getattr(part, "image_size", SMALL)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        plain = {
-            "image_processor_type": "ViTImageProcessor",
-            "size": {"height": height, "width": width},
-        }
-        (folder / "preprocessor_config.json").write_text(json.dumps(plain))
-    return {"name": str(folder), "tower": tower}
+        return {"name": str(folder), "tower": "text" if paired else None}
+    part = next(iter(towers_of(config).values())) if paired else config
+    size = getattr(part, "image_size", SMALL)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    plain = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": height, "width": width},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(plain))
+    return {"name": str(folder), "tower": "vision" if paired else None}
 
 
 def tiny_config(kind: str, tiny: dict[str, Any]) -> Any:
@@ -144,18 +153,27 @@ def tiny_config(kind: str, tiny: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     plain = AutoConfig.for_model(kind)
-    if hasattr(plain, "vision_config") and hasattr(plain, "text_config"):
-        towers = {
-            part: small(getattr(plain, part), tiny) for part in ("vision_config", "text_config")
-        }
-        return AutoConfig.for_model(kind, **towers)
-    ids = {} if tiny is TINY_PICTURES else {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-    return AutoConfig.for_model(kind, **small(plain, tiny), **ids)
+    towers = towers_of(plain)
+    if len(towers) > 1:
+        parts = {name: small(part, tiny) for name, part in towers.items()}
+        return AutoConfig.for_model(kind, **parts)
+    return AutoConfig.for_model(kind, **small(plain, tiny), **CHOSEN.get(kind, {}))
+
+
+def towers_of(config: Any) -> dict[str, Any]:
+    """Return the configs of an image-text model's towers, by name, that of pictures first."""
+    names = ("vision_config", "image_config", "text_config")
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def small(plain: Any, tiny: dict[str, Any]) -> dict[str, Any]:
     """Return the entries of a config that make it small; lists keep their length."""
-    sizes = {name: v for name, v in tiny.items() if isinstance(getattr(plain, name, None), int)}
+    sizes = {name: v for name, v in tiny.items() if takes(plain, name)}
+    if "patch_size" in sizes:
+        sizes["patch_size"] = min(sizes["patch_size"], plain.patch_size)
+    if hasattr(plain, "vocab_size"):
+        sizes |= {"vocab_size": tiny["vocab_size"]}
+        sizes |= {name: v for name, v in IDS.items() if hasattr(plain, name)}
     if isinstance(getattr(plain, "depths", None), (list, tuple)):
         sizes["depths"] = [1 for _ in plain.depths]
         for name in (
@@ -169,6 +187,15 @@ def small(plain: Any, tiny: dict[str, Any]) -> dict[str, Any]:
     return sizes
 
 
+def takes(plain: Any, name: str) -> bool:
+    """Tell whether a config has a number of this name that may be set."""
+    value = getattr(plain, name, None)
+    with contextlib.suppress(NotImplementedError):
+        setattr(copy.copy(plain), name, value)
+        return isinstance(value, int)
+    return False
+
+
 def write_tokenizer(folder: Path) -> None:
     """Save a tokenizer of a few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -179,7 +206,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
-        sep_token="[SEP]", model_input_names=["input_ids", "attention_mask"],
+        sep_token="[SEP]", model_input_names=["input_ids", "attention_mask"], padding_side="right",
     ).save_pretrained(folder)  # fmt: skip
 
 
@@ -384,9 +411,13 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also those that failed before")
     options = parser.parse_args()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for family, model in chain(text_families(), picture_families(), vision_families()):
+
+    def wanted(family: str) -> bool:
         done = family in found and (not options.again or verdict(found[family]).startswith(PASSED))
-        if done or (options.families and family not in options.families):
+        return not done and family in (options.families or [family])
+
+    for family, model in chain(text_families(), picture_families(), vision_families(wanted)):
+        if not wanted(family):
             continue
         found[family] = tried(model)
         print(f"{family:<28}{model:<44}{verdict(found[family])}", flush=True)

@@ -40,6 +40,7 @@ MODELS = {  # model type: options of its config, features, tuned norms
     "clip_vision_model": (PLAIN, "pooler", 2 * 2 + 1),
     "clip": (TOWERS, "pooler", 2 * 2 + 1),
     "siglip": (TOWERS, "pooler", 2 * 2 + 2),
+    "metaclip_2": (TOWERS, "pooler", 2 * 2 + 1),  # towers that no automatic class makes
 }  # fmt: skip
 SQUASHED = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
 
@@ -205,6 +206,8 @@ def test_what_cannot_be_taken_is_refused_in_a_sentence(tmp_path):
     refused("tower=text: .* is one encoder", vit, tower="text")
     refused("img_size does not apply", vit, img_size=64)
     write(tmp_path / "beit", "beit", PLAIN)
+    write(tmp_path / "video", "timesformer", PLAIN | {"num_frames": 2})
+    refused("reads videos of 2 frames", tmp_path / "video")
     refused("has no class token", tmp_path / "beit", pooling="cls")
     folder = changed("renamed")
     state = load_file(folder / "model.safetensors")

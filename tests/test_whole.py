@@ -1,12 +1,20 @@
 """Models taken whole: any timm or transformers encoder, its blocks and norms found by looking."""
 
 import copy
+import json
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from transformers import AlbertConfig, ConvBertConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AlbertConfig,
+    AutoModel,
+    ConvBertConfig,
+    MBartConfig,
+    XLMConfig,
+)
 
 from mdpd_deploy import bench_latency, export_run, load_bundle
 from mdpd_deploy.adapters import inject, merged_weights
@@ -39,7 +47,17 @@ TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermed
 TEXT = {  # config class, options, tuned norms
     "albert": (AlbertConfig, TINY | {"embedding_size": 16}, 2),  # one block, run twice
     "convbert": (ConvBertConfig, TINY | {"embedding_size": 32}, 2 * 2),
+    "xlm": (XLMConfig, {"emb_dim": 32, "n_layers": 2, "n_heads": 4}, 2 * 2),  # blocks fill a cache
 }
+# what the exporter or ONNX Runtime would change: scales of group norms that are reshaped, zeros
+# around a max pool (bit); a decoder's first tokens, which a batch of one would lose (mbart)
+MENDED = {
+    "bit": dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=4),
+    "mbart": dict(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+    ),
+}  # fmt: skip
 
 
 def vision(name):
@@ -92,7 +110,8 @@ def test_the_gradient_of_every_norm_is_that_of_plain_back_propagation(backbone):
         halved, _ = gradients(backbone, "recompute-halves")
         assert all(torch.equal(halved[name], gradient) for name, gradient in plain.items())
     late, _ = gradients(backbone, "late:1")
-    assert len(late) > 2 and (len(late) < len(exact) or backbone.depth == 1)
+    fewer = backbone.depth > 1 and backbone.block_norms(0)  # XLM's norms lie beside its blocks
+    assert 2 < len(late) < len(exact) + (not fewer)
     assert all(torch.equal(exact[name], gradient) for name, gradient in late.items())
 
 
@@ -223,11 +242,31 @@ def test_a_model_without_norms_is_refused_where_norms_are_tuned():
     assert build_method(backbone, task, load_config(None, {"method": "probe"}, []))
 
 
-@pytest.mark.parametrize("name", ["test_byobnet", "albert"])
-def test_the_graph_is_the_bare_backbones_and_answers_as_torch(name, encoder_folder, tmp_path):
+@pytest.fixture
+def mended(tmp_path, encoder_folder):
+    def build(name):
+        if name == "mbart":
+            folder = encoder_folder(MBartConfig, **MENDED[name])
+        else:
+            folder = tmp_path / name
+            AutoModel.from_config(CONFIG_MAPPING[name](**MENDED[name])).save_pretrained(folder)
+            size = {"height": 32, "width": 32}
+            plain = {"image_processor_type": "ViTImageProcessor", "size": size}
+            (folder / "preprocessor_config.json").write_text(json.dumps(plain))
+        return load_backbone(BackboneConfig(name=str(folder)), max_length=12)
+
+    return build
+
+
+@pytest.mark.parametrize("name", ["test_byobnet", "albert", *MENDED])
+def test_the_graph_is_the_bare_backbones_and_answers_as_torch(
+    name, encoder_folder, mended, tmp_path
+):
     onnxruntime = pytest.importorskip("onnxruntime", reason="runs exported graphs")
     if name in VISION:
         backbone = vision(name)
+    elif name in MENDED:
+        backbone = shaken(mended(name))
     else:
         kind, options, _ = TEXT[name]
         folder = encoder_folder(kind, **options)

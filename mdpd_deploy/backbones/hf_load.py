@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 TOWERS = {"vision": ("vision_model", "vision_tower", "image_model"), "text": ("text_model",)}
+CONFIGS = {"vision": ("vision_config", "image_config"), "text": ("text_config",)}
 
 
 @BACKBONES.register("transformers")
@@ -95,8 +96,9 @@ class _Source:
             check_hub(self.where, ("config.json",), self.revision, self.option)
         self.facts = self._read_config()
         self.tower = self._tower(config.tower)
-        part = None if self.tower is None else f"{self.tower}_config"
-        self.encoder: PreTrainedConfig = self.facts if part is None else getattr(self.facts, part)
+        self.encoder: PreTrainedConfig = (
+            self.facts if self.tower is None else self._configs()[self.tower]
+        )
         self._check_encoder()
         if config.drop_path is not None:
             if not hasattr(self.encoder, "drop_path_rate"):
@@ -112,7 +114,7 @@ class _Source:
     @property
     def takes_text(self) -> bool:
         """Whether the backbone reads texts; else it reads pictures."""
-        return _is_text(self.encoder)
+        return _is_text(self.encoder) if self.tower is None else self.tower == "text"
 
     def read_preprocess(self, request: LoadRequest) -> Preprocess:
         """Read the tokenizer, or how pictures are prepared."""
@@ -200,7 +202,7 @@ class _Source:
         return facts
 
     def _tower(self, wanted: str | None) -> str | None:
-        if hasattr(self.facts, "vision_config") and hasattr(self.facts, "text_config"):
+        if len(self._configs()) == len(TOWERS):
             return wanted or "vision"
         if wanted is not None:
             raise UserError(
@@ -208,6 +210,15 @@ class _Source:
                 "one for texts; leave the option out."
             )
         return None
+
+    def _configs(self) -> dict[str, "PreTrainedConfig"]:
+        """Return the configs of an image-text model's towers."""
+        return {
+            tower: getattr(self.facts, name)
+            for tower, names in CONFIGS.items()
+            for name in names
+            if hasattr(self.facts, name)
+        }
 
     def _part(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """Return the tower of an image-text model, or a model that is no such."""
@@ -225,14 +236,19 @@ class _Source:
     def _check_encoder(self) -> None:
         """Refuse types that are no encoder, and variants that declared blocks would not fit."""
         facts = self.encoder
-        if _class_of(self.facts) is None or not (_is_text(facts) or _is_vision(facts)):
+        if not self.takes_text and hasattr(facts, "num_frames"):
+            raise UserError(
+                f"{self.option} reads videos of {facts.num_frames} frames: take a model of pictures."
+            )
+        known = _is_text(facts) or _is_vision(facts) or self.tower == "vision"
+        if _class_of(self.facts) is None or not known:
             raise UserError(
                 f"{self.option} is of the model type {facts.model_type!r}, neither a text encoder "
                 "that transformers classifies texts with, such as bert or modernbert, nor a vision "
                 "encoder, such as dinov2 or siglip."
             )
         kind = getattr(facts, "position_embedding_type", None)
-        if getattr(facts, "is_decoder", False) or (
+        if (self.tower is None and getattr(facts, "is_decoder", False)) or (
             declaration_of(facts) is not None and kind not in (None, "absolute")
         ):
             raise UserError(

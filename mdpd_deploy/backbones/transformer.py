@@ -204,6 +204,8 @@ def choose_attention(model: "PreTrainedModel", kind: str) -> None:
     """Choose "sdpa" or "eager" attention; a model that has one form only keeps it."""
     if kind not in ("sdpa", "eager"):
         raise unknown("attention", kind, ("sdpa", "eager"))
+    if not hasattr(model, "set_attn_implementation"):  # a tower may be a bare module
+        return
     model.set_attn_implementation(kind if model._supports_sdpa else "eager")
 
 

@@ -191,7 +191,7 @@ class WholeText(_WholeLibrary):
         """Run transformers' forward: [B, D]."""
         given = {name: inputs[name] for name in self.input_names if name in inputs}
         out = self.model(**given)
-        pooled: Tensor | None = out.pooler_output if self.pooled else None
+        pooled: Tensor | None = getattr(out, "pooler_output", None) if self.pooled else None
         return self.pool(out.last_hidden_state, mask) if pooled is None else pooled
 
     def token_mask(self, inputs: Inputs) -> Tensor | None:
@@ -235,7 +235,7 @@ class WholePicture(_WholeLibrary):
         pooled: Tensor | None = getattr(out, "pooler_output", None)
         if pooled is not None:
             return pooled.flatten(1)
-        tokens: Tensor = out.last_hidden_state
+        tokens: Tensor = out.feature_maps[-1] if "feature_maps" in out else out.last_hidden_state
         if tokens.ndim == 4:
             return tokens.mean(dim=(2, 3))
         return tokens[:, prefix_of(self.model.config, tokens.shape[1], pixels) :].mean(dim=1)

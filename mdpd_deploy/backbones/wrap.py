@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 from torch.utils.checkpoint import checkpoint
 
 from mdpd_deploy.backbones.layout import Layout
@@ -184,7 +184,7 @@ def record(
             if keep_taps or index == last - 1:
                 trace.ends.append(end)
         # torch.export loses its place where an exception leaves a module, and has to start again
-        if index == len(blocks) - 1 and (last < len(blocks) or not torch.compiler.is_exporting()):
+        if index == len(blocks) - 1 and (last < len(blocks) or not is_exporting()):
             raise _ReachedError
         return out
 
@@ -221,11 +221,18 @@ def _wrapper(index: int, plain: Forward, run: Run) -> Forward:
 
 
 def _call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Return a block's call without a cache of keys and values, which running it twice fills twice."""
+    args = tuple(None if _is_cache(value) else value for value in args)
+    kwargs = {name: None if _is_cache(value) else value for name, value in kwargs.items()}
     if args:
         return Call(args[0], args[1:], kwargs)
     name = next(iter(inspect.signature(forward).parameters))
     rest = {key: value for key, value in kwargs.items() if key != name}
     return Call(kwargs[name], (), rest, name)
+
+
+def _is_cache(value: object) -> bool:
+    return hasattr(value, "get_seq_length")
 
 
 def first_of(out: Any) -> Tensor:

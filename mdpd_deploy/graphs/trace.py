@@ -9,19 +9,17 @@ machine that made it. How two graphs are compared is in `signature.py`.
 import contextlib
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import onnx
 import torch
 from onnxscript import ir
 
-from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.errors import ExportError
+from mdpd_deploy.graphs.exporter import TRANSLATIONS, distinct_norms, simplify
 from mdpd_deploy.model import TaskModel
 
 OPSET = (
@@ -65,15 +63,16 @@ def export_onnx(
             this module.
     """
     weights = sum(_checked_bytes(name, tensor) for name, tensor in model.state_dict().items())
-    _refuse_operator_names(model.output_names)
+    axes = axes_of(model)
+    _refuse_names(model.output_names, tuple(axes))
     program = _trace(model)
     external = weights > external_above_bytes
     program.save(str(path), external_data=external)
     proto = onnx.load(path, load_external_data=False)
     strip_notes(proto)
-    axes = axes_of(model)
     _check_rules(proto, axes)
-    _check_names(proto, model.output_names)
+    if [value.name for value in proto.graph.output] != list(model.output_names):
+        raise ExportError("the graph's outputs are not the model's, in order.")
     path.write_bytes(proto.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path), full_check=True)
     return OnnxGraph(path, tuple(axes), model.output_names, len(proto.graph.node))
@@ -86,29 +85,19 @@ def axes_of(model: TaskModel) -> dict[str, dict[int, str]]:
     return {name: axes for name in model.backbone.input_names}
 
 
-def _refuse_operator_names(names: Sequence[str]) -> None:
-    """Refuse outputs called like an operator, as runtimes may call values inside the graph."""
+def _refuse_names(outputs: Sequence[str], inputs: Sequence[str]) -> None:
+    """Refuse outputs called like an input, or an operator, as runtimes may call values inside."""
     operators = {schema.name.lower() for schema in onnx.defs.get_all_schemas()}
-    for name in names:
+    for name in outputs:
+        if name in inputs:
+            raise ExportError(
+                f"two values of the graph are called {name!r}: name outputs otherwise."
+            )
         if not _WORD.fullmatch(name) or name in operators:
             raise ExportError(
                 f"an output cannot be called {name!r}: use lowercase words that are not the name of "
                 "an operator, e.g. image_vector."
             )
-
-
-def _check_names(proto: onnx.ModelProto, outputs: Sequence[str]) -> None:
-    """Every value of the graph has a name of its own, and the outputs have those asked for."""
-    graph = proto.graph
-    if [value.name for value in graph.output] != list(outputs):
-        raise ExportError("the graph's outputs are not the model's, in order.")
-    made = [name for node in graph.node for name in node.output if name]
-    names = Counter([*made, *(v.name for v in graph.input), *(t.name for t in graph.initializer)])
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
-        raise ExportError(
-            f"two values of the graph are called {twice[0]!r}: name outputs otherwise."
-        )
 
 
 def _checked_bytes(name: str, tensor: torch.Tensor) -> int:
@@ -130,8 +119,7 @@ def _trace(model: TaskModel) -> Any:
     model.eval()
     with (
         _eager_attention(model),
-        _batch_norms_apart(),
-        _distinct_norms(backbone) as values,
+        distinct_norms(backbone) as values,
         torch.no_grad(),
         warnings.catch_warnings(),
     ):
@@ -146,11 +134,14 @@ def _trace(model: TaskModel) -> Any:
                 output_names=list(model.output_names),
                 opset_version=OPSET,
                 verbose=False,
+                optimize=False,
+                custom_translation_table=TRANSLATIONS,
             )
+            assert program is not None
+            simplify(program.model, {f"backbone.{name}" for name in values})
         except Exception as err:  # the exporter wraps whatever a model's code can raise
             reason = str(err).strip().splitlines() or [type(err).__name__]
             raise ExportError(f"the model could not be traced to ONNX: {reason[0]}") from err
-    assert program is not None
     for name, value in values.items():
         initializer = program.model.graph.initializers.get(f"backbone.{name}")
         if initializer is not None:
@@ -166,42 +157,6 @@ def _eager_attention(model: TaskModel) -> Iterator[None]:
         yield
     finally:
         model.backbone.set_attention("sdpa", model)
-
-
-@contextlib.contextmanager
-def _distinct_norms(backbone: Backbone) -> Iterator[dict[str, torch.Tensor]]:
-    """Give norms values of their own while the model is traced; yield the true ones by name.
-
-    The exporter makes one tensor of equal ones, and with it one name: two norms whose outputs are
-    added learn the same shift.
-    """
-    norms = backbone.norms()
-    values = {name: parameter.detach().clone() for name, parameter in norms.items()}
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for parameter in norms.values():
-            parameter.data.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
-        yield values
-    finally:
-        for name, parameter in norms.items():
-            parameter.data.copy_(values[name])
-
-
-@contextlib.contextmanager
-def _batch_norms_apart() -> Iterator[None]:
-    """Keep batch norms as nodes: folded into convolutions, tuned norms would lose their names.
-
-    Runtimes fold them when they open the graph, so nothing is slower.
-    """
-    from onnxscript import rewriter
-    from onnxscript.rewriter.rules import common
-
-    folding = {
-        id(getattr(common, name)) for name in dir(common) if name.startswith("fuse_batchnorm")
-    }
-    kept = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if id(rule) not in folding)
-    with patch.object(rewriter, "_DEFAULT_REWRITE_RULES", kept):
-        yield
 
 
 def strip_notes(proto: onnx.ModelProto) -> None:
