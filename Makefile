@@ -15,19 +15,25 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 # Tests run in two processes of one thread each: faster than one process of two threads, and the
 # same sums on every machine. Models come from packages and local folders, never from the network.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-PYTEST_ARGS ?= -n 2 --dist loadscope
+PYTEST_ARGS ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 # What a release is looked at with; an environment of its own keeps these out of the project's.
 TOOLS := build/tools
 TOOL_PACKAGES := cyclonedx-bom==7.5.0 pip-audit==2.10.1
+
+# What machines with a card usually lack of our dependencies.
+GPU_WHEELS := annotated-types datasets dill multiprocess omegaconf pydantic pydantic-core typing-inspection
+GLIBC := _2_28_x86_64 _2_17_x86_64 2014_x86_64
+
 SBOM := dist/sbom.cdx.json
 
-.PHONY: help demo test lint types tests audit sbom clean
+.PHONY: help demo test lint types tests gpu-check gpu-wheels audit sbom clean
 
 help:
 	@echo "make demo   set up and run the main job on the embedded example (minutes)"
 	@echo "make test   set up and run every check: lint, types, tests"
 	@echo "make lint | types | tests   one of them"
+	@echo "make gpu-check   what needs a CUDA card, in eight minutes, with the python3 that is there"
 	@echo "make audit  look every pinned version up in the database of known holes (needs the network)"
 	@echo "make sbom   write the bill of materials of this environment to $(SBOM)"
 	@echo "make clean  remove the environment and everything that was built"
@@ -48,6 +54,15 @@ types: $(VENV)/.ready-dev
 
 tests: $(VENV)/.ready-dev
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# On a machine that has the libraries, whatever their versions: nothing is installed.
+gpu-wheels: $(VENV)/.made
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+		--constraint constraints.txt --python-version 3.12 $(addprefix --platform manylinux,$(GLIBC)) \
+		--dest build/gpu-wheels $(GPU_WHEELS)
+
+gpu-check:
+	$(or $(CHECK_PYTHON),python3) benchmarks/gpu_check.py
 
 # --strict: a package that could not be looked up fails the audit, it does not pass it.
 audit: $(TOOLS)/.ready

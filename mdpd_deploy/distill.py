@@ -10,11 +10,19 @@ Readings that the paper leaves open, each a default here: targets b_l are detach
 one mask per example, drawn anew each step and shared by all deep layers (`distill.mask_level`);
 it hides tokens after the bottleneck, never class, register or padding tokens; G is depth-wise
 (3×3 on the patch grid, k = 3 on text) because a full 3×3 at width D_B would cost more than the
-whole reported budget; the class token of images skips G; padding is left out of every sum and
-zeroed before each convolution; sums over tokens and channels, mean over the batch, which makes
+whole reported budget; class and register tokens of images skip G; padding is left out of every sum
+and zeroed before each convolution; sums over tokens and channels, mean over the batch, which makes
 the paper's 4e-5 commensurate with a cross-entropy (`distill.feature_mean` takes means instead);
 layers with an s_l are split in two halves, the first one rounded up. Initial values: PyTorch's
 defaults, f_mask ~ N(0, 0.02²).
+
+`distill.mask_tokens=all` is Eq. 5 to the letter: the mask covers all N tokens. A class or register
+token has no place on the grid and passes G as a map of its own, of one token.
+
+`distill.gen_conv=full` is the other reading of "two 3×3 convolutions": they mix channels, which the
+budget allows at width d only, so mask and G lie inside the bottleneck, G_l(s̄) = G(s̄) M_up with
+s̄ = f_mask where m, else s M_down. With one φ and one G (`share_phi`, `share_gen`: the paper's have no
+index) and d = D_S / 4 a ViT-B gains 0.316 M numbers, norms included; the paper reports 0.31.
 
 Where s_l lies on a coarser grid than b_l (networks in stages), its target is the mean of b_l in each
 cell: the gradient is then, up to the number of tokens in a cell, that of Eq. 4 against s_l repeated
@@ -53,34 +61,39 @@ class Bottleneck(nn.Module):
 
 
 class Generator(nn.Module):
-    """G: depth-wise conv 3 → ReLU → depth-wise conv 3, on the patch grid or along the text.
+    """G: conv 3 → ReLU → conv 3, on the patch grid or along the text.
 
     Args:
-        layout: Width D_B, grid, and prefix tokens, which pass unchanged.
+        layout: Width, grid and prefix tokens.
+        full: Whether the convolutions mix channels; else they are depth-wise.
+        reads_prefix: Whether each prefix token passes as a map of its own; else unchanged.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, *, full: bool = False, reads_prefix: bool = False) -> None:
         super().__init__()
         width, self.grid, self.prefix = layout.width, layout.grid, layout.prefix
+        self.reads_prefix = reads_prefix
         conv = nn.Conv2d if self.grid else nn.Conv1d
-        self.first = conv(width, width, 3, padding=1, groups=width)
-        self.second = conv(width, width, 3, padding=1, groups=width)
+        groups = 1 if full else width
+        self.first = conv(width, width, 3, padding=1, groups=groups)
+        self.second = conv(width, width, 3, padding=1, groups=groups)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x [B, N, D_B], mask [B, N] (1 = real token) → [B, N, D_B]."""
+        """x [B, N, D], mask [B, N] (1 = real token) → [B, N, D]."""
         head, body = x[:, : self.prefix], x[:, self.prefix :].transpose(1, 2)
         keep = None if mask is None else mask[:, self.prefix :].to(x.dtype).unsqueeze(1)
-        shape = body.shape
-        body = self._conv(self.first, body, keep).relu()
-        body = self._conv(self.second, body, keep).reshape(shape).transpose(1, 2)
+        body = body.unflatten(2, self.grid) if self.grid else body
+        body = self._generate(body, keep).flatten(2).transpose(1, 2)
+        if self.reads_prefix and self.prefix:
+            alone = head.flatten(0, 1)[..., None, None]
+            head = self._generate(alone, None).view_as(head)
         return torch.cat([head, body], dim=1) if self.prefix else body
 
-    def _conv(self, conv: nn.Module, x: Tensor, keep: Tensor | None) -> Tensor:
-        if keep is not None:
-            x = x * keep
-        batch, width = x.shape[:2]
-        out: Tensor = conv(x.reshape(batch, width, *self.grid) if self.grid else x)
-        return out.reshape(batch, width, -1)
+    def _generate(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """x [B, D, N], or a map [B, D, H, W]; keep [B, 1, N], 0 = padding, of texts only."""
+        x = self.first(x if keep is None else x * keep).relu()
+        out: Tensor = self.second(x if keep is None else x * keep)
+        return out
 
 
 class FeatureDistiller(nn.Module):
@@ -118,21 +131,32 @@ class FeatureDistiller(nn.Module):
             layer: replace(layouts[layer], grid=lies.grid) for layer, lies in features.items()
         }
         self.coarse = min((g for n in self.deep if (g := features[n].grid)), default=None)
-        self.protected = max(layouts[-1].prefix, int(protect_first))
+        protects = config.mask_tokens == "patches"
+        self.protected = max(layouts[-1].prefix, int(protect_first)) if protects else 0
+        self.full = config.gen_conv == "full"
         self.phi = nn.ModuleDict(_once(self._phi, self._bottleneck, self.shallow + self.deep))
         if self.deep:
-            self.gen = nn.ModuleDict(
-                _once(self._gen, lambda layer: Generator(self.targets[layer]), self.deep)
-            )
-            widths = dict.fromkeys(self.targets[layer].width for layer in self.deep)
+            self.gen = nn.ModuleDict(_once(self._gen, self._generator, self.deep))
+            widths = dict.fromkeys(self._inside(layer).width for layer in self.deep)
             self.mask_token = nn.ParameterDict(
                 {str(width): nn.Parameter(torch.randn(width) * 0.02) for width in widths}
             )
 
-    def _bottleneck(self, layer: int) -> Bottleneck:
+    def _d(self, layer: int) -> int:
         width = self.features[layer].width
-        d = self.config.bottleneck or min(12, width // 2)
-        return Bottleneck(width, d, self.targets[layer].width)
+        return self.config.bottleneck or (width // 4 if self.full else min(12, width // 2))
+
+    def _bottleneck(self, layer: int) -> Bottleneck:
+        return Bottleneck(self.features[layer].width, self._d(layer), self.targets[layer].width)
+
+    def _inside(self, layer: int) -> Layout:
+        """Return how the tokens lie that a deep layer's mask and G work on."""
+        target = self.targets[layer]
+        return replace(target, width=self._d(layer)) if self.full else target
+
+    def _generator(self, layer: int) -> Generator:
+        reads_prefix = self.config.mask_tokens == "all"
+        return Generator(self._inside(layer), full=self.full, reads_prefix=reads_prefix)
 
     def _phi(self, layer: int) -> str:
         """Return the name of a layer's φ; one of equal widths is shared, if any is."""
@@ -141,8 +165,8 @@ class FeatureDistiller(nn.Module):
 
     def _gen(self, layer: int) -> str:
         """Return the name of a layer's G; one of an equal grid and width is shared, if any is."""
-        target = self.targets[layer]
-        return f"shared {target.width} {target.grid}" if self.config.share_gen else str(layer)
+        inside = self._inside(layer)
+        return f"shared {inside.width} {inside.grid}" if self.config.share_gen else str(layer)
 
     def mask_tokens(self, taps: Sequence[Tensor]) -> int:
         """Return the tokens of the mask: those of the coarsest grid, or N."""
@@ -184,12 +208,15 @@ class FeatureDistiller(nn.Module):
 
     def student(self, layer: int, feature: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Return φ_l(s_l) for a shallow layer, G_l(s̄_l) for a deep one: [B, N, D_B]."""
-        projected = self.phi[self._phi(layer)](feature)
+        phi = self.phi[self._phi(layer)]
+        assert isinstance(phi, Bottleneck)
         if layer in self.shallow:
-            return projected
-        token = self.mask_token[str(projected.shape[-1])].to(projected.dtype)
-        shown = self._spread(layer, hidden).unsqueeze(-1).bool()
-        return self.gen[self._gen(layer)](torch.where(shown, token, projected), mask)
+            return phi(feature)
+        shown = phi.down(feature) if self.full else phi(feature)
+        token = self.mask_token[str(shown.shape[-1])].to(shown.dtype)
+        masked = torch.where(self._spread(layer, hidden).unsqueeze(-1).bool(), token, shown)
+        generated: Tensor = self.gen[self._gen(layer)](masked, mask)
+        return phi.up(generated) if self.full else generated
 
     def target(self, layer: int, tap: Tensor) -> Tensor:
         """Return b_l [B, N, D_B] as its student sees it: the mean of each cell where that is coarser."""

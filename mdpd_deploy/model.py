@@ -55,15 +55,11 @@ class WithSide(TaskModel):
         backbone: The frozen backbone.
         side: The side network.
         head: The side head.
-        last_feature: The head reads s_L instead of the side output (`distill.side_head=paper`).
     """
 
-    def __init__(
-        self, backbone: Backbone, side: SideNetwork, head: Head, *, last_feature: bool = False
-    ) -> None:
+    def __init__(self, backbone: Backbone, side: SideNetwork, head: Head) -> None:
         super().__init__(backbone, head)
         self.side = side
-        self.last_feature = last_feature
 
     def forward(self, *inputs: Tensor) -> Tensor:
         batch = named(self.backbone, inputs)
@@ -73,30 +69,34 @@ class WithSide(TaskModel):
         """Return the task's outputs [B, C] from a trace that reaches b_{side.last_tap}."""
         taps = trace.taps[: self.side.last_tap + 1]
         output = self.side(taps, trace.mask, FrozenBlocks(self.backbone, trace))
-        return self.head(
-            pool_side(self.backbone, output, trace.mask, last_feature=self.last_feature)
-        )
+        return self.head(pool_side(self.backbone, self.side, output, trace.mask))
 
 
 def pool_side(
     backbone: Backbone,
+    side: SideNetwork,
     output: SideOutput,
     mask: Tensor | None,
     *,
-    last_feature: bool = False,
     blocked: bool = False,
 ) -> Tensor:
-    """Pool a side network's output for its head.
+    """Pool a side network's output for its head, as its `readout` says.
 
     Args:
         backbone: Gives the final norm and the pooling.
-        output: From the side network.
+        side: The side network.
+        output: Of it.
         mask: [B, N] or None.
-        last_feature: Eq. 3 literally: GAP(s_L) [B, D_S]; else pool(final_norm(tokens)) [B, D].
         blocked: Keep gradients from the final norm.
+
+    Returns:
+        pool(final_norm(tokens)) or final_norm(pool(tokens)) [B, D], or MDPD's Eq. 3 literally,
+        GAP(s_L) [B, D_S].
     """
-    if last_feature:
-        return backbone.pool(output.features[backbone.depth], mask)
+    if side.readout == "feature":
+        return backbone.pool(output.last(backbone.depth), mask)
+    if side.readout == "released":
+        return backbone.normalise(backbone.pool(output.tokens, mask), blocked=blocked)
     return backbone.finish(output.tokens, mask, blocked=blocked)
 
 

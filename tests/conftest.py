@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -164,7 +165,6 @@ def tiny_vit(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def staged_folder(tmp_path_factory):
     """Gives the folder of a model of STAGED by its name, for pictures of 64 × 64."""
-    from functools import cache
 
     def write(name: str) -> Path:
         model, kwargs = STAGED[name]
@@ -291,6 +291,15 @@ def tiny_trt_bundle(tmp_path_factory, tiny_text_run) -> Path:
     return export_run(tiny_text_run.path, fmt="trt", out=out, **options).path
 
 
+@pytest.fixture
+def unwarmed(monkeypatch):
+    """Benchmarks measure at once; tests/test_latency.py asks how long they warm up."""
+    from mdpd_deploy.serve.latency import cells
+
+    plan = partial(cells.Plan, warmup_seconds=0.0, warmup_cap=0.0)
+    monkeypatch.setattr(cells, "Plan", plan)
+
+
 @pytest.fixture(scope="session")
 def keys(tmp_path_factory):
     """`private.pem`, `public.pem`, another pair, and one with a password."""
@@ -379,7 +388,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `network` run only where MDPD_TEST_NETWORK=1 asks for them."""
+    """Files with a slow test come first, so that no process works alone at the end.
+
+    Tests marked `network` run only where MDPD_TEST_NETWORK=1 asks for them.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if os.environ.get("MDPD_TEST_NETWORK") != "1":
         reason = "fetches packages: set MDPD_TEST_NETWORK=1"
         for item in items:

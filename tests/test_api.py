@@ -2,11 +2,14 @@
 
 import doctest
 
+import pytest
+
 import mdpd_deploy
 
 
-def test_the_docstring_examples_run(tmp_path, digit_folder):
-    names = {"folder": tmp_path, "pictures": digit_folder}
+@pytest.mark.usefixtures("unwarmed")
+def test_the_docstring_examples_run(tmp_path, digit_folder, tiny_vit):
+    names = {"folder": tmp_path, "pictures": digit_folder, "encoder": tiny_vit}
     for name in ("fit", "export_run", "load_bundle", "bench_latency"):
         function = getattr(mdpd_deploy, name)
         tests = doctest.DocTestFinder(recurse=False).find(function, name, globs=names)

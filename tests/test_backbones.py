@@ -586,8 +586,8 @@ def test_bad_vision_weights_are_refused(tmp_path, monkeypatch):
     refused(
         "backbone.weights: .*w.safetensors cannot be read: .*sound copy", name, weights=str(file)
     )
-    Path("w.npz").write_bytes(b"x")
-    refused("w.npz must be a .safetensors", name, weights="w.npz")
+    Path("w.h5").write_bytes(b"x")
+    refused("w.h5 must be a .safetensors", name, weights="w.h5")
     torch.save({"x": Runs()}, "w.pth")
     refused("w.pth cannot be read", name, weights="w.pth")
     assert not Path("ran-code").exists()

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.backbones.layout import Layout
 from mdpd_deploy.config import BackboneConfig, SideConfig, check_config
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.graphs.trace import export_onnx
 from mdpd_deploy.model import Deployed, WithSide
 from mdpd_deploy.sides import SIDES, SideShape, build_side
 from mdpd_deploy.sides.dtl import (
@@ -204,3 +206,38 @@ def test_mdpd_over_v2_is_refused_with_the_reason(name, backbone):
 def test_what_does_not_fit_is_refused(options, said, backbone):
     with pytest.raises(UserError, match=said):
         build_side(backbone, SideConfig(name="dtlv2", **options))
+
+
+def test_the_released_readout_averages_before_the_norm(tiny_vit, tiny_bert):
+    backbone = load_backbone(BackboneConfig(name=str(tiny_vit))).eval()
+    norm = backbone.final_norm()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(norm.weight)
+    side = build_side(backbone, SideConfig(name="dtlv2", readout="released"))
+    head = Head(backbone.width, 3)
+    inputs = backbone.example_inputs(3)
+    with torch.no_grad():
+        found = WithSide(backbone, side, head)(*inputs.values())
+        tokens = backbone.trace(inputs).taps[-1][:, backbone.prefix_tokens :]  # h = 0 at the start
+        torch.testing.assert_close(found, head(norm(tokens.mean(1))))
+        assert not torch.allclose(found, head(norm(tokens).mean(1)), atol=1e-3)
+    posts = load_backbone(BackboneConfig(name=str(tiny_bert)), max_length=24)
+    for other in (posts, load_backbone(BackboneConfig(name=str(tiny_vit), pooling="cls"))):
+        with pytest.raises(UserError, match=r"side\.readout=released averages tokens before"):
+            build_side(other, SideConfig(name="dtlv1", readout="released"))
+
+
+def test_the_released_readout_reaches_the_kept_model_and_its_graph(tmp_path, image_options, fit_in):
+    from onnxruntime import InferenceSession
+
+    options = {**image_options, "method": "side", "side": "dtlv1", "steps": 2}
+    run = fit_in(tmp_path / "run", options, set=["side.readout=released"])
+    models = [Run.open(run.path).load_deployed(), run.load_with_side()[0]]
+    inputs = run.load_backbone().example_inputs(2)
+    session = InferenceSession(export_onnx(models[1], tmp_path / "side.onnx").path)
+    (graph,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+    with torch.no_grad():
+        found = models[0](*inputs.values())
+        torch.testing.assert_close(torch.from_numpy(graph), found, rtol=1e-4, atol=1e-5)
+        models[1].side.readout = "model"
+        assert not torch.allclose(models[1](*inputs.values()), found, atol=1e-3)

@@ -175,6 +175,7 @@ def test_export_builds_the_engine_where_it_can(tiny_run, tmp_path, stand_in, cap
     assert {path.name for path in tmp_path.iterdir()} == {"b"}
 
 
+@pytest.mark.usefixtures("unwarmed")
 def test_auto_times_an_engine_of_every_precision(tiny_run, tmp_path, stand_in, monkeypatch):
     """Without ModelOpt the two that need it are rows that say so."""
     monkeypatch.delenv("MDPD_AUTOCAST_PYTHON", raising=False)

@@ -10,6 +10,7 @@ from mdpd_deploy import bench_latency, build_engine, export_run, fit
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("unwarmed")
 FAST = {"batch": [1], "seconds": 0.05, "openings": 3, "threads": 1}
 
 
@@ -34,6 +35,7 @@ def call(*words):
     return main(["bench-latency", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_a_run_is_timed_in_both_runtimes(run, tiny_vit, capsys):
     options = ["--batch", "1", "--seconds", "0.05", "--openings", "3", "--threads", "1"]
     assert call(run, "--rivals", "bare,sherl", *options, "--json") == 0
@@ -127,7 +129,8 @@ def test_data_that_is_gone_is_replaced_by_random_inputs_and_said(run, root, caps
     shutil.copytree(run, moved, ignore=shutil.ignore_patterns("bundles", "latency"))
     config = (moved / "config.yaml").read_text().replace("task: digits", "task: classify")
     (moved / "config.yaml").write_text(config)
-    options = ["--runtime", "onnx", "--rivals", "bare", "--batch", "1", "--seconds", "0.05"]
+    options = ["--runtime", "onnx", "--rivals", "bare", "--batch", "1", "--seconds", "0.05",
+               "--openings", "3"]  # fmt: skip
     assert call(moved, *options) == 0
     assert "random inputs" in capsys.readouterr().err
     written = json.loads((moved / "latency" / "latency.json").read_text())

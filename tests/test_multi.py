@@ -119,6 +119,7 @@ def scaled_gap(found, reference):
     return np.abs(found - reference).max() / max(reference.std(), 1e-2 * np.abs(reference).max())
 
 
+@pytest.mark.slow
 def test_every_gate_passed_for_every_task(text_bundle, image_bundle):
     for bundle in (text_bundle, image_bundle):
         manifest = bundle.manifest

@@ -236,13 +236,15 @@ def test_two_halves_add_up_to_the_whole_batch(backbone):
             torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_paper_side_head_reads_the_last_feature(backbone):
-    method = make(backbone, "mdpd", "unipt", "distill.side_head=paper")
-    assert method.modules["side_head"].linear.in_features == method.side.width
+@pytest.mark.parametrize("side", ["unipt", "lst", "sherl"])
+def test_paper_side_head_reads_the_last_feature(backbone, side):
+    method = make(backbone, "mdpd", side, "distill.side_head=paper")
+    width = backbone.width if side == "sherl" else method.side.width
+    assert method.modules["side_head"].linear.in_features == width
     found, _ = gradients(method, batch_for(backbone))
     assert None not in found.values()
-    with pytest.raises(UserError, match=r"--side sherl has none; use distill.side_head=final"):
-        make(backbone, "mdpd", "sherl", "distill.side_head=paper")
+    with pytest.raises(UserError, match=r"--side dtlv1 has none; use distill.side_head=final"):
+        make(backbone, "mdpd", "dtlv1", "distill.side_head=paper")
 
 
 def test_more_late_blocks_than_the_backbone_has_are_refused(backbone):

@@ -556,6 +556,7 @@ def test_autocast_for_real(precision, tiny_run, tmp_path):
 # --- auto ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unwarmed")
 def test_auto_tries_what_is_valid_and_keeps_by_measurement(tiny_run, tmp_path, capsys):
     out = tmp_path / "b"
     words = ["export", tiny_run.path, "--precision", "auto", "--seconds", "0.05", "--out", out]

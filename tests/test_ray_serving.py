@@ -83,19 +83,21 @@ try:
         for kind in ("count", "sum"):
             found = re.search(rf'^(mdpd\\w*rows_{kind})\\{{.*digits.*\\}} (\\S+)$', text, re.M)
             rows.append((kind, float(found[2]) if found else 0.0))
-    def serve_too(*, port):
-        words[-3] = str(port)
+    def serve_too(port):
+        own = [*words[:-3], str(port), *words[-2:]]
         done = subprocess.run(
-            [sys.executable, "-m", "mdpd_deploy", *words], capture_output=True, text=True,
+            [sys.executable, "-m", "mdpd_deploy", *own], capture_output=True, text=True,
             env={**os.environ, "RAY_ADDRESS": cluster.address}, timeout=120,
         )
         return done.returncode, done.stdout, done.stderr
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         elsewhere = free.getsockname()[1]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        answer_elsewhere, answer_beside = pool.map(serve_too, (elsewhere, port))
     print(json.dumps({
-        "elsewhere": serve_too(port=elsewhere),
-        "beside": serve_too(port=port),
+        "elsewhere": answer_elsewhere,
+        "beside": answer_beside,
         "port": port,
         "statuses": sorted({status for status, _ in answers}),
         "off": off,
@@ -204,11 +206,15 @@ def test_every_option_of_a_server_can_be_said_to_ray(bundle):
     assert set(AppArguments.model_fields) == {"bundles", "max_pixels", *options, *scaling}
 
 
-HEALTH = """
+REPLICA = """
 import asyncio, sys
 from mdpd_deploy.serve.ray_app import AppArguments, app
 
 async def main():
+    given = {"max_replicas": "3", "queue": "64", "max_pixels": "9"}
+    made = app(AppArguments(bundles=f"digits={sys.argv[1]}", **given))
+    config = made._bound_deployment._deployment_config
+    print(config.autoscaling_config.max_replicas, config.max_ongoing_requests)
     plain = {"bundles": f"digits={sys.argv[1]}", "drain_s": "3"}
     made = app(AppArguments(**plain))._bound_deployment
     print(made._deployment_config.graceful_shutdown_timeout_s)
@@ -228,21 +234,8 @@ asyncio.run(main())
 """
 
 
-def test_a_replica_whose_model_failed_is_not_healthy(bundle, run_python):
-    done = run_python("-W", "ignore", "-c", HEALTH, str(bundle.path))
-    wanted = ["3.0", "digits answers no more: the GPU is gone."]
-    assert done.stdout.splitlines() == wanted, done.stderr
-
-
-def test_the_application_builds_from_ray_serves_own_words(bundle, tmp_path, run_python):
+def test_a_replica_takes_strings_and_is_not_healthy_once_its_model_failed(bundle, run_python):
     """`serve run mdpd_deploy.serve.ray_app:app bundles=...` and config files pass strings."""
-    code = """
-import sys
-from mdpd_deploy.serve.ray_app import AppArguments, app
-plain = {"bundles": f"digits={sys.argv[1]}", "max_replicas": "3", "queue": "64", "max_pixels": "9"}
-made = app(AppArguments(**plain))
-config = made._bound_deployment._deployment_config
-print(config.autoscaling_config.max_replicas, config.max_ongoing_requests)
-"""
-    done = run_python("-W", "ignore", "-c", code, str(bundle.path))
-    assert done.stdout.split() == ["3", "64"], done.stderr
+    done = run_python("-W", "ignore", "-c", REPLICA, str(bundle.path))
+    wanted = ["3 64", "3.0", "digits answers no more: the GPU is gone."]
+    assert done.stdout.splitlines() == wanted, done.stderr

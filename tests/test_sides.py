@@ -179,6 +179,24 @@ def test_several_late_blocks_are_entered_anew_one_after_the_other():
     assert count(side) == count(one) + 1  # an α more, nothing else
 
 
+@pytest.mark.parametrize(("folder", "usual"), [("tiny_vit", 0.95), ("tiny_bert", 0.0)])
+def test_the_gate_starts_open_beside_a_backbone_that_ends_in_a_norm(folder, usual, request):
+    name = str(request.getfixturevalue(folder))
+    backbone = load_backbone(BackboneConfig(name=name), max_length=24)
+    for gate, expected in (
+        (None, usual),
+        ("closed", 0.0),
+        ("open", 0.95),
+        (0.0, 0.0),
+        (-0.5, -0.5),
+    ):
+        config = SideConfig(name="sherl", reduction=2, late_layers=2, gate=gate)
+        found = torch.tanh(build_side(backbone, config).alpha / 0.1)
+        torch.testing.assert_close(found, torch.full((2,), expected))
+    with pytest.raises(ValueError, match="less than 1"):
+        SideConfig(name="sherl", gate=1.0)
+
+
 @pytest.mark.parametrize("layers", [4, 9])
 def test_more_late_blocks_than_fit_are_refused(layers):
     with pytest.raises(UserError, match=r"side\.late_layers=.* give 1 to 3"):

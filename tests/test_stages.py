@@ -151,6 +151,15 @@ def test_taps_are_tokens_of_the_layouts_and_blocks_run_again_alike(backbone):
     torch.testing.assert_close(partly.taps[3], trace.taps[3])
 
 
+def test_weights_held_in_bfloat16_leave_the_same_norms_to_train(backbone):
+    plain, held = (
+        make(backbone, "norms", train={"precision": precision}).groups
+        for precision in ("fp32", "bf16")
+    )
+    assert held["norms"].keys() == plain["norms"].keys()
+    assert {p.dtype for p in held["norms"].values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tuned_norms_are_those_of_blocks_merges_and_tail(name, backbones):
     backbone = backbones[name]

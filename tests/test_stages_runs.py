@@ -60,6 +60,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(runs, digit_folder, tmp_path
     assert (copied / "model" / "side.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unwarmed")
 def test_export_verify_predict_and_latency(runs, digit_folder, tmp_path):
     name, run, _ = runs
     bundle = export_run(run.path, out=tmp_path / "bundle")
@@ -72,13 +74,15 @@ def test_export_verify_predict_and_latency(runs, digit_folder, tmp_path):
     assert answer.label in run.task.labels
     if name != "resnet":
         return
-    report = bench_latency(run.path, runtime=["onnx"], batch=[1], seconds=0.2, openings=3)
-    timed = [note["name"] for note in report["variants"]]
+    words = dict(runtime=["onnx"], batch=[1], seconds=0.05, openings=3)
+    timed = [note["name"] for note in bench_latency(run.path, **words)["variants"]]
     assert {"bare", "unipt", "sherl"} <= set(timed)
 
 
 def test_two_tasks_share_one_graph(runs, digit_folder, tmp_path):
-    _, three, two = runs
+    name, three, two = runs
+    if name == "swin":
+        pytest.skip("its norms are those of convnext, and its graph takes three times as long")
     bundle = export_runs([three.path, two.path], names=["three", "two"], out=tmp_path / "both")
     assert {"mixed", "swap", "parity"} <= set(bundle.manifest["verification"])
     added = bundle.manifest["mixed"]["added_nodes"]

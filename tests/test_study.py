@@ -6,12 +6,15 @@ import time
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from mdpd_deploy.artifacts.outputs import write_outputs
 from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import sha256_file
 from mdpd_deploy.report.charts import Dot, pareto_front, trade_off_chart
+from mdpd_deploy.report.intervals import crossed_interval
 from mdpd_deploy.study.engines import build_engine
 from mdpd_deploy.study.plan import Ask, Plan, read_plan, write_plan
 from mdpd_deploy.study.results import Latency, collect
@@ -357,6 +360,49 @@ def test_the_gap_to_the_best_is_taken_seed_by_seed(tmp_path):
     reach = 4.303 * 0.01 / 3**0.5  # Student's factor of three
     assert other.gap.ci95 == pytest.approx((-0.02 - reach, -0.02 + reach), abs=1e-5)
     assert "| probe | 28.0 ± 9.0 | -2.0 [-4.5, +0.5] |" in markdown(results_of(outcomes))
+
+
+def test_the_gap_counts_test_examples_as_a_sample_where_runs_kept_their_outputs(tmp_path):
+    """Two methods that err on other examples: three seeds that agree do not make them certain."""
+    rng = np.random.default_rng(0)
+    labels = np.zeros(400, dtype=np.int64)
+    right = {method: rng.random(400) < 0.7 for method in ("probe", "norms")}
+
+    def answers(method, seed):
+        flips = np.random.default_rng(seed).random(400) < 0.02
+        return np.eye(2, dtype=np.float32)[(~(right[method] ^ flips)).astype(int)]
+
+    def score(trial):
+        return 2 * float((answers(trial.method, trial.seed).argmax(1) == 0).mean())
+
+    class Keeping(Instant):
+        def submit(self, fn, /, *words, **more):
+            study, trial, _ = words
+            run = study / trial.folder / "run"
+            run.mkdir(parents=True, exist_ok=True)
+            found = {"labels": labels, "deployed": answers(trial.method, trial.seed)}
+            write_outputs(run, {"test": found})
+            return super().submit(fn, *words, **more)
+
+    plan = plan_of(replace(ASK, tasks=("rte",)))
+    outcomes = run_trials(plan, tmp_path, Keeping(score), threads=1, say=lambda line: None)
+    _, other = results_of(outcomes).rows
+    assert other.gap.examples and other.gap.seeds == 3
+    low, high = other.gap.ci95
+    differ = right["probe"] != right["norms"]
+    expected = 2 * 1.96 * differ.mean() ** 0.5 / 20  # of a paired difference of 400 examples
+    assert high - low == pytest.approx(expected, rel=0.25)
+    assert "95 % interval over seeds and test examples" in markdown(results_of(outcomes))
+
+
+def test_the_interval_of_crossed_seeds_and_examples_holds_what_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        seeds, examples = rng.normal(0, 0.3, (5, 1)), rng.normal(0, 7, (1, 50))
+        _, low, high = crossed_interval(seeds + examples + rng.normal(0, 7, (5, 50)))
+        hits += low <= 0 <= high
+    assert 0.92 <= hits / 400 <= 0.98  # Student's over the seeds holds it in 70 %
 
 
 def test_a_trial_that_its_engine_loses_is_a_row_and_the_rest_goes_on(tmp_path):

@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from mdpd_deploy import export_run
+from mdpd_deploy.artifacts.outputs import read_outputs
 from mdpd_deploy.artifacts.run import Run
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.commands.train import build_config, plan
 from mdpd_deploy.config import load_config
 from mdpd_deploy.errors import UserError
+from mdpd_deploy.tasks.metrics import compute
 from mdpd_deploy.train import check_options
 from mdpd_deploy.train.setup import prepare
 
@@ -249,6 +251,14 @@ def test_what_still_counts_is_accepted(image_options):
         ["train.norm_grad=none", "optim.head_lr=1e-3"],
     ):
         check_options(build_config(None, sets, {"method": "mdpd"}))
+
+
+def test_a_run_keeps_what_it_answered_and_every_metric_follows_from_it(tiny_run):
+    for model in ("deployed", "side"):
+        outputs, labels = read_outputs(tiny_run.path, "validation", model)
+        metrics = tiny_run.summary["metrics"][model]
+        assert compute(list(metrics), outputs, labels) == metrics
+    assert read_outputs(tiny_run.path, "nothing") is None
 
 
 def test_the_summary_says_what_no_learning_at_all_scores(tiny_text_run):

@@ -691,6 +691,7 @@ def test_a_bundle_that_changes_behind_its_signature_is_refused(signed, keys):
         checked.require_same(signed, load_bundle(signed).manifest)
 
 
+@pytest.mark.slow
 def test_fuzzed_bundles_are_only_ever_refused_or_fail_checks(exported, run_python, tmp_path):
     """The same program makes 10,000 examples for docs/reliability.md."""
     out = tmp_path / "fuzz.json"

@@ -248,6 +248,8 @@ def test_the_graph_is_the_bare_backbones_and_answers_as_torch(name, encoder_fold
         np.testing.assert_allclose(session.run(None, fed)[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unwarmed")
 def test_a_convolutional_network_goes_from_training_to_latency(digit_folder, fit_in, tmp_path):
     """Real pictures through train, export with every gate, predict, and the benchmark."""
     pytest.importorskip("onnxruntime", reason="runs exported graphs")

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mdpd_deploy.config import Config
 from mdpd_deploy.data.examples import Raw, Split
-from mdpd_deploy.data.images import open_image
-from mdpd_deploy.data.preprocess import ImagePreprocess, Preprocess
-from mdpd_deploy.errors import UserError
+from mdpd_deploy.data.preprocess import Preprocess
 from mdpd_deploy.tasks import Task
+from mdpd_deploy.train.augment import build_augment, build_mix, drawn_from
 from mdpd_deploy.train.methods import Batch
 
 Indices = NDArray[np.int64]
@@ -86,7 +84,8 @@ class StepDataset(Dataset[list[Batch]]):
         self.task = task
         self.schedule = schedule
         self.rank = rank
-        self.augment = build_augment(config, preprocess)
+        self.augment = build_augment(config.data, preprocess)
+        self.mix = build_mix(config.data, task)
         self.seed = config.train.seed
         self.weights = task.weights(split.labels)
 
@@ -98,9 +97,21 @@ class StepDataset(Dataset[list[Batch]]):
         count = float(len(members))
         weight = float(self.weights[members].sum()) or 1.0  # a step of unweighted classes adds 0
         return [
-            Batch(self._inputs(keys, step), self._labels(keys), keys, step, count, weight)
-            for keys in self.schedule.parts(step, self.rank)
+            Batch(*self._mixed(keys, step, part), keys, step, count, weight)
+            for part, keys in enumerate(self.schedule.parts(step, self.rank))
         ]
+
+    def _mixed(self, keys: Indices, step: int, part: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return inputs and labels of a part of a step; pictures are mixed within it.
+
+        Whoever is mixed in is another of the part, so that its class weights still add up.
+        """
+        inputs, labels = self._inputs(keys, step), self._labels(keys)
+        if self.mix is None:
+            return inputs, labels
+        with drawn_from(self.seed, step, self.rank, part):
+            pictures, labels = self.mix(inputs["pixel_values"], labels)
+        return {"pixel_values": pictures}, labels
 
     def _labels(self, keys: Indices) -> Tensor:
         wanted = torch.from_numpy(self.task.wanted(self.split.labels[keys]))
@@ -121,38 +132,6 @@ class StepDataset(Dataset[list[Batch]]):
 def to_tensors(preprocess: Preprocess, raws: list[Raw]) -> dict[str, Tensor]:
     """Preprocess raw inputs into named tensors."""
     return {name: torch.from_numpy(array) for name, array in preprocess(raws).items()}
-
-
-class Augment:
-    """Random mirror, or random crop and mirror, drawn from (seed, epoch, example) alone."""
-
-    def __init__(self, kind: str, preprocess: ImagePreprocess) -> None:
-        from torchvision.transforms import v2  # it takes a second to load, and most runs do without
-
-        self.preprocess = preprocess
-        self.crop = (
-            v2.RandomResizedCrop(preprocess.size, antialias=True) if kind == "crop" else None
-        )
-        self.flip = v2.RandomHorizontalFlip()
-
-    def __call__(self, raw: Raw, key: tuple[int, int, int]) -> NDArray[np.float32]:
-        assert not isinstance(raw, (str, tuple))
-        image: Image.Image = open_image(raw)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-            image = self.crop(image) if self.crop else self.preprocess.geometry(image)
-            return self.preprocess.to_array(self.flip(image))
-
-
-def build_augment(config: Config, preprocess: Preprocess) -> Augment | None:
-    """Return the training augmentation that `data.augment` asks for."""
-    if config.data.augment == "none":
-        return None
-    if not isinstance(preprocess, ImagePreprocess):
-        raise UserError(
-            f"data.augment={config.data.augment} is for images; a text task needs data.augment=none."
-        )
-    return Augment(config.data.augment, preprocess)
 
 
 def step_loader(dataset: StepDataset, start: int, stop: int, workers: int) -> Iterator[list[Batch]]:

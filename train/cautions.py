@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 
+from mdpd_deploy.config import Config
 from mdpd_deploy.data.examples import TaskData
+from mdpd_deploy.report.page import percent
 from mdpd_deploy.tasks.metrics import LOWER_IS_BETTER, Values, metric_text
 from mdpd_deploy.train.evaluate import Outputs
 
@@ -11,6 +13,17 @@ SIDE = (
     "deployed: {metric} {side} against {deployed} on {count} examples; more epochs or a larger "
     "optim.norm_lr may close the gap, and --method side keeps it, at a cost in every inference."
 )
+FELT = (
+    "the logits distillation makes {share} of the gradient of norms and head: this run is --method "
+    "norms beside a side network that is thrown away; a larger loss.logits makes it felt, or "
+    "train.student_task_weight=0, as in the paper."
+)
+UNFELT = (
+    "loss.logits={logits:g} beside train.student_task_weight={task:g}: the logits distillation will "
+    "hardly be felt, and the run is --method norms beside a side network that is thrown away; "
+    "a larger loss.logits changes that, or train.student_task_weight=0, as in the paper."
+)
+LEAST = 0.01  # the share below which a distillation is as good as none
 MAJORITY = (
     "the deployed model is no better on validation than always answering the most frequent class: "
     "{metric} {deployed}, and {floor} without learning."
@@ -29,6 +42,19 @@ def result_cautions(
         outputs: `output` of the deployed model on validation [n, C].
     """
     return [*_worse(data, metrics, majority), *_never_predicted(data, outputs)]
+
+
+def felt_caution(felt: float | None) -> list[str]:
+    """Return what a user should know of a distillation whose share of the gradient was measured."""
+    unfelt = felt is not None and felt < LEAST
+    return [FELT.format(share=percent(felt, 2))] if unfelt else []
+
+
+def plan_cautions(config: Config) -> list[str]:
+    """Return what the weights alone say: below a thousandth of the task loss little is felt."""
+    logits, task = config.loss.logits, config.train.student_task_weight
+    unfelt = config.method == "mdpd" and logits < 1e-3 * task
+    return [UNFELT.format(logits=logits, task=task)] if unfelt else []
 
 
 def _worse(data: TaskData, metrics: Mapping[str, Values], majority: Values | None) -> Iterator[str]:

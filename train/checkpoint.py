@@ -1,6 +1,7 @@
 """Checkpoints: safetensors + JSON, complete or absent, small (trained tensors only).
 
-    RUN/checkpoints/step-00000120/state.safetensors   trained/…, optimiser/…, method/…, random/…
+    RUN/checkpoints/step-00000120/state.safetensors   trained/…, optimiser/…, method/…, mean/…,
+                                                      random/…
                                   state.json          progress; SHA-256 of the tensors and of itself
     RUN/checkpoints/best.safetensors                  trained/… of the best evaluation, and theirs
 
@@ -24,6 +25,7 @@ from torch.optim import Optimizer
 from mdpd_deploy.artifacts.folders import atomic_folder
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import atomic_path, read_json, sha256_file, write_json
+from mdpd_deploy.train.mean import WeightMean
 from mdpd_deploy.train.methods import Method
 from mdpd_deploy.train.optim import load_optimizer_tensors, optimizer_tensors
 
@@ -79,14 +81,21 @@ class Checkpoints:
         folder: RUN/checkpoints.
         method: Gives and takes the trained tensors, and what else it must know to go on.
         optimizer: Gives and takes its state.
+        mean: Gives and takes the mean of the trained tensors, where there is one.
         config: The run's config as YAML; a checkpoint of another one is refused.
         data: The fingerprint of its examples; a checkpoint of others is refused.
     """
 
     def __init__(
-        self, folder: Path, method: Method, optimizer: Optimizer, config: str, data: str
+        self,
+        folder: Path,
+        method: Method,
+        optimizer: Optimizer,
+        mean: WeightMean,
+        config: str,
+        data: str,
     ) -> None:
-        self.folder, self.method, self.optimizer = folder, method, optimizer
+        self.folder, self.method, self.optimizer, self.mean = folder, method, optimizer, mean
         self.config, self.data = config, data
 
     def save(self, progress: Progress) -> None:
@@ -94,6 +103,7 @@ class Checkpoints:
         tensors = {f"trained/{k}": t for k, t in self.method.trained_state().items()}
         tensors |= {f"optimiser/{k}": t for k, t in optimizer_tensors(self.optimizer).items()}
         tensors |= {f"method/{k}": t for k, t in self.method.extra_state().items()}
+        tensors |= {f"mean/{k}": t for k, t in self.mean.tensors.items()}
         tensors |= random_tensors()
         with atomic_folder(self.folder / f"step-{progress.step:08d}", overwrite=True) as folder:
             save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, folder / TENSORS)
@@ -146,6 +156,7 @@ class Checkpoints:
             self.method.load_trained_state(_below(tensors, "trained/"))
             load_optimizer_tensors(self.optimizer, _below(tensors, "optimiser/"))
             self.method.load_extra_state(_below(tensors, "method/"))
+            self.mean.load(_below(tensors, "mean/"))
             torch.set_rng_state(tensors["random/cpu"])
         except (KeyError, RuntimeError, TypeError) as err:
             raise UserError(f"checkpoint {path} does not fit this run ({err}); {mend}.") from err

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mdpd_deploy.artifacts.folders import atomic_folder
+from mdpd_deploy.artifacts.outputs import write_outputs
 from mdpd_deploy.artifacts.run import BACKBONE, LABELS, SCHEMA, Run, read_metrics
 from mdpd_deploy.artifacts.scores import key_of
 from mdpd_deploy.files import sha256_file, write_json
@@ -23,7 +24,7 @@ from mdpd_deploy.machine import versions
 from mdpd_deploy.model import TaskModel
 from mdpd_deploy.report.predictions import Predictions, pick_samples
 from mdpd_deploy.tasks.metrics import Values, compute
-from mdpd_deploy.train.cautions import result_cautions
+from mdpd_deploy.train.cautions import felt_caution, result_cautions
 from mdpd_deploy.train.checkpoint import Progress, load_best
 from mdpd_deploy.train.evaluate import Outputs, run_over
 from mdpd_deploy.train.log import require_folder
@@ -49,6 +50,7 @@ def finish(setup: Setup, out: Path, progress: Progress) -> Run:
             write_model(setup, folder)
     setup.state.wait_for_everyone()
     summary = describe(setup, progress)
+    summary["felt"] = felt_share(out)
     summary["files"] = {p.name: sha256_file(p) for p in sorted((out / "model").iterdir())}
     run = Run(out, setup.config, summary, setup.data.task)
     deployed = run.load_deployed().to(setup.state.device)
@@ -65,6 +67,7 @@ def finish(setup: Setup, out: Path, progress: Progress) -> Run:
         floor = setup.data.task.floor(setup.data.metrics, setup.data.train.labels, split.labels)
         if floor is not None:
             summary[key_of("majority", name)] = floor
+    summary["notes"] += felt_caution(summary["felt"])
     summary["notes"] += result_cautions(
         setup.data, summary["metrics"], summary.get("majority"), outputs["validation"]
     )
@@ -72,8 +75,26 @@ def finish(setup: Setup, out: Path, progress: Progress) -> Run:
     if setup.state.is_main_process:
         require_folder(out)
         report(setup, out, summary, outputs["validation"], side.get("validation"))
+        write_outputs(
+            out,
+            {
+                name: {
+                    "labels": split.labels,
+                    "deployed": outputs[name]["output"],
+                    **({"side": side[name]["output"]} if side else {}),
+                }
+                for name, split in setup.data.evaluation.items()
+            },
+        )
         write_json(out / "summary.json", summary)
     return run
+
+
+def felt_share(out: Path) -> float | None:
+    """Return the mean over a run's evaluations of what `Method.felt` found; None where it found nothing."""
+    path = out / "metrics.jsonl"
+    found = [line["felt"] for line in read_metrics(path) if "felt" in line]
+    return sum(found) / len(found) if found else None
 
 
 def write_model(setup: Setup, folder: Path) -> None:

@@ -26,6 +26,7 @@ from mdpd_deploy.data.inventory import Inventory
 from mdpd_deploy.data.lengths import TextLengths
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.files import write_text
+from mdpd_deploy.train.cautions import plan_cautions
 from mdpd_deploy.train.entries import default_entries, entry_configs, without_unread
 from mdpd_deploy.train.finish import finish
 from mdpd_deploy.train.loop import train
@@ -45,6 +46,8 @@ class Plan:
     Attributes:
         norm_grad: How the norms get their gradient, `auto` settled; None where none is tuned.
         memory_choice: Why, where it was `auto`.
+        learning_rate: Its peak and phases.
+        options: Those that differ from their default, by dotted name, but for what else is here.
         sees: What the backbone makes of an input, e.g. `pictures of 32 × 32 pixels`.
         licence: Of its weights.
         memory_table: What every method would need in this run's place, this one's included; empty
@@ -65,6 +68,8 @@ class Plan:
     steps: int
     steps_per_epoch: int
     batch: int
+    learning_rate: str
+    options: dict[str, Any]
     params: dict[str, int]
     norm_grad: str | None
     precision: str
@@ -113,6 +118,8 @@ def _plan(setup: Setup, memory_table: tuple[MemoryRow, ...]) -> Plan:
         classes=setup.data.task.labels,
         steps=setup.steps,
         steps_per_epoch=setup.schedule.steps_per_epoch,
+        learning_rate=setup.rate.words(setup.steps),
+        options=_asked(config),
         batch=setup.schedule.step_size,
         params={
             "backbone": method.backbone_numbers,
@@ -128,10 +135,16 @@ def _plan(setup: Setup, memory_table: tuple[MemoryRow, ...]) -> Plan:
         tokens=setup.lengths,
         text_length=setup.text_length,
         device=str(setup.state.device),
-        notes=setup.notes,
+        notes=(*setup.notes, *plan_cautions(config)),
         inventory=setup.data.inventory,
         recipe=recipe_settings(config),
     )
+
+
+def _asked(config: Config) -> dict[str, Any]:
+    plain, said = Config().flat(), ("data.path", "backbone.name", "side.name")
+    flat = config.flat().items()
+    return {k: v for k, v in flat if "." in k and k not in said and v != plain.get(k)}
 
 
 def _every_method(setup: Setup) -> tuple[MemoryRow, ...]:

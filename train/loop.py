@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mdpd_deploy.train.checkpoint import (
 from mdpd_deploy.train.evaluate import run_over
 from mdpd_deploy.train.fisher import inherit_important
 from mdpd_deploy.train.log import MetricsLog, require_folder
+from mdpd_deploy.train.mean import WeightMean
 from mdpd_deploy.train.memory.forecast import measured_step
 from mdpd_deploy.train.methods import Batch, Method
 from mdpd_deploy.train.optim import (
@@ -36,7 +37,7 @@ from mdpd_deploy.train.setup import Setup
 from mdpd_deploy.train.stopping import StopRequest
 
 LOG_EVERY = 10  # steps
-MEASURED_STEPS = 2  # live bytes are counted on these; they are left out of timings
+MEASURED_STEPS = 2  # of each turn live bytes are counted on these; they are left out of timings
 
 
 def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) -> Progress:
@@ -49,7 +50,8 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
         stop_request: Obeyed after a step, with a checkpoint.
 
     Returns:
-        Where the run ended. The method holds the last weights, `best.safetensors` the best.
+        Where the run ended. The method holds the last weights, or their mean if there is one,
+        `best.safetensors` the best.
 
     Raises:
         WorkFailed: If the run diverges, or its folder is gone.
@@ -57,8 +59,9 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
     config, method, state = setup.config, setup.method, setup.state
     optimizer = build_optimizer(method)
     torch.manual_seed(config.train.seed + 1 + state.process_index)
+    mean = WeightMean(method, config.train.ema)
     checkpoints = Checkpoints(
-        out / "checkpoints", method, optimizer, config.to_yaml(), data_fingerprint(setup.data)
+        out / "checkpoints", method, optimizer, mean, config.to_yaml(), data_fingerprint(setup.data)
     )
     found = checkpoints.load_newest(bar.say)
     progress = found or Progress()
@@ -68,6 +71,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
         bar.say(f"resuming {out} at step {progress.step} of {setup.steps}")
     else:
         inherit_important(setup, bar.say)
+        mean.start()
     log = MetricsLog(out, progress.step, config.track.to, enabled=state.is_main_process)
     dataset = StepDataset(
         setup.data.train,
@@ -80,26 +84,32 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
     loader = step_loader(dataset, progress.step, setup.steps, config.data.workers)
     method.train_mode()
     choice, logged = setup.memory.choice, (progress.samples, progress.train_s)
+    norms: dict[str, Tensor] = {}
     ended = stops_early(progress, config)  # of a run that was interrupted after its last step
     for step in range(progress.step, progress.step if ended else setup.steps):
         started = time.perf_counter()
         parts = next(loader)
-        set_learning_rate(optimizer, step, setup.steps, config.optim)
-        if step < MEASURED_STEPS:
-            with measured_step(method, optimizer, parts) as peak:
-                losses, norms = one_step(setup, optimizer, parts, step)
-            progress.memory = {"peak_live_bytes": peak.peak_bytes, "parts": dict(peak.parts)}
-            progress.memory |= {"choice": asdict(choice)} if choice else {}
+        still = step < config.optim.norms_after * setup.steps
+        set_learning_rate(optimizer, setup.rate.share(step), norms_still=still)
+        if step < MEASURED_STEPS * method.turns:
+            with measured_step(method, optimizer, parts, mean.tensors) as peak:
+                losses, now = one_step(setup, optimizer, parts, step)
+            most = (progress.memory or {}).get("peak_live_bytes", 0)
+            if step < MEASURED_STEPS or peak.peak_bytes > most:
+                progress.memory = {"peak_live_bytes": peak.peak_bytes, "parts": dict(peak.parts)}
+                progress.memory |= {"choice": asdict(choice)} if choice else {}
         else:
-            losses, norms = one_step(setup, optimizer, parts, step)
+            losses, now = one_step(setup, optimizer, parts, step)
             if setup.device.type == "cuda":
                 torch.cuda.synchronize()
             progress.train_s += time.perf_counter() - started
             progress.samples += len(setup.schedule.members(step))
+        mean.update()
+        norms |= now
         progress.step = step + 1
         last = progress.step == setup.steps
-        if step == 0:
-            check_gradients(method)
+        if step < method.turns:
+            check_gradients(method, step)
         optimizer.zero_grad(set_to_none=True)
         bar.update(progress.step, float(losses["loss"]), progress.samples_per_s)
         if progress.step % LOG_EVERY == 0 or last or step == 0:
@@ -110,7 +120,8 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
             log.write(line)
         stop = False
         if progress.step % setup.eval_every == 0 or last:
-            stop = evaluate(setup, progress, log, checkpoints.folder, bar)
+            with mean.in_place():
+                stop = evaluate(setup, progress, log, checkpoints.folder, bar, parts)
         due = progress.step % setup.checkpoint_every == 0 and not last
         if (due or stop_request.came) and state.is_main_process:
             require_folder(out)
@@ -120,6 +131,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
             bar.say(f"stopped at step {progress.step}: no gain in {progress.stale} evaluations")
             break
     log.close()
+    mean.take()
     return progress
 
 
@@ -133,25 +145,29 @@ def one_step(
     # A process without a share of a short last step adds zeros to the others' losses.
     losses = {name: torch.zeros((), device=setup.device) for name in setup.method.loss_names}
     for batch in parts:
-        on_device = replace(
-            batch,
-            inputs={k: t.to(setup.state.device) for k, t in batch.inputs.items()},
-            labels=batch.labels.to(setup.state.device),
-            progress=step / setup.steps,
-        )
-        for name, value in setup.method.step(on_device).items():
+        for name, value in setup.method.step(on_device(setup, batch, step)).items():
             losses[name] = losses[name] + value
     if setup.state.num_processes > 1:
-        losses = sum_over_processes(setup, losses)
-    norms = clip_gradients(setup.method, setup.config.optim.clip)
+        losses = sum_over_processes(setup, losses, step)
+    norms = clip_gradients(setup.method, setup.config.optim.clip, step)
     optimizer.step()
     setup.method.after_step(step, setup.steps)
     return losses, norms
 
 
-def sum_over_processes(setup: Setup, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+def on_device(setup: Setup, batch: Batch, step: int) -> Batch:
+    """Return a batch of step `step` (0-based) where the method is."""
+    return replace(
+        batch,
+        inputs={k: t.to(setup.state.device) for k, t in batch.inputs.items()},
+        labels=batch.labels.to(setup.state.device),
+        progress=step / setup.steps,
+    )
+
+
+def sum_over_processes(setup: Setup, losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
     """Add up the gradients (in place) and losses of all processes, in one message."""
-    parameters = [p for group in setup.method.groups.values() for p in group.values()]
+    parameters = [p for group in setup.method.moved(step).values() for p in group.values()]
     pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     names = sorted(losses)
     flat = torch.cat([*(p.flatten() for p in pieces), *(losses[n].reshape(1) for n in names)])
@@ -165,13 +181,28 @@ def sum_over_processes(setup: Setup, losses: dict[str, Tensor]) -> dict[str, Ten
 
 
 def evaluate(
-    setup: Setup, progress: Progress, log: MetricsLog, checkpoints: Path, bar: ProgressBar
+    setup: Setup,
+    progress: Progress,
+    log: MetricsLog,
+    checkpoints: Path,
+    bar: ProgressBar,
+    parts: Sequence[Batch],
 ) -> bool:
-    """Measure the validation split, keep the best weights; return whether to stop early."""
+    """Measure the validation split, keep the best weights; return whether to stop early.
+
+    Args:
+        setup: The run.
+        progress: Where it stands.
+        log: Gets the scores, and how much of the distillation is felt on `parts`.
+        checkpoints: The folder of the best weights.
+        bar: Shows the scores.
+        parts: This process's batches of the last step.
+    """
     method, data, config = setup.method, setup.data, setup.config
     split = data.evaluation["validation"]
     method.eval_mode()
     outputs = run_over(setup, "validation", method.outputs)
+    felt = method.felt(on_device(setup, parts[0], progress.step)) if parts else None
     method.train_mode()
     measured = {name: compute(data.metrics, out, split.labels) for name, out in outputs.items()}
     score = measured["deployed"][data.metrics[0]]
@@ -185,7 +216,8 @@ def evaluate(
     else:
         progress.stale += 1
     epoch = progress.step / setup.schedule.steps_per_epoch
-    log.write({"step": progress.step, "epoch": epoch, "split": "validation", **measured})
+    line = {"step": progress.step, "epoch": epoch, "split": "validation", **measured}
+    log.write(line if felt is None else {**line, "felt": felt})
     metric = data.metrics[0]
     scores = {name: values[metric] for name, values in measured.items()}
     bar.evaluated(progress.step, "validation", len(split), metric, scores)
@@ -197,9 +229,9 @@ def stops_early(progress: Progress, config: Config) -> bool:
     return config.train.patience is not None and progress.stale >= config.train.patience
 
 
-def check_gradients(method: Method) -> None:
-    """Assert after the first step that every trained tensor has a gradient."""
-    for group in method.groups.values():
+def check_gradients(method: Method, step: int) -> None:
+    """Assert that every tensor that a step trains has a gradient."""
+    for group in method.moved(step).values():
         missing = [name for name, p in group.items() if p.grad is None]
         if missing:
             raise AssertionError(f"declared as trained but without a gradient: {missing[:5]}")

@@ -1,4 +1,4 @@
-"""AdamW groups, schedule and clipping.
+"""AdamW groups, their rates and clipping.
 
 Groups with their own learning rate and their own clip norm: `side` or `adapter`, `norms` or
 `backbone`, `head`. Norms, biases and what a method names as scales get no weight decay. Tensors
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mdpd_deploy.config import Config, OptimConfig
+from mdpd_deploy.config import Config
 from mdpd_deploy.train.methods import Method
 from mdpd_deploy.train.methods.base import Parameters
 
@@ -61,35 +61,26 @@ def _logits_only(config: Config, group: str) -> bool:
     return config.method == "mdpd" and group != "side" and config.train.student_task_weight == 0
 
 
-def learning_rate_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """Return the share of the peak learning rate at `step` (0-based) of `steps`."""
-    warmup = math.ceil(config.warmup * steps) if config.warmup else 0
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.schedule == "constant":
-        return 1.0
-    done = (step - warmup) / max(1, steps - warmup)
-    return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-
 def set_learning_rate(
-    optimizer: torch.optim.Optimizer, step: int, steps: int, config: OptimConfig
+    optimizer: torch.optim.Optimizer, share: float, *, norms_still: bool = False
 ) -> None:
-    """Set every group's rate for `step` (0-based) of `steps`.
+    """Set every group's rate to a share of its own peak.
 
-    Norms keep still until `norms_after` of the steps: a head that knows nothing yet would bend the
-    features to its random weights (linear probing, then tuning: Kumar et al., ICLR 2022).
+    Args:
+        optimizer: From `build_optimizer`.
+        share: From `Rate.share`.
+        norms_still: Keep the norms as they are: a head that knows nothing yet would bend the
+            features to its random weights (linear probing, then tuning: Kumar et al., ICLR 2022).
     """
-    factor = learning_rate_factor(step, steps, config)
     for group in optimizer.param_groups:
-        still = group["group"] == "norms" and step < config.norms_after * steps
-        group["lr"] = 0.0 if still else group["peak_lr"] * factor
+        still = norms_still and group["group"] == "norms"
+        group["lr"] = 0.0 if still else group["peak_lr"] * share
 
 
-def clip_gradients(method: Method, limit: float | None) -> dict[str, Tensor]:
-    """Clip each group's gradient norm to `limit`; return the norms before clipping."""
+def clip_gradients(method: Method, limit: float | None, step: int = 0) -> dict[str, Tensor]:
+    """Clip the gradient norm of each group that a step trains; return the norms before clipping."""
     norms = {}
-    for name, parameters in method.groups.items():
+    for name, parameters in method.moved(step).items():
         norms[name] = nn.utils.clip_grad_norm_(parameters.values(), limit or math.inf)
     return norms
 

@@ -42,6 +42,7 @@ def _in_float32(kind: type[Any]) -> type[Any]:
             out: Tensor = super().forward(x.float(), *args, **kwargs)
             return out.to(x.dtype)
 
+    Float32.__name__ = kind.__name__  # by which backbones know a norm
     return Float32
 
 

@@ -82,7 +82,12 @@ def write_report(
         title=title,
         told=" · ".join(_told(summary)),
         notes=summary.get("notes") or (),
-        cards=[*_score_cards(summary), _parameter_card(summary), *_cost_cards(summary)],
+        cards=[
+            *_score_cards(summary),
+            _parameter_card(summary),
+            *_cost_cards(summary),
+            *_felt_cards(summary),
+        ],
         **_scores(summary),
         charts=list(_charts(metrics)),
         comparison=comparison(predictions),
@@ -181,6 +186,11 @@ def _cost_cards(summary: Line) -> Iterable[Card]:
         yield "Training time", duration(time["train_s"]), said
 
 
+def _felt_cards(summary: Line) -> Iterable[Card]:
+    if (felt := summary.get("felt")) is not None:
+        yield "Distillation felt", percent(felt, 2), "of the gradient of norms and head"
+
+
 def _found(summary: Line) -> Iterable[tuple[str, str, str]]:
     """Return what was found where the data lie: used by split, and left out by reason."""
     inventory = summary.get("inventory") or {"used": {}, "left_out": []}
@@ -223,6 +233,7 @@ def _charts(metrics: Sequence[Line]) -> Iterable[Chart]:
     for key, title in LOSSES.items():
         yield from _chart(title, [_points(train, "", key, 1)], log=True)
     yield from _chart("Learning rate", _rates(train))
+    yield from _chart("Share of the distillation", [_points(validation, "", "felt", 2)])
     norms = [_points(train, n, f"grad_norm_{n}", colour) for n, colour in GRADIENT_NORMS.items()]
     yield from _chart("Gradient norm", norms, log=True)
     yield from _chart("Examples per second", [_points(train, "", "samples_per_s", 3)])

@@ -19,10 +19,18 @@ from mdpd_deploy.data.load import default_resize, load_task
 from mdpd_deploy.data.preprocess import ImagePreprocess, TextPreprocess
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks import Task
+from mdpd_deploy.train.augment import build_augment
 from mdpd_deploy.train.batches import Schedule
 from mdpd_deploy.train.log import check_trackers
 from mdpd_deploy.train.memory.choice import SettledMemory, free_bytes, settle_memory
 from mdpd_deploy.train.methods import Method, build_method
+from mdpd_deploy.train.rate import Rate, build_rate
+
+CHANGES = ("augment", "scale", "auto_augment", "mixup", "cutmix")  # of training pictures
+READ_OF = {  # options of `data` that only one kind of input reads
+    "image": (*CHANGES, "resize", "crop_pct", "normalize"),
+    "text": ("max_length", "pad"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Setup:
     method: Method
     schedule: Schedule
     steps: int
+    rate: Rate
     state: PartialState
     original: dict[str, Tensor] | None  # a backbone that cannot be loaded again
     lengths: dict[str, TextLengths]  # tokens of the texts by split; empty for images
@@ -100,7 +109,9 @@ def prepare(config: Config) -> Setup:
         config.backbone, max_length=config.data.max_length, pad=config.data.pad
     )
     check_modality(backbone, data, config)
-    set_resize(backbone, config)
+    if isinstance(backbone.preprocess, ImagePreprocess):
+        backbone.preprocess = backbone.preprocess.asked(config.data)
+        build_augment(config.data, backbone.preprocess)  # refuses what timm does not know
     lengths = measure_lengths(backbone, data)
     told = [lengths_note(lengths)] if lengths else []
     text_length = batch_length(config, lengths)
@@ -129,6 +140,7 @@ def prepare(config: Config) -> Setup:
         state.num_processes,
     )
     steps = total_steps(config, schedule)
+    rate = build_rate(method.lr, steps, schedule.steps_per_epoch, config.optim)
     return Setup(
         config,
         data,
@@ -137,6 +149,7 @@ def prepare(config: Config) -> Setup:
         method,
         schedule,
         steps,
+        rate,
         state,
         original,
         lengths,
@@ -181,14 +194,8 @@ def process_state(device: str) -> PartialState:
 
 
 def check_modality(backbone: Backbone, data: TaskData, config: Config) -> None:
-    """Refuse a vision backbone for text and the reverse."""
+    """Refuse a vision backbone for text and the reverse, and the other's options."""
     takes = backbone.takes
-    plain = DataConfig()
-    if takes == "image" and (config.data.max_length, config.data.pad) != (
-        plain.max_length,
-        plain.pad,
-    ):
-        raise UserError("data.max_length and data.pad are for texts: leave them out for images.")
     wanted = data.fields[0]
     if takes != wanted:
         example = "hf:bert-base-uncased" if wanted == "text" else "timm:vit_base_patch16_224"
@@ -197,6 +204,27 @@ def check_modality(backbone: Backbone, data: TaskData, config: Config) -> None:
             f"takes {takes}s: name one for {wanted}s, e.g. --backbone {example} or a local "
             "folder."
         )
+    other = "image" if takes == "text" else "text"
+    plain = DataConfig()
+    for name in READ_OF[other]:
+        if getattr(config.data, name) != getattr(plain, name):
+            raise UserError(f"data.{name} is for {other}s: leave it out for {takes}s.")
+    check_mixing(data.task, config)
+
+
+def check_mixing(task: Task, config: Config) -> None:
+    """Refuse mixed pictures where labels cannot be mixed."""
+    for name in ("mixup", "cutmix"):
+        if getattr(config.data, name) and not task.mixes:
+            raise UserError(
+                f"data.{name} mixes the labels of two pictures, and those of task {config.task} "
+                "are no shares of classes: leave it out."
+            )
+        if getattr(config.data, name) and config.loss.logits_form == "dkd":
+            raise UserError(
+                f"data.{name} leaves no picture one class to part from the others, as "
+                "loss.logits_form=dkd does: leave one out."
+            )
 
 
 def with_resize(config: Config) -> Config:
@@ -208,15 +236,6 @@ def with_resize(config: Config) -> Config:
         return config
     data = config.data.model_copy(update={"resize": default_resize(config.task)})
     return config.model_copy(update={"data": data})
-
-
-def set_resize(backbone: Backbone, config: Config) -> None:
-    """Give the backbone's preprocessing the way to its size that `data.resize` asks for."""
-    if config.data.resize is None:
-        return
-    if not isinstance(backbone.preprocess, ImagePreprocess):
-        raise UserError("data.resize is for images: leave it out for texts.")
-    backbone.preprocess = backbone.preprocess.resized(config.data.resize)
 
 
 def default_out(config: Config, now: str) -> Path:

@@ -1,6 +1,6 @@
 """The run directory: what training leaves on disk, written and read in this one place.
 
-    RUN/config.yaml  metrics.jsonl  summary.json  report.html
+    RUN/config.yaml  metrics.jsonl  summary.json  report.html  outputs.safetensors
     RUN/checkpoints/   see train/checkpoint.py
     RUN/model/         delta.safetensors  side.safetensors  adapter.safetensors  labels.json
                        preprocess.json (+ tokenizer.json)   backbone.safetensors
@@ -275,13 +275,13 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             side = build_side(backbone, config, last_feature=last_feature)
-            head = self.task.new_head(side.width if last_feature else backbone.width)
+            head = self.task.new_head(side.pooled_width(backbone.layouts))
         if trained:
             tensors = self._tensors(SIDE)
             _load(side, _below(tensors, "side."), self.path)
             _load(head, _below(tensors, "side_head."), self.path)
             self._tune(backbone)
-        return WithSide(backbone, side, head, last_feature=last_feature).eval(), trained
+        return WithSide(backbone, side, head).eval(), trained
 
     def _deployed(self, *, tuned: bool) -> Deployed:
         from mdpd_deploy.model import Deployed

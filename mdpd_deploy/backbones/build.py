@@ -2,10 +2,12 @@
 
 import contextlib
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pickle import UnpicklingError
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +31,8 @@ _FOREIGN = (  # what the loaders raise for bad names, files and shapes
     ImportError,
     SafetensorError,
     UnpicklingError,
+    BadZipFile,
+    zlib.error,
 )
 
 

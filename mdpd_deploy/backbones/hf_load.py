@@ -14,6 +14,7 @@ from mdpd_deploy.backbones import hf_pictures, hf_texts
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.backbones.build import explaining, quiet_libraries, skeleton
 from mdpd_deploy.backbones.declared import TEXT, declaration_of
+from mdpd_deploy.backbones.drop_path import no_drop_path
 from mdpd_deploy.backbones.family import (
     BACKBONES,
     Family,
@@ -97,6 +98,10 @@ class _Source:
         part = None if self.tower is None else f"{self.tower}_config"
         self.encoder: PreTrainedConfig = self.facts if part is None else getattr(self.facts, part)
         self._check_encoder()
+        if config.drop_path is not None:
+            if not hasattr(self.encoder, "drop_path_rate"):
+                raise no_drop_path(self.name)
+            self.encoder.drop_path_rate = config.drop_path
 
     @property
     def arguments(self) -> dict[str, Any]:

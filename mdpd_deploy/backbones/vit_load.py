@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.backbones.build import explaining, quiet_libraries, skeleton
+from mdpd_deploy.backbones.drop_path import check_drop_path, no_drop_path
 from mdpd_deploy.backbones.family import (
     BACKBONES,
     Family,
@@ -28,7 +29,7 @@ from mdpd_deploy.backbones.family import (
 )
 from mdpd_deploy.backbones.stages import StagesBackbone, is_staged
 from mdpd_deploy.backbones.vit import VitBackbone, image_size, is_plain
-from mdpd_deploy.backbones.weights import load_exactly, read_state
+from mdpd_deploy.backbones.weights import load_arrays, load_exactly, read_state
 from mdpd_deploy.backbones.whole import WholeVision
 from mdpd_deploy.config import BackboneConfig
 from mdpd_deploy.errors import UserError, unknown
@@ -106,8 +107,12 @@ class _Plan:
 
 
 def _plan(config: BackboneConfig) -> _Plan:
-    sizes = {"img_size": config.img_size, "patch_size": config.patch_size}
-    kwargs = {name: size for name, size in sizes.items() if size is not None}
+    asked = {
+        "img_size": config.img_size,
+        "patch_size": config.patch_size,
+        "drop_path_rate": config.drop_path,
+    }
+    kwargs = {name: value for name, value in asked.items() if value is not None}
     weights = None if config.weights is None else Path(config.weights).expanduser()
     scheme, _, rest = config.name.partition(":")
     if scheme == "timm":
@@ -172,6 +177,8 @@ def _create(
         try:
             return make(pretrained_cfg_overlay=facts or None, **kwargs)
         except TypeError as err:
+            if "drop_path_rate" in str(err):
+                raise no_drop_path(plan.model) from err
             if "img_size" not in str(err):
                 raise
         size = kwargs.pop("img_size")  # a convolutional network takes any
@@ -186,6 +193,10 @@ def _local(plan: _Plan, request: LoadRequest) -> nn.Module:
     if not config.pretrained:
         return _checked(_create(plan), config)
     assert plan.weights is not None
+    if plan.weights.suffix == ".npz":
+        model = _checked(skeleton(partial(_create, plan)), config)
+        load_arrays(model, plan.weights, config.name)
+        return model
     state = read_state(plan.weights, "backbone.weights" if config.weights else "backbone.name")
     model = _checked(skeleton(partial(_create, plan, _norm_place(plan, state))), config)
     _load_filtered(model, state, config.name, plan.weights)
@@ -220,6 +231,7 @@ def _download(plan: _Plan, config: BackboneConfig) -> tuple[nn.Module, str | Non
 
 def _checked(model: nn.Module, config: BackboneConfig) -> nn.Module:
     """Refuse models that do not fit, and picture sizes that would lose pixels at the edge."""
+    check_drop_path(model, config)
     facts: Any = model
     channels = facts.pretrained_cfg["input_size"][0]
     if channels != 3:

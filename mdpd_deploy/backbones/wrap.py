@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -182,7 +183,8 @@ def record(
                 trace.taps.append(end.detach())
             if keep_taps or index == last - 1:
                 trace.ends.append(end)
-        if index == len(blocks) - 1:
+        # torch.export loses its place where an exception leaves a module, and has to start again
+        if index == len(blocks) - 1 and (last < len(blocks) or not torch.compiler.is_exporting()):
             raise _ReachedError
         return out
 

@@ -64,6 +64,11 @@ class TrainWords(SharedWords, total=False):
     side: Annotated[
         str | None, typer.Option(help=f"{', '.join(SIDES)}. Default: unipt."), "side.name"
     ]
+    weights: Annotated[
+        str | Path | None,
+        typer.Option(help="Weights file of a timm:NAME: .safetensors, .pth, .npz."),
+        "backbone.weights",
+    ]
     lr: Annotated[float | None, typer.Option(help="Peak learning rate."), "optim.lr"]
     seed: Annotated[int | None, typer.Option(help="Of everything random; default 0."), "train.seed"]
     out: Annotated[

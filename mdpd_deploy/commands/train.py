@@ -56,7 +56,8 @@ def fit(
 
     Example:
         >>> from mdpd_deploy import fit
-        >>> run = fit(task="classify", data=pictures, steps=4, out=folder / "run", quiet=True)
+        >>> words = dict(task="classify", data=pictures, backbone=encoder, steps=4)
+        >>> run = fit(out=folder / "run", quiet=True, **words)
         >>> run.summary["status"], sorted(run.summary["metrics"])
         ('completed', ['deployed', 'side'])
     """
@@ -164,6 +165,9 @@ def _print_run(run: Run, *, as_json: bool) -> None:
     share = params["trained"] / params["backbone"]
     rows.append(("trained parameters", f"{params['trained']:,} ({share:.1%} of the backbone)"))
     rows.append(("deployed on top of the backbone", f"{params['deployed_delta']:,}"))
+    if summary.get("felt") is not None:
+        share = f"{summary['felt']:.2%} of the gradient of norms and head"
+        rows.append(("distillation felt", share))
     if "peak_live_bytes" in memory:
         rows.append(("peak training memory", f"{memory['peak_live_bytes'] / 1e6:,.1f} MB"))
     rows.append(("training time", f"{summary['time']['train_s']:.1f} s"))
@@ -189,6 +193,12 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
         *((f"{name} examples", f"{count:,}") for name, count in plan.examples.items()),
         *([("classes", f"{len(plan.classes)}: {classes}")] if plan.classes else []),
         ("steps", f"{plan.steps:,} of {plan.batch} examples, {plan.steps_per_epoch:,} an epoch"),
+        ("learning rate", plan.learning_rate),
+        *(
+            [("options", "\n".join(f"{k}={v}" for k, v in plan.options.items()))]
+            if plan.options
+            else []
+        ),
         *((f"parameters, {name}", f"{count:,}") for name, count in plan.params.items()),
         (
             "memory forecast",

@@ -33,9 +33,17 @@ def _whole_number_as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-# The default of an option that the first runs did not have: it is written only where it is set, so
-# that the checkpoints and bundles of older runs still know their config.
-YOUNGER = Field(default=None, exclude_if=lambda value: value is None)
+def younger(default: Any) -> Any:
+    """Return an option that the first runs did not have: it is written only where it is set.
+
+    So the checkpoints and bundles of older runs still know their config.
+    """
+    return Field(default=default, exclude_if=lambda value: bool(value == default))
+
+
+YOUNGER = younger(None)
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class DataConfig(Section):
@@ -53,9 +61,20 @@ class DataConfig(Section):
     pad: Literal["longest", "max"] = "longest"  # pad a batch to its longest text, or to max_length
     # training images: mirror; random crop + mirror
     augment: Literal["none", "flip", "crop"] = "none"
+    # share of a picture's area that a random crop keeps, from least to most; default: 0.08 to 1
+    scale: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = YOUNGER
+    # timm's policies, e.g. rand-m9-mstd0.5-inc1, augmix-m3-w3 or original-mstd0.5
+    auto_augment: str | None = YOUNGER
+    # alphas of mixup and CutMix: pairs of a batch are blended, or one gets a box of the other
+    mixup: Annotated[float, Field(ge=0)] | None = YOUNGER
+    cutmix: Annotated[float, Field(ge=0)] | None = YOUNGER
     # a picture's way to the model's size: all of it squashed, its middle cropped, or all of it with
     # a border; default: squash for vtab/ and vtab-full/, else crop
     resize: Literal["squash", "crop", "pad"] | None = YOUNGER
+    # edge of what is kept / edge of the resized picture; default: the backbone's own for crop, else 1
+    crop_pct: Share | None = YOUNGER
+    # mean and deviation of the channels: the backbone's own (default), 0.5 and 0.5, or ImageNet's
+    normalize: Literal["model", "half", "imagenet"] | None = YOUNGER
     # an unreadable training image ends the run, or not
     bad_images: Literal["stop", "skip"] = "stop"
     # split off when there is no validation data
@@ -75,18 +94,38 @@ class DataConfig(Section):
             raise ValueError("Python knows no encoding of texts by this name, as utf-8 or latin-1")
         return name
 
+    @model_validator(mode="after")
+    def _scale_is_a_crops(self) -> Self:
+        if self.scale is not None and self.augment != "crop":
+            raise ValueError(
+                "data.scale is of random crops: set data.augment=crop, or leave it out"
+            )
+        if self.scale is not None and self.scale[0] > self.scale[1]:
+            raise ValueError("data.scale goes from the least share to the most, e.g. [0.08,1]")
+        return self
+
 
 class BackboneConfig(Section):
     """The frozen network that is deployed."""
 
     name: str = BUILTIN_BACKBONE  # builtin:NAME, timm:NAME, hf:NAME[@revision], or a local folder
-    weights: str | None = None  # a local weights file for timm:NAME
+    weights: str | None = None  # --weights: a local file for timm:NAME
     pretrained: bool = True  # false: random weights, stored with the run
     pooling: Literal["mean", "cls"] = "mean"  # mean of real tokens / patch tokens, or the first
     tower: Literal["vision", "text"] | None = None  # of an image-text model; vision if not named
     img_size: int | None = Field(default=None, ge=1)  # pixels, vision only
     patch_size: int | None = Field(default=None, ge=1)  # pixels, vision only
     dropout_active: bool = True  # keep the backbone's own dropout while training
+    # stochastic depth: the rate at which the last block is left out; earlier ones less (timm's way)
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = YOUNGER
+
+    @model_validator(mode="after")
+    def _drop_path_is_active(self) -> Self:
+        if self.drop_path and not self.dropout_active:
+            raise ValueError(
+                "backbone.drop_path does nothing with backbone.dropout_active=false: leave one out"
+            )
+        return self
 
 
 class SideConfig(Section):
@@ -98,11 +137,16 @@ class SideConfig(Section):
     variant: Literal["reference", "paper"] = "reference"  # released code, or the paper's equations
     projection: Literal["auto", "d-d", "d-D-d"] = "auto"  # UniPT's map of the blend
     late_layers: int = Field(default=1, ge=1)  # SHERL: blocks that it enters anew
+    # SHERL: what its gates let through of a late block's own input at the start; default: open beside
+    # plain transformers that end in a norm, else closed as released
+    gate: Literal["closed", "open"] | Annotated[float, Field(gt=-1, lt=1)] | None = YOUNGER
     rank: int = Field(default=2, ge=1)  # DTL: d', the rank of each reading
     kernel: int | None = Field(default=None, ge=1, le=15)  # DTL: k; default 5 images, 3 text
     dtl_first: int | None = Field(default=None, ge=1)  # DTL: M, first adapted block; L//2 + 1
     dtl_reads: list[int] | None = Field(default=None, min_length=1)  # DTLv2: blocks that are read
     dtl_adds: list[int] | None = Field(default=None, min_length=1)  # DTLv2: blocks adapted
+    # DTL: final norm, then mean of the tokens, as the deployed model; or released: mean, then norm
+    readout: Literal["model", "released"] = younger("model")
     # LST's first weights: the backbone's largest, its most important for the task, or random
     init: Literal["magnitude", "fisher", "random"] = "magnitude"
 
@@ -129,12 +173,20 @@ class DistillConfig(Section):
 
     mask_ratio: float = Field(default=0.5, ge=0, le=1)  # λ, Eq. 5
     mask_level: Literal["sample", "batch"] = "sample"  # one mask per example, or per batch
-    bottleneck: int | None = Field(default=None, ge=1)  # d; default min(12, side width // 2)
+    mask_tokens: Literal["patches", "all"] = younger(
+        "patches"
+    )  # all: class and register tokens too
+    # d; default min(12, side width // 2), and side width // 4 with gen_conv=full
+    bottleneck: int | None = Field(default=None, ge=1)
+    # the two convolutions of G: depth-wise behind the bottleneck, or full ones inside it
+    gen_conv: Literal["depthwise", "full"] = younger("depthwise")
     share_phi: bool = False  # one φ for all layers instead of one each
     share_gen: bool = False  # one G for all deep layers instead of one each
     shallow_layers: int | None = Field(default=None, ge=0)  # default: the first half (rounded up)
+    last_layer: bool = younger(False)  # SHERL: the late block's output is a side feature too
     feature_mean: bool = False  # mean over tokens and channels instead of the paper's sum
     side_head: Literal["final", "paper"] = "final"  # Y_S from the final norm, or Eq. 3 on s_L
+    phi_logits: bool = younger(False)  # Eq. 3 compares a learned linear map of Y_B
 
 
 class LossConfig(Section):
@@ -192,6 +244,9 @@ class TrainConfig(Section):
     # stop after this many evaluations without a gain
     patience: int | None = Field(default=None, ge=1)
     keep: Literal["best", "last"] = "best"  # which weights become RUN/model
+    # decay of an exponential mean over the steps of all that is trained, e.g. 0.999: it is what is
+    # evaluated and becomes RUN/model
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = YOUNGER
     # recompute | recompute-halves | full | auto (the fastest exact one that fits) | late:K | local |
     # none
     norm_grad: str = "recompute"
@@ -200,6 +255,8 @@ class TrainConfig(Section):
     memory: Annotated[str, BeforeValidator(_size_with_unit)] | None = YOUNGER
     # let the side pass also move norms it runs through (literal joint)
     late_norm_grad: bool = False
+    # both passes in every step, or in turn: odd steps train the side network, even ones the backbone
+    turns: Literal["joint", "alternate"] = younger("joint")
     # task loss on the backbone's own head; the paper has none, and at 1 its logits loss is hardly felt
     student_task_weight: float = Field(default=1.0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen weights held, side autocast, in bf16
@@ -237,10 +294,43 @@ class OptimConfig(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     warmup: float = Field(default=0.1, ge=0, le=1)  # share of the steps
+    warmup_steps: Annotated[int, Field(ge=0)] | None = YOUNGER  # in place of `warmup`
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = YOUNGER  # in place of `warmup`
+    # where the warm-up starts; default: at its first step's share of lr, so that its last has lr.
+    # This and min_lr are for the group of `lr`: those with rates of their own keep their ratio to it
+    warmup_lr: Annotated[float, Field(ge=0)] | None = YOUNGER
+    # whether the decay begins after the warm-up (default) or at step 0, under it (DTL, timm)
+    warmup_prefix: bool | None = YOUNGER
+    min_lr: Annotated[float, Field(ge=0)] | None = YOUNGER  # where the decay ends; default 0
+    cooldown_epochs: Annotated[float, Field(gt=0)] | None = YOUNGER  # of the run, its end at min_lr
+    per_epoch: bool | None = YOUNGER  # the rate stays within an epoch, and steps between them
     # share of the steps before the norms move: the head learns first on the features as they are
     norms_after: float = Field(default=0.0, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     clip: float | None = Field(default=1.0, gt=0)  # gradient norm, per group
+
+    @model_validator(mode="after")
+    def _schedule_reads_what_is_set(self) -> Self:
+        lengths = [n for n in ("warmup", "warmup_steps", "warmup_epochs") if self._is_set(n)]
+        if len(lengths) > 1:
+            raise ValueError(f"{' and '.join(lengths)} each say how long the warm-up is: give one")
+        unread: dict[str, tuple[str, ...]] = {}
+        if not (self.warmup_steps or self.warmup_epochs) and (
+            self.warmup == 0 or set(lengths) - {"warmup"}
+        ):
+            unread["without a warm-up"] = ("warmup_lr", "warmup_prefix")
+        if self.schedule == "constant":
+            tail = ("min_lr",) if self.cooldown_epochs is None else ()
+            unread["with optim.schedule=constant"] = ("warmup_prefix", *tail)
+        for where, names in unread.items():
+            for name in filter(self._is_set, names):
+                raise ValueError(f"optim.{name} is not read {where}: leave it out")
+        if self.cooldown_epochs and not self.min_lr:
+            raise ValueError("optim.cooldown_epochs needs optim.min_lr: at 0 nothing is learnt")
+        return self
+
+    def _is_set(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
 
 class CheckpointConfig(Section):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Encoding, Tokenizer
 
+from mdpd_deploy.config import DataConfig
 from mdpd_deploy.data.examples import Field, Raw, Text
 from mdpd_deploy.data.images import MAX_PIXELS, open_image
 from mdpd_deploy.data.tokenizer_limits import check_tokenizer
@@ -38,6 +39,10 @@ INTERPOLATIONS = {
     for name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 }
 CROP_MODES = ("center", "squash", "border")
+NORMALS = {  # by name: mean and deviation of each channel
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 Resize = Literal["squash", "crop", "pad"]
 MAX_TOKENS = 1_000_000  # of one text; far above what an encoder takes
 
@@ -124,6 +129,16 @@ class ImagePreprocess:
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         normal = (pixels - mean) / std
         return np.ascontiguousarray(normal.transpose(2, 0, 1))
+
+    def asked(self, data: DataConfig) -> "ImagePreprocess":
+        """Return this preprocessing as a run's options have it."""
+        changed = self if data.resize is None else self.resized(data.resize)
+        if data.crop_pct is not None:
+            changed = replace(changed, crop_pct=data.crop_pct)
+        if data.normalize in NORMALS:
+            mean, std = NORMALS[data.normalize]
+            changed = replace(changed, mean=mean, std=std)
+        return changed
 
     def resized(self, mode: Resize) -> "ImagePreprocess":
         """Return this preprocessing with another way to `size`, as `data.resize` names it.

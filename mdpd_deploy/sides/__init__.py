@@ -1,7 +1,5 @@
 """Side networks: one file each; adding one is a file and an import here."""
 
-from torch import nn
-
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
@@ -43,8 +41,7 @@ def build_side(
     Args:
         backbone: What it will stand beside.
         config: Name, reduction, variant.
-        last_feature: The side head will read s_L (`distill.side_head=paper`, MDPD Eq. 3): the up
-            map would get no gradient and is left out.
+        last_feature: The side head will read s_L (`distill.side_head=paper`, MDPD Eq. 3).
 
     Raises:
         UserError: If the name is unknown, an option does not fit, or there is no s_L to read.
@@ -56,11 +53,18 @@ def build_side(
     if len(shape.stages) > 1:
         kind = FOR_STAGES.get(config.name, kind)
     side = kind.build(shape, config)
+    side.readout = config.readout
+    plain = len(shape.stages) == 1 and backbone.pooling == "mean" and backbone.final_norm()
+    if config.readout == "released" and not plain:
+        raise UserError(
+            "side.readout=released averages tokens before the final norm: it needs a plain "
+            "transformer that ends in a norm, and backbone.pooling=mean."
+        )
+    if last_feature and not side.has_last:
+        raise UserError(
+            f"distill.side_head=paper reads the side feature of the last layer, and "
+            f"--side {config.name} has none; use distill.side_head=final."
+        )
     if last_feature:
-        if side.feature_layers[-1] != backbone.depth or not hasattr(side, "up"):
-            raise UserError(
-                f"distill.side_head=paper reads the side feature of the last layer, and "
-                f"--side {config.name} has none; use distill.side_head=final."
-            )
-        side.up = nn.Identity()
+        side.read_feature()
     return side

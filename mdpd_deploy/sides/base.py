@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,10 @@ class SideOutput:
     tokens: Tensor
     features: dict[int, Tensor]
 
+    def last(self, depth: int) -> Tensor:
+        """Return s_L: the feature of layer `depth`, or the output itself where it has none."""
+        return self.features.get(depth, self.tokens)
+
 
 class SideNetwork(nn.Module, ABC):
     """A trained network that reads detached backbone taps.
@@ -127,6 +131,9 @@ class SideNetwork(nn.Module, ABC):
         has_features: Whether it gives an s_l per layer, which MDPD teaches and pools.
         distils_features: Whether MDPD imitates and generates the backbone's features from s_l
             unless told otherwise.
+        has_last: Whether a head can read s_L: the last feature, or the output where it has none.
+        readout: What its head reads: tokens as the deployed model's are pooled ("model"), pooled
+            before the final norm ("released"), or s_L ("feature").
         width: D_S.
         last_tap: The highest tap b_l that it reads; the backbone need not run past it.
         feature_layers: The layers l that have an s_l, ascending.
@@ -135,6 +142,8 @@ class SideNetwork(nn.Module, ABC):
     options: ClassVar[tuple[str, ...]] = ()
     has_features: ClassVar[bool] = True
     distils_features: ClassVar[bool] = True
+    has_last: ClassVar[bool] = False
+    readout: Literal["model", "released", "feature"] = "model"
     width: int
     last_tap: int
     feature_layers: tuple[int, ...]
@@ -163,6 +172,20 @@ class SideNetwork(nn.Module, ABC):
     def feature_layout(self, layer: int, layouts: Sequence[Layout]) -> Layout:
         """Return how s_l lies: as b_l, in the side network's width."""
         return replace(layouts[layer], width=self.width)
+
+    def last_layout(self, layouts: Sequence[Layout]) -> Layout:
+        """Return how s_L lies: the last layer's own feature, or the output where it has none."""
+        last = len(layouts) - 1
+        own = last in self.feature_layers
+        return self.feature_layout(last, layouts) if own else layouts[last]
+
+    def pooled_width(self, layouts: Sequence[Layout]) -> int:
+        """Return the width of what its head reads."""
+        return (self.last_layout(layouts) if self.readout == "feature" else layouts[-1]).width
+
+    def read_feature(self) -> None:
+        """Let the head read s_L, and leave out what only the side output needs."""
+        self.readout = "feature"
 
     def inherit(self, backbone: Backbone, importance: Importance) -> None:
         """Take first weights from the backbone; most side networks start from their own."""

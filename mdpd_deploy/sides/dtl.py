@@ -18,8 +18,13 @@ pattern of v2 is that of every stage for itself (Swin-B: 2, 4, 5, 9, 13, 17, 22,
 15, 17, 19, 22, 24 adapted; both as the paper lists them). There is one g per stage.
 
 At the start h = 0 and the logits are the frozen backbone's. Read-out is the deployed model's own,
-so that this holds exactly; the released code averages before the final norm. Prefix tokens
+so that this holds exactly; the released code averages the patch tokens of a ViT before the final norm
+(`side.readout=released`). Prefix tokens
 skip g; texts, which the papers leave out, take a 1-D convolution along the words.
+
+The backbone's stochastic depth (`backbone.drop_path`) is on while training, as in the released
+code: a block that is run on z draws anew what it leaves out, and the backbone's own pass stops
+before it, so that each block draws once for an answer.
 
 The pattern of v2 on plain transformers is not reported, and no literal one gives the sizes reported
 for ViT-B (v2 0.07 M, LS 0.04 M). The default follows the one for Swin's third stage: readings at
@@ -261,7 +266,7 @@ class DTL(SideNetwork):
 class DTLv1(DTL):
     """DTL as released ("DTL+"): every block is read, blocks M..L are adapted, where it has effect."""
 
-    options = ("rank", "kernel", "dtl_first")
+    options = ("rank", "kernel", "dtl_first", "readout")
     has_features = True
 
     @classmethod
@@ -283,7 +288,7 @@ class DTLv1(DTL):
 class DTLv2(DTL):
     """Few readings, few adapted blocks, a fusion of its own for each."""
 
-    options = ("rank", "kernel", "dtl_first", "dtl_reads", "dtl_adds")
+    options = ("rank", "kernel", "dtl_first", "dtl_reads", "dtl_adds", "readout")
 
     @classmethod
     def build(cls, shape: SideShape, config: SideConfig) -> "DTLv2":

@@ -48,6 +48,7 @@ class LST(SideNetwork):
         norm: Applied to the last side feature before the up map; None for none.
     """
 
+    has_last = True
     options = ("reduction", "init")
 
     def __init__(
@@ -91,6 +92,11 @@ class LST(SideNetwork):
         assert isinstance(backbone, Thinnable)
         norm = self.up[0] if isinstance(self.up, nn.Sequential) else None
         copy_largest(backbone, self.blocks, norm, importance)
+
+    def read_feature(self) -> None:
+        """Leave out the up map, which would get no gradient."""
+        super().read_feature()
+        self.up = nn.Identity()
 
     @classmethod
     def build(cls, shape: SideShape, config: SideConfig) -> "LST":

@@ -14,9 +14,12 @@ the up map are shared by all insertions; each has its own α.
 VSE∞ flavour (Lin + LayerNorm per layer, LayerNorm and dropout after the up map), vision the
 CLIP-ViL flavour (the gates of Eq. 1). `variant="paper"`: Eq. 1 everywhere, dot-product score,
 no ReLU before the up map. Both gate only the old input with tanh(α/T): the released code has no
-(1 − u) on the new one.
+(1 − u) on the new one. There α starts at 0, and the late block reads the aggregate alone. Beside a
+pre-norm backbone that cuts its residual stream off, and for a hundred steps what is kept stays below a
+linear probe: there the gate starts open by default (`side.gate`; CIFAR-10 in docs/accuracy.md).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +38,13 @@ from mdpd_deploy.sides.base import (
 from mdpd_deploy.sides.unipt import init_linears
 
 TEMPERATURE = 0.1
+GATES = {"closed": 0.0, "open": 0.95}  # tanh(α/T) at the start; at 1 α would be infinite
+
+
+def first_alpha(gate: str | float, insertions: int) -> nn.Parameter:
+    """Return α of every insertion for gates tanh(α/T) that start by a name of GATES or at a number."""
+    start = GATES[gate] if isinstance(gate, str) else gate
+    return nn.Parameter(torch.full((insertions,), TEMPERATURE * math.atanh(start)))
 
 
 class GatedMap(nn.Module):
@@ -93,7 +103,7 @@ class Aggregation(nn.Module):
 class SHERL(SideNetwork):
     """Taps b_0..b_{L-k} → k × (aggregate → late block) → side output [B, N, D].
 
-    s_l is the mapped F̂_l for l = 1..L-1; the last layer has none.
+    s_l is the mapped F̂_l for l = 1..L-1; the last layer has none but the side output itself.
 
     Args:
         width: D.
@@ -102,11 +112,13 @@ class SHERL(SideNetwork):
         gated: The gates of Eq. 1 in each map; else Lin + LayerNorm (VSE∞).
         late_layers: k, from 1 to L - 1.
         paper: Dot-product score and no ReLU before the up map.
+        gate: See `first_alpha`.
         epsilon: Of the aggregation.
         init_std: Standard deviation of the weights; None keeps PyTorch's default.
     """
 
-    options = ("reduction", "variant", "late_layers")
+    has_last = True
+    options = ("reduction", "variant", "late_layers", "gate")
 
     def __init__(
         self,
@@ -117,6 +129,7 @@ class SHERL(SideNetwork):
         gated: bool,
         late_layers: int = 1,
         paper: bool = False,
+        gate: str | float = "closed",
         epsilon: float = 1e-6,
         init_std: float | None = None,
     ) -> None:
@@ -142,7 +155,7 @@ class SHERL(SideNetwork):
         if not gated:
             up += [nn.LayerNorm(width, eps=1e-12), nn.Dropout(0.1)]
         self.up = nn.Sequential(*up)
-        self.alpha = nn.Parameter(torch.zeros(late_layers))
+        self.alpha = first_alpha(gate, late_layers)
         if init_std is not None:
             init_linears(self, init_std)
 
@@ -182,6 +195,13 @@ class SHERL(SideNetwork):
             gated=paper or not shape.text,
             late_layers=config.late_layers,
             paper=paper,
+            gate=first_gate(shape) if config.gate is None else config.gate,
             epsilon=1e-8 if shape.text and not paper else 1e-6,
             init_std=None if shape.text else 0.02,
         )
+
+
+def first_gate(shape: SideShape) -> str:
+    """Return how gates start: open beside a backbone that ends in a norm, as pre-norm ones do."""
+    final = None if shape.backbone is None else shape.backbone.final_norm()
+    return "closed" if final is None else "open"

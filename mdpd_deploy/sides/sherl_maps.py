@@ -20,7 +20,7 @@ from mdpd_deploy.config import SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.sides.base import FrozenBlocks, SideNetwork, SideOutput, SideShape, side_width
 from mdpd_deploy.sides.maps import check_grids, map_norm
-from mdpd_deploy.sides.sherl import TEMPERATURE, Aggregation, GatedMap
+from mdpd_deploy.sides.sherl import TEMPERATURE, Aggregation, GatedMap, first_alpha
 
 
 class MapSHERL(SideNetwork):
@@ -38,9 +38,11 @@ class MapSHERL(SideNetwork):
         norm: Makes the norm behind a map.
         guided: Whether the guide is b_{L-1}.
         paper: The paper's equations.
+        gate: As SHERL's.
     """
 
-    options = ("reduction", "variant")
+    has_last = True
+    options = ("reduction", "variant", "gate")
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class MapSHERL(SideNetwork):
         norm: Callable[[int], nn.Module],
         guided: bool = True,
         paper: bool = False,
+        gate: str | float = "closed",
     ) -> None:
         super().__init__()
         assert guide.grid is not None
@@ -69,7 +72,7 @@ class MapSHERL(SideNetwork):
         self.aggregate = Aggregation(d, learned_score=not paper, epsilon=1e-6 if paper else 1e-8)
         up = nn.Linear(d, guide.width)
         self.up = up if paper else nn.Sequential(up, norm(guide.width), nn.ReLU())
-        self.alpha = nn.Parameter(torch.zeros(1))
+        self.alpha = first_alpha(gate, 1)
 
     def forward(
         self, taps: Sequence[Tensor], mask: Tensor | None, run_block: FrozenBlocks
@@ -121,4 +124,5 @@ class MapSHERL(SideNetwork):
             norm=map_norm(shape),
             guided=guided,
             paper=config.variant == "paper",
+            gate="closed" if config.gate is None else config.gate,
         )

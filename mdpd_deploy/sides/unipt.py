@@ -49,6 +49,7 @@ class UniPT(SideNetwork):
         norm: Makes the norm behind a map (reference only).
     """
 
+    has_last = True
     options = ("reduction", "variant", "projection")
     layers: tuple[int, ...]
 
@@ -133,6 +134,11 @@ class UniPT(SideNetwork):
         means = torch.stack([masked_mean(feature, mask) for feature in features], dim=1)
         gates: Tensor = self.gate(query.unsqueeze(1) * means)
         return gates.squeeze(-1).softmax(dim=-1)
+
+    def read_feature(self) -> None:
+        """Leave out the up map, which would get no gradient."""
+        super().read_feature()
+        self.up = nn.Identity()
 
     @classmethod
     def build(cls, shape: SideShape, config: SideConfig) -> "UniPT":

@@ -3,18 +3,17 @@
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from mdpd_deploy.artifacts.scores import key_of, split_name
-from mdpd_deploy.report.intervals import student_interval
+from mdpd_deploy.study.gaps import FEWEST_SEEDS, Gap, Scored
 from mdpd_deploy.study.schedule import CellOutcome
 from mdpd_deploy.study.suites import OTHER, group_means, group_of
 
 SCHEMA = 2
-FEWEST_PAIRS = 3  # seeds for an interval of a difference
 
 
 @dataclass(frozen=True)
@@ -33,28 +32,6 @@ class Spread:
     def of(cls, values: Sequence[float]) -> "Spread":
         """Return mean and standard deviation of at least one value."""
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-
-@dataclass(frozen=True)
-class Gap:
-    """How far a method is from the best one of its task that has several seeds, seed by seed.
-
-    Attributes:
-        mean: Score − the best method's, over the seeds that both have.
-        ci95: Student's interval of that mean.
-    """
-
-    mean: float
-    ci95: tuple[float, float]
-
-    @classmethod
-    def between(cls, scores: Mapping[int, float], best: Mapping[int, float]) -> "Gap | None":
-        """Return the gap over common seeds; None below three, which tell nothing."""
-        gaps = [score - best[seed] for seed, score in scores.items() if seed in best]
-        if len(gaps) < FEWEST_PAIRS:
-            return None
-        mean, low, high = student_interval(gaps)
-        return cls(mean, (low, high))
 
 
 @dataclass(frozen=True)
@@ -88,6 +65,7 @@ class Row:
         scores: Seed → that score.
         gap: To the best of the task's methods with three seeds or more; None for that one, and below
             three common seeds.
+        gaps: To every other method of the task with three common seeds, by label.
         validation: The same on validation, by which the learning rate was chosen.
         side: MDPD's side network on the same split as `score`.
         majority: What always answering the most frequent class scores on that split.
@@ -121,6 +99,7 @@ class Row:
     peak_live_bytes: int | None
     train_s: float | None
     failures: tuple[str, ...]
+    gaps: dict[str, Gap] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -216,22 +195,39 @@ def collect(
     tasks = list(dict.fromkeys(outcome.cell.task for outcome in cells))
     rows = [_row(outcome) for outcome in cells]
     rows.sort(key=lambda row: (tasks.index(row.task), -row.score.mean if row.score else 9.0))
-    known = [row for row in rows if len(row.scores) >= FEWEST_PAIRS]
-    best = {row.task: row for row in reversed(known)}
-    rows = [
-        replace(row, gap=Gap.between(row.scores, best[row.task].scores))
-        if row.task in best and row is not best[row.task]
-        else row
-        for row in rows
-    ]
+    scored = {
+        (outcome.cell.task, outcome.cell.method): Scored.of(outcome.seeds, _split(outcome))
+        for outcome in cells
+    }
+    rows = [replace(row, gaps=_gaps(row, scored)) for row in rows]
+    best = {row.task: row.method for row in reversed(rows) if len(row.scores) >= FEWEST_SEEDS}
+    rows = [replace(row, gap=row.gaps.get(best.get(row.task, ""))) for row in rows]
     return Results(tuple(rows), latency, latency_setting, facts)
 
 
+def _gaps(row: Row, scored: Mapping[tuple[str, str], Scored]) -> dict[str, Gap]:
+    own = scored[row.task, row.method]
+    return {
+        method: gap
+        for (task, method), other in scored.items()
+        if task == row.task
+        and method != row.method
+        and (gap := Gap.between(own, other)) is not None
+    }
+
+
+def _summaries(outcome: CellOutcome) -> list[dict[str, Any]]:
+    return [found.summary for found in outcome.seeds.values() if found.summary is not None]
+
+
+def _split(outcome: CellOutcome) -> str:
+    return "test" if any("metrics_test" in s for s in _summaries(outcome)[:1]) else "validation"
+
+
 def _row(outcome: CellOutcome) -> Row:
-    cell, seeds = outcome.cell, outcome.seeds
-    summaries = [found.summary for found in seeds.values() if found.summary is not None]
+    cell, seeds, split = outcome.cell, outcome.seeds, _split(outcome)
+    summaries = _summaries(outcome)
     first: dict[str, Any] = summaries[0] if summaries else {}
-    split = "test" if "metrics_test" in first else "validation"
     scores = {seed: s for seed, found in seeds.items() if (s := found.score(split)) is not None}
     tried = [(factor, cell.seeds[0], found) for factor, found in outcome.sweep.items()]
     tried += [

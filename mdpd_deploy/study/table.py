@@ -9,7 +9,8 @@ from rich.text import Text
 from mdpd_deploy.artifacts.scores import split_name
 from mdpd_deploy.report.page import duration
 from mdpd_deploy.report.page import size as byte_size
-from mdpd_deploy.study.results import Gap, Latency, Results, Row, Spread
+from mdpd_deploy.study.gaps import Gap
+from mdpd_deploy.study.results import Latency, Results, Row, Spread
 from mdpd_deploy.study.suites import GROUP_SIZES, group_of
 
 DASH = "–"
@@ -84,10 +85,12 @@ def notes(results: Results) -> list[str]:
         f"score ×100, mean ± standard deviation over seeds; {rate}",
         f"{facts['backbone']}, {facts['length']}, batch {facts['batch']}, {facts['machine']}",
     ]
-    if any(row.gap for row in results.rows):
+    gaps = [row.gap for row in results.rows if row.gap]
+    if gaps:
+        over = "seeds and test examples" if all(gap.examples for gap in gaps) else "seeds only"
         said.append(
             "to the best: difference of the same seeds from the best method that has three or more, "
-            "mean and Student's 95 % interval"
+            f"mean and 95 % interval over {over}"
         )
     said += facts["left_out"]
     seen = [row.task for row in results.rows if row.optimistic]

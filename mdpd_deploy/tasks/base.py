@@ -65,6 +65,7 @@ class Task(ABC):
     Attributes:
         kind: Its name in runs, manifests and the registry.
         output: Name of the graph's output.
+        mixes: Whether `loss` and `errors` take shares of classes [B, C] for labels too.
         usual_metrics: Metric names, the primary one first, where a data set has none of its own.
         labels: Class names in index order; empty where outputs are no classes.
     """
@@ -72,6 +73,7 @@ class Task(ABC):
     kind: ClassVar[str]
     output: ClassVar[str]
     usual_metrics: ClassVar[tuple[str, ...]]
+    mixes: ClassVar[bool] = False
     labels: tuple[str, ...] = ()
 
     @property
@@ -162,12 +164,26 @@ class Task(ABC):
         """Return each example's own loss, unweighted: [B]."""
 
     def distance(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, config: LossConfig
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        config: LossConfig,
+        *,
+        answer: Tensor | None = None,
     ) -> Tensor:
-        """Σ over the batch of the logits distillation; the teacher is detached."""
+        """Σ over the batch of the logits distillation; the teacher is detached.
+
+        Args:
+            student: What is drawn to the teacher [B, C].
+            teacher: Y_S [B, C].
+            labels: [B]; None where the form reads none.
+            config: Form of the loss.
+            answer: What the student answers, where that is not what is drawn [B, C].
+        """
         from mdpd_deploy.tasks.losses import logits_loss
 
-        return logits_loss(student, teacher, config, labels, errors=self.errors)
+        return logits_loss(student, teacher, config, labels, errors=self.errors, answer=answer)
 
     # --- what outputs mean ---------------------------------------------------------------------
 

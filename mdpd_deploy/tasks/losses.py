@@ -22,15 +22,17 @@ def logits_loss(
     labels: Tensor | None = None,
     *,
     errors: Errors | None = None,
+    answer: Tensor | None = None,
 ) -> Tensor:
     """Σ over the batch of the distance between two heads' outputs [B, C]; `teacher` is detached.
 
-    `mse` is MDPD Eq. 3 with φ = identity on raw outputs (classification and regression heads have
-    one width, and the paper mentions neither temperature nor softmax). `kl` is the usual
+    `mse` is MDPD Eq. 3 on raw outputs (the paper mentions neither temperature nor softmax); its φ,
+    where there is one (`distill.phi_logits`), has made `student` of the student's own `answer`. `kl` is the usual
     distillation loss, T² KL(teacher ‖ student), and `dkd` its two parts with weights of their own,
     1 for the label's class against the rest and `beta` among the others (Zhao et al., CVPR 2022,
-    Eq. 7); both need classes (a regression refuses them), and for two the second part is 0. With `logits_where=better` only the examples count whose label [B] the teacher comes
-    nearer to than the student: a side network that lags behind does not hold the backbone back.
+    Eq. 7); both need classes (a regression refuses them), and for two the second part is 0. With
+    `logits_where=better` only the examples count whose label [B] the teacher comes nearer to than
+    the student's answer: a side network that lags behind does not hold the backbone back.
     """
     student, teacher = student.float(), teacher.detach().float()
     t = config.temperature
@@ -43,7 +45,8 @@ def logits_loss(
         distance = t * t * _decoupled(student / t, teacher / t, labels, config.beta)
     if config.logits_where == "better":
         assert labels is not None and errors is not None
-        distance = distance * (errors(teacher, labels) < errors(student.detach(), labels))
+        own = student if answer is None else answer
+        distance = distance * (errors(teacher, labels) < errors(own.detach(), labels))
     return distance.sum()
 
 

@@ -25,6 +25,7 @@ Metric = Callable[[Numbers, Numbers], float]
 LOWER_IS_BETTER = frozenset({"rmse", "mae"})
 
 _UNDEFINED = math.nan
+GROUPS = 50  # of examples, of which one is left out at a time
 _RESOLUTION = 1e-6  # of a score's size: what differs by less is the same in float32
 
 # What an undefined ratio counts; scikit-learn takes numbers here but annotates its default "warn".
@@ -70,6 +71,32 @@ def compute(
     truth = labels.astype(np.float64)
     values = {name: float(metric(predictions, truth)) for name, metric in metrics.items()}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def pseudo_values(
+    name: str, outputs: NDArray[np.floating], labels: NDArray[np.int64] | NDArray[np.float64]
+) -> Numbers | None:
+    """Return the jackknife's values of a metric: how it would be on groups of examples [G].
+
+    Their mean is the metric (less its bias), their spread that of the examples: each is G times
+    the metric less G − 1 times the metric without that group (Tukey 1958). Every G-th example makes
+    a group, so that two models' values on the same examples can be subtracted.
+
+    Args:
+        name: Of `METRICS`.
+        outputs: As for `compute`.
+        labels: The same.
+
+    Returns:
+        None where the metric is undefined on the whole or without a group.
+    """
+    count = min(GROUPS, len(labels))
+    group = np.arange(len(labels)) % count
+    whole = compute([name], outputs, labels)[name]
+    without = [compute([name], outputs[group != g], labels[group != g])[name] for g in range(count)]
+    if whole is None or any(value is None for value in without):
+        return None
+    return count * whole - (count - 1) * np.array(without, dtype=np.float64)
 
 
 def is_better(value: float | None, best: float | None) -> bool:

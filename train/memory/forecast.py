@@ -5,17 +5,19 @@ The very code that trains runs on fake tensors: shapes and types, no memory, no 
 `measured_step` is the same measurement around a real step; they agree within 2 %.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mdpd_deploy.backbones import Backbone, load_backbone
 from mdpd_deploy.config import Config
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks import Classify, Task
+from mdpd_deploy.train.mean import WeightMean
 from mdpd_deploy.train.memory.live import PeakBytes, fake_tensors, measure_peak
 from mdpd_deploy.train.methods import Batch, Method, build_method
 from mdpd_deploy.train.norm_grad import exact_ways
@@ -28,7 +30,7 @@ class MemoryForecast:
 
     Attributes:
         peak_bytes: Weights, batch, activations, gradients and optimiser state at the peak.
-        parts: The same by part (weights, trained, optimizer_state, batch, activations).
+        parts: The same by part (weights, trained, optimizer_state, mean, batch, activations).
         trained: Trained parameters.
         deployed_delta: Those by which the deployed model differs from the bare backbone.
     """
@@ -64,9 +66,14 @@ def forecast(config: Config, task: Task, *, text_length: int | None = None) -> M
         method.train_mode()
         optimizer = build_optimizer(method)
         parts = example_batches(backbone, method, config, text_length or config.data.max_length)
+        mean = WeightMean(method, config.train.ema)
         _make_state(optimizer)
-        with measured_step(method, optimizer, parts) as peak:
-            _step(method, optimizer, parts)
+        peaks = []
+        for step in range(method.turns):
+            turn = [replace(part, step=step) for part in parts]
+            with measured_step(method, optimizer, turn, mean.tensors) as peak:
+                _step(method, optimizer, turn)
+            peaks.append(peak)
     trained = sum(method.parameter_counts.values())
     return MemoryForecast(peak.peak_bytes, peak.parts, trained, method.deployed_delta)
 
@@ -89,7 +96,10 @@ def reason_against(config: Config) -> str | None:
 
 
 def measured_step(
-    method: Method, optimizer: torch.optim.Optimizer, parts: Sequence[Batch]
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    parts: Sequence[Batch],
+    mean: Mapping[str, Tensor] | None = None,
 ) -> AbstractContextManager[PeakBytes]:
     """Measure an optimiser step in the block: all that lives in it, and all that it makes.
 
@@ -98,12 +108,14 @@ def measured_step(
         optimizer: Its state counts from the second step on.
         parts: The batches of the step; on another device than the method they do not count, but
             their copies on its device do.
+        mean: Of what is trained, if one is kept.
     """
     return measure_peak(
         device_type=next(method.backbone.parameters()).device.type,
         weights=method.backbone,
         trained=method.modules,
         optimizer_state=optimizer,
+        mean=mean,
         batch=[(part.inputs, part.labels) for part in parts],
     )
 
@@ -120,7 +132,7 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
 def _step(method: Method, optimizer: torch.optim.Optimizer, parts: Sequence[Batch]) -> None:
     for part in parts:
         method.step(part)
-    clip_gradients(method, method.config.optim.clip)
+    clip_gradients(method, method.config.optim.clip, parts[0].step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

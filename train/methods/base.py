@@ -92,6 +92,19 @@ class Method:
         """Return {"deployed": [B, C]} and, where there is one, {"side": [B, C]}, for users."""
         return {"deployed": self.modules[self.deployed_head](self.pooled(inputs))}
 
+    @property
+    def turns(self) -> int:
+        """Return how many optimiser steps train each tensor once."""
+        return 1
+
+    def moved(self, step: int) -> dict[str, Parameters]:
+        """Return what optimiser step `step` (0-based) trains, by group."""
+        return self.groups
+
+    def felt(self, batch: Batch) -> float | None:
+        """Return the share of the distillation in the gradient of what is deployed, if any is."""
+        return None
+
     def after_step(self, step: int, steps: int) -> None:  # most do nothing
         """Do what follows an optimiser step (0-based, of `steps`); gradients are still in place."""
 
@@ -117,7 +130,7 @@ class Method:
             ignored += ["loss.task", "loss.logits", "loss.deep", "loss.shallow"]
             ignored += ["loss.logits_form", "loss.logits_where", "loss.logits_after"]
             ignored += ["loss.temperature", "loss.beta"]
-            ignored += ["train.student_task_weight", "train.late_norm_grad"]
+            ignored += ["train.student_task_weight", "train.late_norm_grad", "train.turns"]
         if not cls.tunes_norms:
             ignored += ["train.norm_grad", *NORM_OPTIONS]
         ignored += [f"peft.{n}" for n in PeftConfig.model_fields if n not in cls.peft_options]

@@ -14,7 +14,7 @@ class Batch:
 
     Attributes:
         inputs: Named tensors.
-        labels: [B], as `Task.wanted` gives them.
+        labels: [B], as `Task.wanted` gives them; of mixed pictures the shares of classes [B, C].
         keys: Position of each example in the training data [B].
         step: The optimiser step.
         count: Examples in the whole optimiser step, over all parts and processes.

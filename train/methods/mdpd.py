@@ -8,7 +8,9 @@ One step is two passes with disjoint graphs:
 
 Both passes add into `.grad` and one optimiser step follows: the joint reading of the paper's
 single weighted sum. The logits loss moves the backbone only and the feature
-losses the side network only: teachers are detached.
+losses the side network only: teachers are detached. `train.turns=alternate` is the other reading,
+of the paper's sentence that the two take turns: the first step and every second one from there
+trains what the side pass reaches, the steps between what the backbone pass reaches.
 """
 
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone
+from mdpd_deploy.backbones.layout import Layout
 from mdpd_deploy.backbones.wrap import Trace
 from mdpd_deploy.config import Config, DistillConfig, LossConfig
 from mdpd_deploy.distill import FeatureDistiller, weighted_distance
@@ -41,6 +44,19 @@ def feature_weights(loss: LossConfig, side: type[SideNetwork]) -> tuple[float, f
     )
 
 
+def same(width: int) -> nn.Linear:
+    """Return φ of Eq. 3, a linear map that changes nothing at the start: [B, C] → [B, C]."""
+    phi = nn.Linear(width, width)
+    nn.init.eye_(phi.weight)
+    nn.init.zeros_(phi.bias)
+    return phi
+
+
+def _of_side_pass(group: str, name: str) -> bool:
+    """Tell whether the side pass trains a tensor; φ of Eq. 3 lies beside the deployed head."""
+    return group == "side" and not name.startswith("phi_logits.")
+
+
 @METHODS.register("mdpd")
 class MDPD(Method):
     """Trains side network, bottlenecks, generators, both heads and the backbone's norms."""
@@ -59,9 +75,13 @@ class MDPD(Method):
     @classmethod
     def ignored_options(cls, config: Config) -> dict[str, str]:
         ignored = super().ignored_options(config)
+        if config.train.turns == "alternate":
+            ignored["train.late_norm_grad"] = "with train.turns=alternate"
+        if config.loss.logits == 0:
+            ignored["distill.phi_logits"] = "with loss.logits=0"
         if not any(feature_weights(config.loss, SIDES.get_or_raise(config.side.name))):
-            # Y_S is pooled all the same
-            unread = [name for name in DistillConfig.model_fields if name != "side_head"]
+            # Y_S is pooled and compared all the same
+            unread = DistillConfig.model_fields.keys() - {"side_head", "phi_logits"}
             where = f"with --side {config.side.name} and loss.shallow and loss.deep at 0"
             ignored |= {f"distill.{name}": where for name in unread}
         return ignored
@@ -71,8 +91,8 @@ class MDPD(Method):
         self.loss_names = ("loss", "loss_task", "loss_shallow", "loss_deep", "loss_logits")
         if config.train.student_task_weight:
             self.loss_names += ("loss_student",)
-        self.last_feature = config.distill.side_head == "paper"
-        self.side = build_side(backbone, config.side, last_feature=self.last_feature)
+        last_feature = config.distill.side_head == "paper"
+        self.side = build_side(backbone, config.side, last_feature=last_feature)
         if not self.side.has_features:
             teachers = [name for name, side in SIDES.items() if side.has_features]
             raise UserError(
@@ -82,25 +102,30 @@ class MDPD(Method):
         self.shallow_weight, self.deep_weight = feature_weights(config.loss, type(self.side))
         self.distiller = FeatureDistiller(
             backbone.layouts,
-            {
-                layer: self.side.feature_layout(layer, backbone.layouts)
-                for layer in self.side.feature_layers
-            },
+            self._feature_layouts(),
             protect_first=backbone.has_cls,
             config=config.distill,
             imitate=self.shallow_weight > 0,
             generate=self.deep_weight > 0,
         )
-        side_width = self.side.width if self.last_feature else backbone.width
-        side_head = self.task.new_head(side_width)
-        return nn.ModuleDict(
-            {
-                "side": self.side,
-                "distiller": self.distiller,
-                "side_head": side_head,
-                "head": self.new_head(),
-            }
-        )
+        modules = {
+            "side": self.side,
+            "distiller": self.distiller,
+            "side_head": self.task.new_head(self.side.pooled_width(backbone.layouts)),
+            "head": self.new_head(),
+        }
+        if config.distill.phi_logits:
+            modules["phi_logits"] = same(self.task.width)
+        return nn.ModuleDict(modules)
+
+    def _feature_layouts(self) -> dict[int, Layout]:
+        """Return how each s_l lies that is distilled, by layer."""
+        layouts, depth = self.backbone.layouts, self.backbone.depth
+        layers = self.side.feature_layers
+        found = {layer: self.side.feature_layout(layer, layouts) for layer in layers}
+        if self.config.distill.last_layer:
+            found[depth] = self.side.last_layout(layouts)
+        return found
 
     def tuned(self) -> Parameters:
         return self.engine.trained(self.distiller.shallow + self.distiller.deep)
@@ -111,21 +136,38 @@ class MDPD(Method):
         with self.autocast(taps[0]):
             blocks = FrozenBlocks(self.backbone, trace, blocked=blocked)
             output = self.side(taps, trace.mask, blocks)
-            pooled = pool_side(
-                self.backbone, output, trace.mask, last_feature=self.last_feature, blocked=blocked
-            )
+            pooled = pool_side(self.backbone, self.side, output, trace.mask, blocked=blocked)
         return output, pooled.float()
 
+    @property
+    def turns(self) -> int:
+        """Return how many optimiser steps train each tensor once."""
+        return 2 if self.config.train.turns == "alternate" else 1
+
+    def moved(self, step: int) -> dict[str, Parameters]:
+        """Return what optimiser step `step` (0-based) trains, by group."""
+        if self.turns == 1:
+            return self.groups
+        side = step % 2 == 0
+        return {
+            group: kept
+            for group, tensors in self.groups.items()
+            if (kept := {k: p for k, p in tensors.items() if _of_side_pass(group, k) == side})
+        }
+
     def step(self, batch: Batch) -> Parts:
+        teaches = self.turns == 1 or batch.step % 2 == 0  # the side network learns to
+        follows = self.turns == 1 or not teaches
         with part("taps"):
-            trace = self.engine.forward(self.cast(batch.inputs))
+            inputs = self.cast(batch.inputs)
+            trace = self.engine.forward(inputs) if follows else self.frozen_trace(inputs)
         tokens = self.distiller.mask_tokens(trace.taps)
         hidden = self.distiller.draw_mask(
             batch.keys, tokens, self.config.train.seed, batch.step
         ).to(trace.taps[0].device)
-        with part("side pass"):
+        with part("side pass"), torch.set_grad_enabled(teaches):
             losses, teacher, features = self._side_pass(batch, trace, hidden)
-        with part("backbone pass"):
+        with part("backbone pass"), torch.set_grad_enabled(follows):
             student = self._backbone_pass(batch, trace, hidden, teacher, features)
         student["loss"] += losses["loss"]
         return losses | student
@@ -137,15 +179,17 @@ class MDPD(Method):
         output, pooled = self.side_forward(trace, blocked=not self.config.train.late_norm_grad)
         raw = self.head("side_head").raw(pooled)
         task = self.task.loss(raw, batch.labels) / batch.weight
+        features = output.features | {self.backbone.depth: output.last(self.backbone.depth)}
         with self.autocast(trace.taps[0]):
-            shallow, deep = self.distiller(output.features, trace.taps, hidden, trace.mask)
+            shallow, deep = self.distiller(features, trace.taps, hidden, trace.mask)
         shallow, deep = shallow / batch.count, deep / batch.count
         loss = weights.task * task + self.shallow_weight * shallow + self.deep_weight * deep
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         losses = {"loss": loss, "loss_task": task, "loss_shallow": shallow, "loss_deep": deep}
         kept = {}
         if self.config.train.norm_grad == "local":
-            kept = {layer: feature.detach() for layer, feature in output.features.items()}
+            kept = {layer: feature.detach() for layer, feature in features.items()}
         return {name: value.detach() for name, value in losses.items()}, raw.detach(), kept
 
     def _backbone_pass(
@@ -156,26 +200,78 @@ class MDPD(Method):
         teacher: Tensor,
         features: dict[int, Tensor],
     ) -> Parts:
-        weights = self.config.loss
-        logits_weight = weights.logits if batch.progress >= weights.logits_after else 0.0
-        task_weight = self.config.train.student_task_weight
         losses: Parts = {}
-        mask = trace.mask
+        mask, weights = trace.mask, self._student_weights(batch)
 
         def top_loss(top: Tensor) -> Tensor:
-            raw = self.head("head").raw(self.backbone.finish(top, mask).float())
-            distance = self.task.distance(raw, teacher, batch.labels, weights) / batch.count
-            losses["loss_logits"] = distance.detach()
-            loss = logits_weight * distance
-            if task_weight:
-                student = self.task.loss(raw, batch.labels) / batch.weight
-                losses["loss_student"] = student.detach()
-                loss = loss + task_weight * student
-            losses["loss"] = loss.detach()
+            terms = self._student_terms(top, mask, teacher, batch)
+            loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+            losses.update({name: term.detach() for name, term in {"loss": loss, **terms}.items()})
             return loss
 
-        self.engine.backward(trace, top_loss, self._layer_loss(features, hidden, mask, batch.count))
+        if torch.is_grad_enabled():
+            layer_loss = self._layer_loss(features, hidden, mask, batch.count)
+            self.engine.backward(trace, top_loss, layer_loss)
+        else:
+            top_loss(trace.ends[-1])
         return losses
+
+    def felt(self, batch: Batch) -> float | None:
+        """Return ‖g_logits‖ / (‖g_logits‖ + ‖g_task‖) of norms and deployed head, at the weights set.
+
+        Gradients that were there come back. Call it in eval mode: then it draws nothing, moves no
+        statistic, and holds no more than the step it looks into.
+        """
+        weights = self._student_weights(batch)
+        if not weights["loss_logits"]:
+            return 0.0
+        trained = [p for group in self.groups.values() for p in group.values()]
+        kept = [p.grad for p in trained]
+        pulls = {name: self._pull(name, weight, batch, trained) for name, weight in weights.items()}
+        for tensor, gradient in zip(trained, kept, strict=True):
+            tensor.grad = gradient
+        total = sum(pulls.values())
+        return pulls["loss_logits"] / total if total else 0.0
+
+    def _pull(self, name: str, weight: float, batch: Batch, trained: list[nn.Parameter]) -> float:
+        """Return the norm of one student term's gradient on norms and deployed head."""
+        if not weight:
+            return 0.0
+        for tensor in trained:
+            tensor.grad = None
+        trace = self.engine.forward(self.cast(batch.inputs))
+        with torch.no_grad():
+            teacher = self.head("side_head").raw(self.side_forward(trace, blocked=True)[1])
+        mask, distilled = trace.mask, self.distiller.shallow + self.distiller.deep
+        self.engine.backward(
+            trace,
+            lambda top: weight * self._student_terms(top, mask, teacher, batch)[name],
+            lambda layer, tap: 0.0 * tap.sum() if layer in distilled else tap.new_zeros(()),
+        )
+        student = [
+            p for group, them in self.groups.items() if group != "side" for p in them.values()
+        ]
+        return float(nn.utils.get_total_norm([p.grad for p in student if p.grad is not None]))
+
+    def _student_weights(self, batch: Batch) -> dict[str, float]:
+        """Return the weights of `_student_terms` at a batch's place in the run; 0 leaves one out."""
+        loss = self.config.loss
+        return {
+            "loss_logits": loss.logits if batch.progress >= loss.logits_after else 0.0,
+            "loss_student": self.config.train.student_task_weight,
+        }
+
+    def _student_terms(
+        self, top: Tensor, mask: Tensor | None, teacher: Tensor, batch: Batch
+    ) -> Parts:
+        """Return the losses on Y_B, from b_L [B, N, D] and the detached Y_S [B, C]."""
+        raw = self.head("head").raw(self.backbone.finish(top, mask).float())
+        seen = self.modules["phi_logits"](raw) if self.config.distill.phi_logits else raw
+        distance = self.task.distance(seen, teacher, batch.labels, self.config.loss, answer=raw)
+        terms = {"loss_logits": distance / batch.count}
+        if self.config.train.student_task_weight:
+            terms["loss_student"] = self.task.loss(raw, batch.labels) / batch.weight
+        return terms
 
     def _layer_loss(
         self, features: dict[int, Tensor], hidden: Tensor, mask: Tensor | None, count: float

@@ -27,4 +27,4 @@ class Side(Method):
         with self.autocast(trace.taps[0]):
             blocks = FrozenBlocks(self.backbone, trace, blocked=True)
             output = self.side(trace.taps, trace.mask, blocks)
-            return pool_side(self.backbone, output, trace.mask, blocked=True).float()
+            return pool_side(self.backbone, self.side, output, trace.mask, blocked=True).float()

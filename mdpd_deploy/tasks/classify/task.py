@@ -55,6 +55,7 @@ class Classify(Task):
 
     kind = "classify"
     output = "logits"
+    mixes = True
     usual_metrics = ("accuracy", "f1_macro")
     class_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0

@@ -1,0 +1,320 @@
+"""Does distillation give the deployed backbone more than tuning its norms and head directly?
+
+    python benchmarks/structured.py DATA/structured
+    python benchmarks/evidence.py --data DATA --hours 3       # resumable: the same command goes on
+    python benchmarks/evidence.py --table                     # what docs/results/evidence.jsonl says
+
+DATA holds `structured/`, `vtab-1k/` and `glue/`; `--encoder FOLDER` is a BERT-family text encoder.
+
+Every method gets the same care. On seed 0 its learning rate is swept by factors of about three until
+the best on validation lies inside the sweep; weights are chosen on validation too. Then seeds are
+added one by one, to every method of a task alike, until the interval of MDPD with a felt loss
+minus norms is within half a point, or there are twenty. Each training is a line of
+docs/results/evidence.jsonl with its score on groups of test examples (`pseudo_values`), so that
+intervals hold the sampling of seeds and of test examples (`crossed_interval`); for m comparisons
+with norms they are taken at 1 − 0.05/m (Bonferroni).
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mdpd_deploy.report.intervals import crossed_interval
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "evidence.jsonl"
+FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of a method's own rate
+FIRST = (0.3, 1.0, 3.0)
+MOST_SEEDS, NARROW = 20, 0.5  # points to either side
+VIT = "builtin:vit-xs-tin32"
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task with a backbone and a length.
+
+    Attributes:
+        task: As `mdpd train --task` has it.
+        data: Folder below `--data`.
+        backbone: None is `--encoder`.
+        steps: Of `batch` examples each; evaluated ten times.
+        options: Further ones.
+    """
+
+    task: str
+    data: str
+    backbone: str | None = VIT
+    steps: int = 1250  # 50 epochs of 800 pictures
+    batch: int = 32
+    options: tuple[str, ...] = ()
+
+
+SHORT = ("data.max_length=64", "data.split_seed=0")
+SETTINGS = {
+    **{name: Setting(f"vtab/{name}", "structured")
+       for name in ("position", "count", "orientation", "distance")},
+    "cifar10": Setting("vtab/cifar10", "vtab-1k"),
+    "stsb": Setting("glue/stsb", "glue", None, 3000, 16, SHORT),
+    "mrpc": Setting("glue/mrpc", "glue", None, 3000, 16, SHORT),
+    "rte": Setting("glue/rte", "glue", None, 3000, 16, SHORT),
+}  # fmt: skip
+KL = ("loss.logits_form=kl", "loss.logits=1")
+METHODS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
+    "norms": ("norms", None, ()),
+    "UniPT kept": ("side", "unipt", ()),
+    "MDPD, felt": ("mdpd", "unipt", KL),
+    "MDPD, where better": ("mdpd", "unipt", (*KL, "loss.logits_where=better")),
+    "MDPD": ("mdpd", "unipt", ()),
+    "probe": ("probe", None, ()),
+    "LoRA": ("lora", None, ()),
+    "full": ("full", None, ()),
+    "SHERL kept": ("side", "sherl", ()),
+    "MDPD over SHERL, felt": ("mdpd", "sherl", KL),
+    "LST kept": ("side", "lst", ()),
+    "MDPD over LST, felt": ("mdpd", "lst", KL),
+    "DTL kept": ("side", "dtlv1", ()),
+}
+OPEN = ("MDPD, felt", "norms")  # the question that decides how many seeds there are
+
+
+def train(setting: str, method: str, factor: float, seed: int, places: Line) -> Line:
+    """Run one training and return its line."""
+    import torch
+
+    from mdpd_deploy import fit
+    from mdpd_deploy.artifacts.outputs import read_outputs
+    from mdpd_deploy.tasks.metrics import pseudo_values
+    from mdpd_deploy.train.methods import METHODS as KINDS
+
+    torch.set_num_threads(places["threads"])
+    plan = SETTINGS[setting]
+    kind, side, options = METHODS[method]
+    rate = factor * KINDS.get_or_raise(kind).default_lr
+    with tempfile.TemporaryDirectory() as folder:
+        run = fit(
+            task=plan.task, data=str(Path(places["data"]) / plan.data), method=kind,
+            backbone=plan.backbone or places["encoder"], side=side, steps=plan.steps,
+            batch=plan.batch, seed=seed, lr=rate, out=Path(folder) / "run", quiet=True,
+            set=[f"train.eval_every={plan.steps // 10}", *plan.options, *options],
+        )  # fmt: skip
+        summary = run.summary
+        split = "test" if "metrics_test" in summary else "validation"
+        name = summary["primary_metric"]
+        models = [m for m in ("deployed", "side") if m in summary["metrics"]]
+        kept = {m: read_outputs(run.path, split, m) for m in models}
+        found: Line = {
+            "setting": setting, "method": method, "factor": factor, "seed": seed, "lr": rate,
+            "steps": plan.steps, "batch": plan.batch, "metric": name, "split": split,
+            "validation": summary["metrics"]["deployed"][name],
+            "train_s": summary["time"]["train_s"], "trained": summary["params"]["trained"],
+            "best_step": summary["best_step"], "felt": summary.get("felt"),
+        }  # fmt: skip
+        for model, arrays in kept.items():
+            if arrays is not None and (parts := pseudo_values(name, *arrays)) is not None:
+                found[model] = [round(float(part), 5) for part in parts]
+        if kind == "mdpd" and kept["deployed"] and kept["side"] and kept["side"][0].shape[1] > 1:
+            answers = [kept[model][0].argmax(axis=1) for model in models]
+            found["agreement"] = float((answers[0] == answers[1]).mean())
+        found["moved"] = moved_norms(run)
+    return found
+
+
+def moved_norms(run: Any) -> dict[str, float]:
+    """Return how far the norms of each block have moved, relative to their size."""
+    before, after = run.load_backbone(), run.load_deployed().backbone
+    squares: dict[str, list[float]] = {}
+    for name, weight in before.norms().items():
+        change = after.norms()[name] - weight
+        block = re.search(r"\.(\d+)\.", name)
+        found = squares.setdefault(block.group(1) if block else "last", [0.0, 0.0])
+        found[0] += float(change.square().sum())
+        found[1] += float(weight.square().sum())
+    return {block: round((a / b) ** 0.5, 4) for block, (a, b) in squares.items()}
+
+
+def best_factor(lines: Iterable[Line]) -> float:
+    """Return the factor of a sweep (lines of one cell and seed) that is best on validation."""
+    return max(lines, key=lambda line: line["validation"] or -1.0)["factor"]
+
+
+def next_trainings(lines: list[Line], settings: list[str], methods: list[str]) -> list[tuple]:
+    """Return what to train next, in order: (setting, method, factor, seed)."""
+    sweeps, repeats = [], []
+    for setting in settings:
+        chosen = {}
+        for method in methods:
+            done = {s["factor"]: s for s in cell(lines, setting, method) if s["seed"] == 0}
+            wanted = [factor for factor in FIRST if factor not in done] or beyond(done)
+            sweeps += [(setting, method, factor, 0) for factor in wanted]
+            if not wanted:
+                chosen[method] = best_factor(done.values())
+        if len(chosen) < len(methods):
+            continue
+        seeds = range(1, MOST_SEEDS)
+        for seed in seeds:
+            missing = [
+                (setting, method, factor, seed)
+                for method, factor in chosen.items()
+                if not any(s["seed"] == seed and s["factor"] == factor
+                           for s in cell(lines, setting, method))
+            ]  # fmt: skip
+            if missing:
+                reach = half_width(lines, setting)
+                if seed < 3 or reach is None or reach > NARROW:
+                    repeats += [(seed, training) for training in missing]
+                break
+    return [*sweeps, *(training for _, training in sorted(repeats))]
+
+
+def beyond(done: dict[float, Line]) -> list[float]:
+    """Return the next factor where the best of a sweep lies at its edge."""
+    best, tried = FACTORS.index(best_factor(done.values())), [FACTORS.index(f) for f in done]
+    if best == min(tried) and best > 0:
+        return [FACTORS[best - 1]]
+    if best == max(tried) and best < len(FACTORS) - 1:
+        return [FACTORS[best + 1]]
+    return []
+
+
+def cell(lines: list[Line], setting: str, method: str) -> list[Line]:
+    """Return the trainings of one method in one setting."""
+    return [s for s in lines if (s["setting"], s["method"]) == (setting, method)]
+
+
+def parts(lines: list[Line], setting: str, method: str, model: str = "deployed") -> dict:
+    """Return seed → scores on groups of examples, at the rate that seed 0 chose."""
+    own = cell(lines, setting, method)
+    first = [s for s in own if s["seed"] == 0]
+    if not first:
+        return {}
+    factor = best_factor(first)
+    return {s["seed"]: np.array(s[model]) for s in own if s["factor"] == factor and model in s}
+
+
+def difference(one: dict, other: dict, level: float = 0.95) -> tuple[float, float, float] | None:
+    """Return points between two methods with their interval; None below three common seeds."""
+    seeds = sorted(one.keys() & other.keys())
+    if len(seeds) < 3:
+        return None
+    mean, low, high = crossed_interval(100 * np.stack([one[s] - other[s] for s in seeds]), level)
+    return mean, low, high
+
+
+def half_width(lines: list[Line], setting: str) -> float | None:
+    """Return how wide the open question still is, in points to either side."""
+    gap = difference(*(parts(lines, setting, method) for method in OPEN))
+    return None if gap is None else (gap[2] - gap[1]) / 2
+
+
+def table(lines: list[Line]) -> str:
+    """Return every setting's methods as Markdown: points, and the differences asked for."""
+    rows = []
+    for setting in dict.fromkeys(s["setting"] for s in lines):
+        methods = [m for m in METHODS if cell(lines, setting, m)]
+        norms = parts(lines, setting, "norms")
+        level = 1 - 0.05 / max(1, len(methods) - 1)
+        first = cell(lines, setting, methods[0])[0]
+        rows += [
+            "",
+            f"**{setting}**: {first['metric']} on {first['split']}, {first['steps']} steps of {first['batch']}; "
+            + f"intervals at {100 * level:.1f} %",
+            "",
+            "| method | score | its side network | − norms | − its side network | agreement | lr | seeds |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for method in methods:
+            own = parts(lines, setting, method)
+            side = parts(lines, setting, method, "side")
+            at = [s for s in cell(lines, setting, method) if s["seed"] in own]
+            agree = [s["agreement"] for s in at if "agreement" in s]
+            rate = next(s["lr"] for s in at if s["seed"] == max(own))
+            rows.append(
+                f"| {method} | {spread(own)} | {spread(side)} "
+                f"| {shown(difference(own, norms, level)) if method != 'norms' else ''} "
+                f"| {shown(difference(own, side, level))} "
+                f"| {f'{100 * statistics.mean(agree):.0f} %' if agree else ''} "
+                f"| {rate:.2g} | {len(own)} |"
+            )
+    return "\n".join(rows)
+
+
+def spread(found: dict) -> str:
+    """Write mean ± standard deviation over seeds in points."""
+    means = [100 * float(part.mean()) for part in found.values()]
+    if len(means) < 2:
+        return f"{means[0]:.1f}" if means else ""
+    return f"{statistics.mean(means):.1f} ± {statistics.stdev(means):.1f}"
+
+
+def shown(gap: tuple[float, float, float] | None) -> str:
+    """Write a difference with its interval."""
+    return "" if gap is None else f"{gap[0]:+.1f} [{gap[1]:+.1f}, {gap[2]:+.1f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="DATA")
+    parser.add_argument("--encoder")
+    parser.add_argument("--settings", default="position,count,orientation,distance")
+    parser.add_argument(
+        "--methods",
+        default=";".join([*METHODS][:5]),
+        help="with semicolons, of: " + "; ".join(METHODS),
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each")
+    parser.add_argument("--hours", type=float, default=3.0, help="start no training after that")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print what is known")
+    options = parser.parse_args()
+    lines = [json.loads(line) for line in read(options.out)]
+    if options.table:
+        print(table(lines))
+        return
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    settings = options.settings.split(",")
+    methods = options.methods.split(";")
+    end = time.monotonic() + 3600 * options.hours
+    with ProcessPoolExecutor(options.jobs, max_tasks_per_child=1) as pool:
+        running: dict[Any, tuple] = {}
+        while True:
+            for training in next_trainings(lines, settings, methods):
+                free = len(running) < options.jobs and time.monotonic() < end
+                if free and training not in running.values():
+                    running[pool.submit(train, *training, vars(options))] = training
+            if not running:
+                break
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                line = future.result()
+                running.pop(future)
+                lines.append(line)
+                with options.out.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(
+                    f"{line['setting']:<12}{line['method']:<24}×{line['factor']:<6g}seed "
+                    f"{line['seed']:<3}{line['validation']:.4f} on validation, "
+                    f"{line['train_s']:.0f} s",
+                    flush=True,
+                )
+    print(table(lines))
+
+
+def read(path: Path) -> list[str]:
+    """Return the lines of a file that may not be there."""
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+if __name__ == "__main__":
+    main()
