@@ -26,13 +26,6 @@ OF_ONE_RUN = ("method", "side.name")  # what a comparison names in other words
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 Options = dict[str, Any]  # by dotted name
 
-# TODO: delete this and its use below once every option of the recipes is there.
-_KNOWN = {"method"} | {
-    f"{part}.{name}"
-    for part, field in Config.model_fields.items()
-    for name in getattr(field.annotation, "model_fields", ())
-}
-
 
 class Comparison(Section):
     """What `mdpd compare` takes from a recipe where it is not told."""
@@ -79,7 +72,7 @@ class Recipe(Section):
             asked = zip(WHERE, (task, plain_name(backbone)), strict=True)
             if all(fnmatchcase(given, row.get(key, "*")) for key, given in asked):
                 found |= {name: value for name, value in row.items() if name not in WHERE}
-        return {name: value for name, value in found.items() if name in _KNOWN}
+        return found
 
     def fits(self, task: str) -> bool:
         """Whether it is for a task."""
@@ -131,14 +124,17 @@ def given_options(config: Config) -> Options:
 def recipe_options(config: Config) -> Options:
     """Return what a config's recipes say for its task on its backbone.
 
-    `${optim.lr}` stands for another option, as the run has it.
+    `${optim.lr}` stands for another option, as the run has it. Where fewer epochs are given, warm-up
+    and tail shrink with them.
     """
     found: Options = {}
     for recipe in recipes_of(config):
         named = flat(recipe.options).get("backbone.name", config.backbone.name)
         given = "name" in config.backbone.model_fields_set
         found |= recipe.options_for(config.task, config.backbone.name if given else named)
-    known = found | given_options(config)
+    given_too = given_options(config)
+    found |= _phases(found, given_too.get("train.epochs"))
+    known = found | given_too
     return {name: _resolved(value, known) for name, value in found.items()}
 
 
@@ -220,6 +216,16 @@ def nested(options: Options) -> Options:
         else:
             found[name] = value
     return found
+
+
+def _phases(options: Options, epochs: float | None) -> Options:
+    """Return the phases of a schedule in a shorter run: their share of it, and steps within epochs."""
+    whole = options.get("train.epochs")
+    if not epochs or not whole or epochs >= whole:
+        return {}
+    names = ("optim.warmup_epochs", "optim.cooldown_epochs")
+    phases = {name: options[name] * epochs / whole for name in names if name in options}
+    return phases | ({"optim.per_epoch": None} if "optim.per_epoch" in options else {})
 
 
 def _resolved(value: object, known: Options) -> object:

@@ -37,8 +37,9 @@ class Rows:
 
     def of(self, indices: Indices) -> "Rows":
         """Return the rows at `indices`, in that order."""
-        inputs, labels = [self.inputs[i] for i in indices], [self.labels[i] for i in indices]
-        return Rows(inputs, labels, lambda i: self.where(int(indices[i])), self.source)
+        places: list[int] = indices.tolist()
+        inputs, labels = [self.inputs[i] for i in places], [self.labels[i] for i in places]
+        return Rows(inputs, labels, lambda i: self.where(places[i]), self.source)
 
 
 @dataclass(frozen=True)
