@@ -111,7 +111,7 @@ class MDPD(Method):
         modules: dict[str, nn.Module] = {
             "side": self.side,
             "distiller": self.distiller,
-            "side_head": self.task.new_head(self.side.pooled_width(backbone.layouts)),
+            "side_head": self.task.new_head(self.side.pooled_width(backbone)),
             "head": self.new_head(),
         }
         if config.distill.phi_logits:
