@@ -211,6 +211,7 @@ def test_what_does_not_fit_is_refused(options, said, backbone):
 def test_the_released_readout_averages_before_the_norm(tiny_vit, tiny_bert):
     backbone = load_backbone(BackboneConfig(name=str(tiny_vit))).eval()
     norm = backbone.final_norm()
+    assert isinstance(norm, nn.LayerNorm)
     torch.manual_seed(0)
     torch.nn.init.normal_(norm.weight)
     side = build_side(backbone, SideConfig(name="dtlv2", readout="released"))

@@ -46,8 +46,9 @@ def result_cautions(
 
 def felt_caution(felt: float | None) -> list[str]:
     """Return what a user should know of a distillation whose share of the gradient was measured."""
-    unfelt = felt is not None and felt < LEAST
-    return [FELT.format(share=percent(felt, 2))] if unfelt else []
+    if felt is None or felt >= LEAST:
+        return []
+    return [FELT.format(share=percent(felt, 2))]
 
 
 def plan_cautions(config: Config) -> list[str]:

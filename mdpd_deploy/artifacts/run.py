@@ -275,7 +275,7 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             side = build_side(backbone, config, last_feature=last_feature)
-            head = self.task.new_head(side.pooled_width(backbone.layouts))
+            head = self.task.new_head(side.pooled_width(backbone))
         if trained:
             tensors = self._tensors(SIDE)
             _load(side, _below(tensors, "side."), self.path)

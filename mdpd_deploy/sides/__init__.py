@@ -54,8 +54,8 @@ def build_side(
         kind = FOR_STAGES.get(config.name, kind)
     side = kind.build(shape, config)
     side.readout = config.readout
-    plain = len(shape.stages) == 1 and backbone.pooling == "mean" and backbone.final_norm()
-    if config.readout == "released" and not plain:
+    ends_in_norm = len(shape.stages) == 1 and backbone.final_norm() is not None
+    if config.readout == "released" and not (ends_in_norm and backbone.pooling == "mean"):
         raise UserError(
             "side.readout=released averages tokens before the final norm: it needs a plain "
             "transformer that ends in a norm, and backbone.pooling=mean."

@@ -179,9 +179,10 @@ class SideNetwork(nn.Module, ABC):
         own = last in self.feature_layers
         return self.feature_layout(last, layouts) if own else layouts[last]
 
-    def pooled_width(self, layouts: Sequence[Layout]) -> int:
+    def pooled_width(self, backbone: Backbone) -> int:
         """Return the width of what its head reads."""
-        return (self.last_layout(layouts) if self.readout == "feature" else layouts[-1]).width
+        feature = self.readout == "feature"
+        return self.last_layout(backbone.layouts).width if feature else backbone.width
 
     def read_feature(self) -> None:
         """Let the head read s_L, and leave out what only the side output needs."""

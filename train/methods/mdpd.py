@@ -108,10 +108,10 @@ class MDPD(Method):
             imitate=self.shallow_weight > 0,
             generate=self.deep_weight > 0,
         )
-        modules = {
+        modules: dict[str, nn.Module] = {
             "side": self.side,
             "distiller": self.distiller,
-            "side_head": self.task.new_head(self.side.pooled_width(backbone.layouts)),
+            "side_head": self.task.new_head(self.side.pooled_width(backbone)),
             "head": self.new_head(),
         }
         if config.distill.phi_logits:
@@ -150,7 +150,7 @@ class MDPD(Method):
             return self.groups
         side = step % 2 == 0
         return {
-            group: kept
+            "phi_logits" if group == "side" and not side else group: kept
             for group, tensors in self.groups.items()
             if (kept := {k: p for k, p in tensors.items() if _of_side_pass(group, k) == side})
         }
