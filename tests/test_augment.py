@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ def dataset_of(options, *sets):
 def test_a_policy_is_timms_and_drawn_from_the_key_alone(policy):
     data = DataConfig(augment="flip", auto_augment=policy)
     augment = build_augment(data, PLAIN)
+    assert augment is not None
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     one, again, other = (augment(noise(), (0, 1, key)) for key in (2, 2, 3))
     assert state == (random.getstate(), np.random.get_state()[1].tolist(),
@@ -62,7 +64,7 @@ def test_a_policy_is_timms_and_drawn_from_the_key_alone(policy):
 
 @pytest.mark.parametrize(("scale", "area"), [(None, (0.08, 1.0)), ([0.6, 0.9], (0.6, 0.9))])
 def test_a_crop_keeps_the_share_that_is_asked(scale, area):
-    augment = build_augment(DataConfig(augment="crop", scale=scale), PLAIN)
+    augment: Any = build_augment(DataConfig(augment="crop", scale=scale), PLAIN)
     with drawn_from(0):
         drawn = [augment.frame.make_params([torch.empty(3, 100, 100)]) for _ in range(300)]
     kept = [params["height"] * params["width"] / 1e4 for params in drawn]
@@ -100,7 +102,7 @@ def test_texts_have_no_pictures(option, text_options):
 
 def test_mixup_blends_pictures_and_labels_by_one_share():
     pictures, labels = torch.eye(4).reshape(4, 1, 2, 2), torch.tensor([0, 1, 2, 2])
-    mix = build_mix(DataConfig(mixup=0.8), Classify.numbered(3))
+    mix: Any = build_mix(DataConfig(mixup=0.8), Classify.numbered(3))
     with drawn_from(0):
         mixed, shares = mix(pictures.clone(), labels)
     share = shares[0, 0].item()
@@ -112,7 +114,7 @@ def test_mixup_blends_pictures_and_labels_by_one_share():
 
 def test_cutmix_gives_labels_the_share_of_the_box():
     pictures = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 3, 16, 16)
-    mix = build_mix(DataConfig(cutmix=1.0), Classify.numbered(4))
+    mix: Any = build_mix(DataConfig(cutmix=1.0), Classify.numbered(4))
     with drawn_from(3):
         mixed, shares = mix(pictures.clone(), torch.arange(4))
     for index in range(4):
@@ -123,7 +125,7 @@ def test_cutmix_gives_labels_the_share_of_the_box():
 
 
 def test_either_is_taken_batch_by_batch():
-    mix = build_mix(DataConfig(cutmix=1.0, mixup=1.0), Classify.numbered(4))
+    mix: Any = build_mix(DataConfig(cutmix=1.0, mixup=1.0), Classify.numbered(4))
     pictures = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 3, 16, 16)
     values = []
     for key in range(12):

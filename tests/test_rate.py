@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler.cosine_lr import CosineLRScheduler
 
 from mdpd_deploy.commands.train import plan
 from mdpd_deploy.config import OptimConfig, check_config

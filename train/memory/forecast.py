@@ -74,8 +74,9 @@ def forecast(config: Config, task: Task, *, text_length: int | None = None) -> M
             with measured_step(method, optimizer, turn, mean.tensors) as peak:
                 _step(method, optimizer, turn)
             peaks.append(peak)
+    most = max(peaks, key=lambda peak: peak.peak_bytes)
     trained = sum(method.parameter_counts.values())
-    return MemoryForecast(peak.peak_bytes, peak.parts, trained, method.deployed_delta)
+    return MemoryForecast(most.peak_bytes, most.parts, trained, method.deployed_delta)
 
 
 def reason_against(config: Config) -> str | None:
