@@ -75,6 +75,7 @@ METHODS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "UniPT kept": ("side", "unipt", ()),
     "MDPD, felt": ("mdpd", "unipt", KL),
     "MDPD, where better": ("mdpd", "unipt", (*KL, "loss.logits_where=better")),
+    "MDPD, untouched teacher": ("mdpd", "unipt", (*KL, "distill.teacher=untouched")),
     "MDPD": ("mdpd", "unipt", ()),
     "probe": ("probe", None, ()),
     "LoRA": ("lora", None, ()),
@@ -269,7 +270,7 @@ def main() -> None:
     parser.add_argument("--settings", default="position,count,orientation,distance")
     parser.add_argument(
         "--methods",
-        default=";".join([*METHODS][:5]),
+        default=";".join([*METHODS][:6]),
         help="with semicolons, of: " + "; ".join(METHODS),
     )
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")

@@ -280,7 +280,8 @@ class Run:
             tensors = self._tensors(SIDE)
             _load(side, _below(tensors, "side."), self.path)
             _load(head, _below(tensors, "side_head."), self.path)
-            self._tune(backbone)
+            if self.config.distill.teacher == "tuned":  # else it learnt on the backbone as it was
+                self._tune(backbone)
         return WithSide(backbone, side, head).eval(), trained
 
     def _deployed(self, *, tuned: bool) -> Deployed:

@@ -187,6 +187,9 @@ class DistillConfig(Section):
     feature_mean: bool = False  # mean over tokens and channels instead of the paper's sum
     side_head: Literal["final", "paper"] = "final"  # Y_S from the final norm, or Eq. 3 on s_L
     phi_logits: bool = younger(False)  # Eq. 3 compares a learned linear map of Y_B
+    # which backbone the side network reads: the one whose norms are being tuned, or, for one more
+    # forward a step, the one that training began with: a teacher whose pupil cannot move it
+    teacher: Literal["tuned", "untouched"] = younger("tuned")
 
 
 class LossConfig(Section):

@@ -11,9 +11,14 @@ single weighted sum. The logits loss moves the backbone only and the feature
 losses the side network only: teachers are detached. `train.turns=alternate` is the other reading,
 of the paper's sentence that the two take turns: the first step and every second one from there
 trains what the side pass reaches, the steps between what the backbone pass reaches.
+
+With `distill.teacher=untouched`, which is ours, the side network reads the backbone as it was before
+training, as it would alone: otherwise a student that follows its teacher moves what the teacher
+reads. The teacher's taps come from a forward of their own and are gone before the student's.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -71,17 +76,22 @@ class MDPD(Method):
     def __init__(self, backbone: Backbone, task: Task, config: Config) -> None:
         self.engine = build_norm_gradient(config.train.norm_grad, backbone)
         super().__init__(backbone, task, config)
+        self.untouched: dict[str, Tensor] = {}  # the values of before, where the teacher reads them
+        if config.distill.teacher == "untouched":
+            self.untouched = {k: p.detach().clone() for k, p in self.backbone_weights.items()}
 
     @classmethod
     def ignored_options(cls, config: Config) -> dict[str, str]:
         ignored = super().ignored_options(config)
         if config.train.turns == "alternate":
             ignored["train.late_norm_grad"] = "with train.turns=alternate"
+        if config.distill.teacher == "untouched":
+            ignored["train.late_norm_grad"] = "with distill.teacher=untouched"
         if config.loss.logits == 0:
             ignored["distill.phi_logits"] = "with loss.logits=0"
         if not any(feature_weights(config.loss, SIDES.get_or_raise(config.side.name))):
             # Y_S is pooled and compared all the same
-            unread = DistillConfig.model_fields.keys() - {"side_head", "phi_logits"}
+            unread = DistillConfig.model_fields.keys() - {"side_head", "phi_logits", "teacher"}
             where = f"with --side {config.side.name} and loss.shallow and loss.deep at 0"
             ignored |= {f"distill.{name}": where for name in unread}
         return ignored
@@ -139,6 +149,19 @@ class MDPD(Method):
             pooled = pool_side(self.backbone, self.side, output, trace.mask, blocked=blocked)
         return output, pooled.float()
 
+    @contextlib.contextmanager
+    def teachers_norms(self) -> Iterator[None]:
+        """Give the backbone the norms that the side network reads; the student's come back."""
+        own = {name: self.backbone_weights[name].data for name in self.untouched}
+        for name, value in own.items():
+            self.untouched[name] = self.untouched[name].to(value.device)
+            self.backbone_weights[name].data = self.untouched[name]
+        try:
+            yield
+        finally:
+            for name, value in own.items():
+                self.backbone_weights[name].data = value
+
     @property
     def turns(self) -> int:
         """Return how many optimiser steps train each tensor once."""
@@ -158,15 +181,20 @@ class MDPD(Method):
     def step(self, batch: Batch) -> Parts:
         teaches = self.turns == 1 or batch.step % 2 == 0  # the side network learns to
         follows = self.turns == 1 or not teaches
-        with part("taps"):
-            inputs = self.cast(batch.inputs)
-            trace = self.engine.forward(inputs) if follows else self.frozen_trace(inputs)
+        inputs = self.cast(batch.inputs)
+        shared = follows and not self.untouched  # one forward for both passes
+        with part("taps"), self.teachers_norms():
+            trace = self.engine.forward(inputs) if shared else self.frozen_trace(inputs)
         tokens = self.distiller.mask_tokens(trace.taps)
         hidden = self.distiller.draw_mask(
             batch.keys, tokens, self.config.train.seed, batch.step
         ).to(trace.taps[0].device)
-        with part("side pass"), torch.set_grad_enabled(teaches):
+        with part("side pass"), torch.set_grad_enabled(teaches), self.teachers_norms():
             losses, teacher, features = self._side_pass(batch, trace, hidden)
+        if self.untouched:
+            trace.drop()
+            with part("taps"):
+                trace = self.engine.forward(inputs) if follows else self.frozen_trace(inputs)
         with part("backbone pass"), torch.set_grad_enabled(follows):
             student = self._backbone_pass(batch, trace, hidden, teacher, features)
         student["loss"] += losses["loss"]
@@ -239,9 +267,12 @@ class MDPD(Method):
             return 0.0
         for tensor in trained:
             tensor.grad = None
-        trace = self.engine.forward(self.cast(batch.inputs))
-        with torch.no_grad():
-            teacher = self.head("side_head").raw(self.side_forward(trace, blocked=True)[1])
+        inputs = self.cast(batch.inputs)
+        trace = self.engine.forward(inputs)
+        with torch.no_grad(), self.teachers_norms():
+            read = self.frozen_trace(inputs) if self.untouched else trace
+            teacher = self.head("side_head").raw(self.side_forward(read, blocked=True)[1])
+            del read
         mask, distilled = trace.mask, self.distiller.shallow + self.distiller.deep
         self.engine.backward(
             trace,
@@ -295,8 +326,10 @@ class MDPD(Method):
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inputs = self.cast(inputs)
         trace = self.frozen_trace(inputs)
-        _, pooled = self.side_forward(trace, blocked=True)
         deployed = self.backbone.finish(trace.taps[-1], trace.mask).float()
+        with self.teachers_norms():
+            read = self.frozen_trace(inputs) if self.untouched else trace
+            _, pooled = self.side_forward(read, blocked=True)
         return {
             "deployed": self.modules["head"](deployed),
             "side": self.modules["side_head"](pooled),
