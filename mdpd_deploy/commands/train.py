@@ -184,6 +184,8 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
         return
     length = "" if plan.text_length is None else f", texts of {plan.text_length} tokens"
     classes = ", ".join(plan.classes[:10]) + (" …" if len(plan.classes) > 10 else "")
+    of_recipe = {setting[0] for setting in plan.recipe}
+    others = [f"{name}={value}" for name, value in plan.options.items() if name not in of_recipe]
     rows = [
         ("task", plan.task),
         ("method", plan.method + (f" over {plan.side}" if plan.side else "")),
@@ -194,11 +196,8 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
         *([("classes", f"{len(plan.classes)}: {classes}")] if plan.classes else []),
         ("steps", f"{plan.steps:,} of {plan.batch} examples, {plan.steps_per_epoch:,} an epoch"),
         ("learning rate", plan.learning_rate),
-        *(
-            [("options", "\n".join(f"{k}={v}" for k, v in plan.options.items()))]
-            if plan.options
-            else []
-        ),
+        *([("options", "\n".join(others))] if others else []),
+        *([("recipe", settings_words(plan.recipe))] if plan.recipe else []),
         *((f"parameters, {name}", f"{count:,}") for name, count in plan.params.items()),
         (
             "memory forecast",
@@ -210,7 +209,6 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
             else []
         ),
         ("device", plan.device),
-        *([("recipe", settings_words(plan.recipe))] if plan.recipe else []),
         *(("note", note) for note in plan.notes),
         *([("data", plan.inventory.line)] if plan.inventory.line else []),
     ]
