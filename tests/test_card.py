@@ -8,6 +8,7 @@ import pytest
 from mdpd_deploy import fit
 from mdpd_deploy.backbones import card_of, load_backbone
 from mdpd_deploy.cli import main
+from mdpd_deploy.commands.train import plan
 from mdpd_deploy.config import BackboneConfig
 
 TINY = "non-commercial research"
@@ -65,10 +66,9 @@ def test_train_says_it_at_the_start_in_the_summary_and_in_the_report(digit_folde
     assert "sees pictures of 32 × 32 pixels" in page and TINY in page and "for trying out" in page
 
 
-def test_the_digits_need_no_advice_but_the_licence_is_said(tmp_path, capfd):
-    fit(task="digits", method="probe", steps=1, batch=4, out=tmp_path / "run")
-    said = capfd.readouterr().err
-    assert TINY in said and "for real work" not in said
+def test_the_digits_need_no_advice_but_the_licence_is_said():
+    found = plan(task="digits", method="probe")
+    assert TINY in found.licence and not any("for real work" in note for note in found.notes)
 
 
 def test_the_plan_says_it_before_anything_is_trained(text_options, tiny_bert, capsys):
