@@ -69,14 +69,15 @@ SETTINGS = {
     "mrpc": Setting("glue/mrpc", "glue", None, 3000, 16, SHORT),
     "rte": Setting("glue/rte", "glue", None, 3000, 16, SHORT),
 }  # fmt: skip
-KL = ("loss.logits_form=kl", "loss.logits=1")
+FULL = ("train.norm_grad=full",)  # the same gradient as by recomputing, sooner
+KL = (*FULL, "loss.logits_form=kl", "loss.logits=1")
 METHODS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
-    "norms": ("norms", None, ()),
+    "norms": ("norms", None, FULL),
     "UniPT kept": ("side", "unipt", ()),
     "MDPD, felt": ("mdpd", "unipt", KL),
     "MDPD, where better": ("mdpd", "unipt", (*KL, "loss.logits_where=better")),
     "MDPD, untouched teacher": ("mdpd", "unipt", (*KL, "distill.teacher=untouched")),
-    "MDPD": ("mdpd", "unipt", ()),
+    "MDPD": ("mdpd", "unipt", FULL),
     "probe": ("probe", None, ()),
     "LoRA": ("lora", None, ()),
     "full": ("full", None, ()),
@@ -267,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="DATA")
     parser.add_argument("--encoder")
-    parser.add_argument("--settings", default="position,count,orientation,distance")
+    parser.add_argument("--settings", default="position,count")
     parser.add_argument(
         "--methods",
         default=";".join([*METHODS][:6]),

@@ -4,7 +4,7 @@
     mdpd train --task vtab/position --data FOLDER --backbone …
 
 Shapes of random colours and sizes on dark ground, in the manner of dSprites and CLEVR, where a
-frozen encoder's features say little: 800 + 200 training and 6,000 test pictures of 96 pixels a task,
+frozen encoder's features say little: 800 + 200 training and 3,000 test pictures of 96 pixels a task,
 the same bytes for the same Pillow and NumPy.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE, EDGE = 96, 8  # pixels of a picture, and those at its edge that no centre lies in
-TRAIN, VALIDATION, TEST = 800, 200, 6000
+TRAIN, VALIDATION, TEST = 800, 200, 3000
 SQUARE, STAR, ELLIPSE = range(3)
 Draw = ImageDraw.ImageDraw
 Random = np.random.Generator
