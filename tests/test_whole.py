@@ -20,7 +20,7 @@ from mdpd_deploy import bench_latency, export_run, load_bundle
 from mdpd_deploy.adapters import inject, merged_weights
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.backbones.discover import discover
-from mdpd_deploy.backbones.wrap import halves_of
+from mdpd_deploy.backbones.wrap import halves_of, wrapped
 from mdpd_deploy.checks.parity import shape_batches
 from mdpd_deploy.config import BackboneConfig, PeftConfig, load_config
 from mdpd_deploy.errors import UserError
@@ -203,6 +203,16 @@ def test_bfloat16_holds_the_frozen_weights_and_leaves_norms_exact():
     method.train_mode()
     batch = Batch(backbone.example_inputs(3), torch.arange(3), np.arange(3), 1, 3.0, 3.0)
     assert torch.isfinite(method.step(batch)["loss"])
+
+
+def test_a_block_keeps_a_forward_of_its_own():
+    """timm's FasterNet gives every block one of two when it is made."""
+    block = torch.nn.Linear(3, 3)
+    block.forward = own = lambda x: x + 1
+    plain = torch.nn.Linear(3, 3)
+    with wrapped([block, plain], lambda index, forward, call: 2 * call.on(forward)(call.x)):
+        assert torch.equal(block(torch.ones(3)), torch.full((3,), 4.0))
+    assert block.forward is own and "forward" not in vars(plain)
 
 
 def test_norms_that_nothing_reads_are_left_out():

@@ -204,13 +204,16 @@ def record(
 @contextlib.contextmanager
 def wrapped(blocks: Sequence[nn.Module], run: Run) -> Iterator[None]:
     """Let blocks be run by `run` inside the block of code."""
+    own = [block.__dict__.get("forward") for block in blocks]  # few have one beside their class's
     for index, block in enumerate(blocks):
         block.__dict__["forward"] = _wrapper(index, block.forward, run)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.__dict__["forward"]
+            if forward is not None:
+                block.__dict__["forward"] = forward
 
 
 def _wrapper(index: int, plain: Forward, run: Run) -> Forward:
