@@ -37,23 +37,19 @@ LIMIT_S = 460.0  # of all parts together
 TESTS, ROWS, RUN = "tests.txt", "gpu.json", "run.json"
 METHODS = "norms,mdpd:unipt,full,mdpd:sherl,side:unipt,side:sherl,side:lst,side:dtlv1,lora,probe"
 GRID = ["--precisions", "fp32", "--methods", METHODS, "--steps", "10", "--seconds", "4",
-        "--openings", "3"]  # fmt: skip
-KEPT = ["--rivals", "bare,unipt,sherl,lst,dtlv1"]
+        "--openings", "3", "--rivals", "bare,unipt,sherl,lst,dtlv1"]  # fmt: skip
 SMALL = ["--small", "--shapes", "vit", "--methods", "norms,mdpd:unipt", "--batches", "2",
          "--seconds", "0.2", "--steps", "3", "--rivals", "bare,unipt"]  # fmt: skip
-ALARM = 9  # as `timeout --signal=KILL` would
 
 
 def parts(out: Path, device: str) -> list[tuple[str, float, Callable[[float], str]]]:
     """Return (name, most seconds, what to do with the seconds left) of every part, in order."""
     grid = [sys.executable, "benchmarks/gpu.py", "--device", device, "--out", str(out / ROWS)]
+    train, time_it = ([*grid, "--parts", part] for part in ("training", "latency"))
     if device == "cpu":
-        training = latency = [[*grid, *SMALL, "--parts", part] for part in ("training", "latency")]
-        training, latency = training[:1], latency[1:]
-        latency[0] += ["--runtimes", "eager"]
+        training, latency = [[*train, *SMALL]], [[*time_it, *SMALL, "--runtimes", "eager"]]
     else:
-        train = [*grid, *GRID, *KEPT, "--parts", "training"]
-        time_it = [*grid, *GRID, *KEPT, "--parts", "latency"]
+        train, time_it = [*train, *GRID], [*time_it, *GRID]
         training = [[*train, "--shapes", "vit"], [*train, "--shapes", "bert"]]
         latency = [
             [*time_it, "--shapes", "vit", "--runtimes", "eager", "--batches", "1,8,32"],
@@ -145,7 +141,7 @@ def ended(words: list[str], limit_s: float, stdout: Any = None, **more: str) -> 
     try:
         return child.wait(max(limit_s, 1))
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, ALARM)
+        os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         return None
 

@@ -81,6 +81,7 @@ def test_a_run_learns_and_exports(tmp_path, precision):
     )  # fmt: skip
     assert run.summary["device"].startswith(DEVICE)
     assert run.summary["metrics"]["deployed"]["accuracy"] > 0.5  # ten classes
-    if not torch_is_old:
-        bundle = export_run(run.path, out=tmp_path / "bundle")
-        assert (bundle.path / "manifest.json").is_file()
+    if torch_is_old:
+        pytest.skip("trained; exporting needs torch 2.15, which the project asks for")
+    bundle = export_run(run.path, out=tmp_path / "bundle")
+    assert (bundle.path / "manifest.json").is_file()
