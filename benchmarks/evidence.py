@@ -4,6 +4,7 @@
     python benchmarks/evidence.py --data DATA --hours 3       # resumable: the same command goes on
     python benchmarks/evidence.py --table                     # what docs/results/evidence.jsonl says
 
+On a card, `--device cuda --jobs 15`: small backbones leave it idle unless many trainings share it.
 DATA holds `structured/`, `vtab-1k/` and `glue/`; `--encoder FOLDER` is a BERT-family text encoder.
 
 Every method gets the same care. On seed 0 its learning rate is swept by factors of about three until
@@ -22,9 +23,12 @@ import re
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +82,7 @@ METHODS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "MDPD, where better": ("mdpd", "unipt", (*KL, "loss.logits_where=better")),
     "MDPD, untouched teacher": ("mdpd", "unipt", (*KL, "distill.teacher=untouched")),
     "MDPD": ("mdpd", "unipt", FULL),
+    "MDPD, paper": ("mdpd", "unipt", ("recipe",)),
     "probe": ("probe", None, ()),
     "LoRA": ("lora", None, ()),
     "full": ("full", None, ()),
@@ -100,15 +105,20 @@ def train(setting: str, method: str, factor: float, seed: int, places: Line) -> 
     from mdpd_deploy.train.methods import METHODS as KINDS
 
     torch.set_num_threads(places["threads"])
+    decode_once()
     plan = SETTINGS[setting]
+    steps = places["steps"] or plan.steps
     kind, side, options = METHODS[method]
     rate = factor * KINDS.get_or_raise(kind).default_lr
+    words = {"recipe": "mdpd-paper"} if options == ("recipe",) else {}
+    changed = options if not words else ()
     with tempfile.TemporaryDirectory() as folder:
         run = fit(
             task=plan.task, data=str(Path(places["data"]) / plan.data), method=kind,
-            backbone=plan.backbone or places["encoder"], side=side, steps=plan.steps,
+            backbone=plan.backbone or places["encoder"], side=side, steps=steps,
             batch=plan.batch, seed=seed, lr=rate, out=Path(folder) / "run", quiet=True,
-            set=[f"train.eval_every={plan.steps // 10}", *plan.options, *options],
+            device=places["device"], **words,
+            set=[f"train.eval_every={max(1, steps // 10)}", *plan.options, *changed],
         )  # fmt: skip
         summary = run.summary
         split = "test" if "metrics_test" in summary else "validation"
@@ -117,10 +127,11 @@ def train(setting: str, method: str, factor: float, seed: int, places: Line) -> 
         kept = {m: read_outputs(run.path, split, m) for m in models}
         found: Line = {
             "setting": setting, "method": method, "factor": factor, "seed": seed, "lr": rate,
-            "steps": plan.steps, "batch": plan.batch, "metric": name, "split": split,
+            "steps": steps, "batch": plan.batch, "metric": name, "split": split,
             "validation": summary["metrics"]["deployed"][name],
             "train_s": summary["time"]["train_s"], "trained": summary["params"]["trained"],
             "best_step": summary["best_step"], "felt": summary.get("felt"),
+            "device": torch.cuda.get_device_name() if places["device"] == "cuda" else "cpu",
         }  # fmt: skip
         for model, arrays in kept.items():
             if arrays is not None and (parts := pseudo_values(name, *arrays)) is not None:
@@ -130,6 +141,20 @@ def train(setting: str, method: str, factor: float, seed: int, places: Line) -> 
             found["agreement"] = float((answers[0] == answers[1]).mean())
         found["moved"] = moved_norms(run)
     return found
+
+
+@lru_cache(1)
+def decode_once() -> None:
+    """Keep the tensors of pictures in memory: no augmentation here, every epoch reads the same."""
+    from mdpd_deploy.data.preprocess import ImagePreprocess
+
+    decode = lru_cache(50_000)(ImagePreprocess.__call__)
+
+    def remembered(self: Any, raws: Any) -> dict[str, Any]:
+        rows = [decode(self, (raw,))["pixel_values"] for raw in raws]
+        return {"pixel_values": np.concatenate(rows)}
+
+    ImagePreprocess.__call__ = remembered
 
 
 def moved_norms(run: Any) -> dict[str, float]:
@@ -151,32 +176,34 @@ def best_factor(lines: Iterable[Line]) -> float:
 
 
 def next_trainings(lines: list[Line], settings: list[str], methods: list[str]) -> list[tuple]:
-    """Return what to train next, in order: (setting, method, factor, seed)."""
-    sweeps, repeats = [], []
+    """Return what to train next, in order: (setting, method, factor, seed).
+
+    A setting gets its sweeps, then three seeds, before the next one; further seeds come last.
+    """
+    first, later = [], []
     for setting in settings:
         chosen = {}
         for method in methods:
             done = {s["factor"]: s for s in cell(lines, setting, method) if s["seed"] == 0}
             wanted = [factor for factor in FIRST if factor not in done] or beyond(done)
-            sweeps += [(setting, method, factor, 0) for factor in wanted]
+            first += [(setting, method, factor, 0) for factor in wanted]
             if not wanted:
                 chosen[method] = best_factor(done.values())
-        if len(chosen) < len(methods):
-            continue
-        seeds = range(1, MOST_SEEDS)
-        for seed in seeds:
+        for seed in range(1, MOST_SEEDS):
             missing = [
                 (setting, method, factor, seed)
                 for method, factor in chosen.items()
                 if not any(s["seed"] == seed and s["factor"] == factor
                            for s in cell(lines, setting, method))
             ]  # fmt: skip
-            if missing:
+            if seed < 3:
+                first += missing
+            elif missing and len(chosen) == len(methods):
                 reach = half_width(lines, setting)
-                if seed < 3 or reach is None or reach > NARROW:
-                    repeats += [(seed, training) for training in missing]
+                if reach is None or reach > NARROW:
+                    later += [(seed, training) for training in missing]
                 break
-    return [*sweeps, *(training for _, training in sorted(repeats))]
+    return [*first, *(training for _, training in sorted(later))]
 
 
 def beyond(done: dict[float, Line]) -> list[float]:
@@ -276,6 +303,8 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--steps", type=int, help="of every training, in place of its setting's")
     parser.add_argument("--hours", type=float, default=3.0, help="start no training after that")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print what is known")
@@ -288,19 +317,24 @@ def main() -> None:
     settings = options.settings.split(",")
     methods = options.methods.split(";")
     end = time.monotonic() + 3600 * options.hours
-    with ProcessPoolExecutor(options.jobs, max_tasks_per_child=1) as pool:
+    failed = set()
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         running: dict[Any, tuple] = {}
         while True:
             for training in next_trainings(lines, settings, methods):
                 free = len(running) < options.jobs and time.monotonic() < end
-                if free and training not in running.values():
+                if free and training not in failed | {*running.values()}:
                     running[pool.submit(train, *training, vars(options))] = training
             if not running:
                 break
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
+                training = running.pop(future)
+                if future.exception():
+                    failed.add(training)
+                    traceback.print_exception(future.exception())
+                    continue
                 line = future.result()
-                running.pop(future)
                 lines.append(line)
                 with options.out.open("a") as file:
                     file.write(json.dumps(line) + "\n")

@@ -215,6 +215,28 @@ def test_a_block_keeps_a_forward_of_its_own():
     assert block.forward is own and "forward" not in vars(plain)
 
 
+def test_a_list_of_maps_is_replayed_as_the_block_met_it():
+    """timm's HRNet changes its list in the block, RDNet appends to the list behind the block."""
+
+    class Block(torch.nn.Module):
+        def forward(self, maps):
+            maps[0] = 2 * maps[0]
+            return torch.stack(maps).sum(0)
+
+    calls = []
+
+    def twice(index, forward, call):
+        calls.append(call)
+        call.on(forward)(call.x)
+        return call.on(forward)(call.x)
+
+    block, maps = Block(), [torch.ones(3)]
+    with wrapped([block], twice):
+        assert torch.equal(block(maps), torch.full((3,), 2.0))
+    maps.append(torch.ones(3))
+    assert torch.equal(calls[0].of(block, calls[0].x), torch.full((3,), 2.0))
+
+
 def test_norms_that_nothing_reads_are_left_out():
     """What a block writes beside the state that goes on is trained by no loss."""
 

@@ -25,7 +25,7 @@ _FOREIGN = (  # what the loaders raise for bad names, files and shapes
     RuntimeError,
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
     AssertionError,
     EOFError,
     ImportError,

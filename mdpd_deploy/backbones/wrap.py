@@ -52,6 +52,7 @@ class Call:
         kwargs, named = self.kwargs, self.named
 
         def bound(x: Tensor, *args: Any) -> Any:
+            x = _own(x)
             if named is not None:
                 return function(*args, **{named: x}, **kwargs)
             return function(x, *args, **kwargs)
@@ -228,10 +229,15 @@ def _call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
     args = tuple(None if _is_cache(value) else value for value in args)
     kwargs = {name: None if _is_cache(value) else value for name, value in kwargs.items()}
     if args:
-        return Call(args[0], args[1:], kwargs)
+        return Call(_own(args[0]), args[1:], kwargs)
     name = next(iter(inspect.signature(forward).parameters))
     rest = {key: value for key, value in kwargs.items() if key != name}
-    return Call(kwargs[name], (), rest, name)
+    return Call(_own(kwargs[name]), (), rest, name)
+
+
+def _own(state: Any) -> Any:
+    """Return a state that nobody else changes: a list of maps may grow behind its block, or in it."""
+    return [*state] if isinstance(state, list) else state
 
 
 def _is_cache(value: object) -> bool:
