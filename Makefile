@@ -22,7 +22,7 @@ TOOLS := build/tools
 TOOL_PACKAGES := cyclonedx-bom==7.5.0 pip-audit==2.10.1
 
 # What machines with a card usually lack of our dependencies.
-GPU_WHEELS := annotated-types datasets dill multiprocess omegaconf pydantic pydantic-core typing-inspection
+GPU_WHEELS := annotated-types datasets dill multiprocess omegaconf pydantic pydantic-core timm typing-inspection
 GLIBC := _2_28_x86_64 _2_17_x86_64 2014_x86_64
 
 SBOM := dist/sbom.cdx.json

@@ -37,7 +37,7 @@ import numpy as np
 from mdpd_deploy.report.intervals import crossed_interval
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "evidence.jsonl"
-FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of a method's own rate
+FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of a method's own rate
 FIRST = (0.3, 1.0, 3.0)
 MOST_SEEDS, NARROW = 20, 0.5  # points to either side
 VIT = "builtin:vit-xs-tin32"

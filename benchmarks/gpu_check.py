@@ -7,12 +7,14 @@
 Needs no network and no file outside this repository: it runs from the checkout, not installed. What
 the machine lacks can be brought as wheels: `make gpu-wheels` puts them into build/gpu-wheels. The most
 valuable part comes first, and each
-leaves its result when it ends, so that a time that runs out loses only what had not begun:
+leaves its result when it ends, so that a time that runs out loses only what had not begun. What
+docs/results has of this very card, PyTorch and way to measure is not measured again
+(`CHECK_AGAIN=1`: it is), so that every short loan adds rows:
 
     tests      those marked `gpu`
-    training   bytes that CUDA's allocator counts beside our forecast, and the time of a step
-    latency    eager, compiled and as CUDA graphs; deployed, bare, and side networks kept
     run        a short real training, killed by SIGKILL and resumed, with its accuracy
+    training   bytes that CUDA's allocator counts beside our forecast, and the time of a step
+    latency    eager, as CUDA graphs and compiled; deployed, bare, and side networks kept
 """
 
 import argparse
@@ -23,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -52,16 +55,16 @@ def parts(out: Path, device: str) -> list[tuple[str, float, Callable[[float], st
         train, time_it = [*train, *GRID], [*time_it, *GRID]
         training = [[*train, "--shapes", "vit"], [*train, "--shapes", "bert"]]
         latency = [
-            [*time_it, "--shapes", "vit", "--runtimes", "eager", "--batches", "1,8,32"],
-            [*time_it, "--shapes", "vit", "--runtimes", "graphs,compile", "--batches", "1"],
+            [*time_it, "--shapes", "vit", "--runtimes", "eager,graphs", "--batches", "1"],
             [*time_it, "--shapes", "bert", "--runtimes", "eager,graphs", "--batches", "1"],
-            [*time_it, "--shapes", "vit", "--runtimes", "graphs,compile", "--batches", "8,32"],
+            [*time_it, "--shapes", "vit", "--runtimes", "eager,graphs", "--batches", "8,32"],
+            [*time_it, "--shapes", "vit", "--runtimes", "compile", "--batches", "1,8,32"],
         ]
     return [
-        ("tests", 100, partial(run_tests, out / TESTS, device)),
-        ("training", 130, partial(in_turn, training)),
-        ("latency", 160, partial(in_turn, latency)),
-        ("run", 90, partial(killed_and_resumed, out, device)),
+        ("tests", 80, partial(run_tests, out / TESTS, device)),
+        ("run", 80, partial(killed_and_resumed, out, device)),
+        ("training", 140, partial(in_turn, training)),
+        ("latency", 240, partial(in_turn, latency)),
     ]
 
 
@@ -89,12 +92,16 @@ def in_turn(commands: list[list[str]], limit_s: float) -> str:
 
 def killed_and_resumed(out: Path, device: str, limit_s: float) -> str:
     """Train on the digits, kill the process once a checkpoint is there, resume, and compare."""
-    end = time.monotonic() + limit_s
-    steps = 300 if device == "cuda" else 12
+    with tempfile.TemporaryDirectory() as folder:  # `out` takes few files
+        return _killed_and_resumed(out, Path(folder), device, time.monotonic() + limit_s)
+
+
+def _killed_and_resumed(out: Path, folder: Path, device: str, end: float) -> str:
+    steps = 120 if device == "cuda" else 12
     train = [sys.executable, "-P", "-m", "mdpd_deploy", "train"]
     words = [*train, "--task", "digits", "--steps", str(steps), "--device", device,
              "--set", f"train.eval_every={steps // 3}"]  # fmt: skip
-    whole, cut = out / "whole", out / "cut"
+    whole, cut = folder / "whole", folder / "cut"
     start = time.monotonic()
     code = ended([*words, "--out", str(whole)], end - time.monotonic())
     if code != 0:
@@ -121,8 +128,6 @@ def killed_and_resumed(out: Path, device: str, limit_s: float) -> str:
         "forecast_bytes": summaries[0]["memory"]["forecast_bytes"],
     }  # fmt: skip
     (out / RUN).write_text(json.dumps(found, indent=1) + "\n")
-    for run in (whole, cut):
-        shutil.rmtree(run)
     return f"accuracy {scores[0]:.4f}, resumed after SIGKILL {scores[1]:.4f}"
 
 
@@ -146,7 +151,23 @@ def ended(words: list[str], limit_s: float, stdout: Any = None, **more: str) -> 
         return None
 
 
-def collect(folder: Path) -> None:
+def known_rows(rows: Path) -> None:
+    """Begin with what docs/results has of this card, where it was measured by this PyTorch."""
+    import torch
+
+    known = result_file(torch.cuda.get_device_name())
+    if rows.exists() or not known.exists():
+        return
+    if json.loads(known.read_text())["settings"]["torch"] == torch.__version__:
+        shutil.copy(known, rows)
+
+
+def result_file(card: str) -> Path:
+    """Return the file of a card's results."""
+    return DOCS / "results" / f"gpu-{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}.json"
+
+
+def collect(folder: Path, note: str | None) -> None:
     """Put what a check left into the documents: a file by the card's name, and one page."""
     from gpu import page
     from gpu_results import read_results
@@ -156,12 +177,14 @@ def collect(folder: Path) -> None:
     content["run"] = json.loads((folder / RUN).read_text()) if (folder / RUN).exists() else None
     tests = folder / TESTS
     content["tests"] = tests.read_text().strip().splitlines()[-1] if tests.exists() else None
+    content["note"] = note or content.get("note")
     card = content["settings"]["card"] or "cpu"
-    name = f"gpu-{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}.json"
-    (DOCS / "results" / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    path = result_file(card)
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     titles = {key: setting.title for key, setting in full_shapes(folder).items()}
     run = content["run"]
-    said = [f"Tests that need a card: {content['tests']}."] if content["tests"] else []
+    said = [f"Tests that need a card: {content['tests'].rstrip('.')}."] if content["tests"] else []
+    said += [content["note"]] if content["note"] else []
     if run:
         said.append(
             f"A training of {run['steps']} steps on the digits took {run['seconds']} s and reached "
@@ -170,19 +193,22 @@ def collect(folder: Path) -> None:
         )
     head = f"# On a card: {card}\n\nWritten by `make gpu-check` and `gpu_check.py --collect`."
     (DOCS / "gpu.md").write_text("\n\n".join([head, *said, page(content, titles)]) + "\n")
-    print(DOCS / "results" / name)
+    print(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--collect", type=Path, help="folder that a check wrote")
+    parser.add_argument("--note", help="a sentence for the page")
     options = parser.parse_args()
     if options.collect:
-        collect(options.collect)
+        collect(options.collect, options.note)
         return
     device = os.environ.get("CHECK_DEVICE", "cuda")
     out = Path(os.environ.get("OUT") or "build/gpu-check").absolute()
     out.mkdir(parents=True, exist_ok=True)
+    if device == "cuda" and not os.environ.get("CHECK_AGAIN"):
+        known_rows(out / ROWS)
     end = time.monotonic() + (LIMIT_S if device == "cuda" else 10 * LIMIT_S)
     failed = False
     subprocess.run([sys.executable, "tests/typing/link_tree.py"], cwd=ROOT, check=True)
