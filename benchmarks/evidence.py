@@ -17,6 +17,7 @@ with norms they are taken at 1 − 0.05/m (Bonferroni).
 """
 
 import argparse
+import io
 import json
 import os
 import re
@@ -74,14 +75,16 @@ SETTINGS = {
     "rte": Setting("glue/rte", "glue", None, 3000, 16, SHORT),
 }  # fmt: skip
 FULL = ("train.norm_grad=full",)  # the same gradient as by recomputing, sooner
-KL = (*FULL, "loss.logits_form=kl", "loss.logits=1")
+KL = (*FULL, "loss.logits_form=kl", "loss.logits=1", "loss.logits_where=all")
+BETTER = (*KL[:-1], "loss.logits_where=better")
+WEAK = ("loss.logits_form=mse", "loss.logits=1e-4", "loss.logits_where=all")
 METHODS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "norms": ("norms", None, FULL),
     "UniPT kept": ("side", "unipt", ()),
     "MDPD, felt": ("mdpd", "unipt", KL),
-    "MDPD, where better": ("mdpd", "unipt", (*KL, "loss.logits_where=better")),
+    "MDPD, where better": ("mdpd", "unipt", BETTER),
     "MDPD, untouched teacher": ("mdpd", "unipt", (*KL, "distill.teacher=untouched")),
-    "MDPD": ("mdpd", "unipt", FULL),
+    "MDPD, weight 1e-4": ("mdpd", "unipt", (*FULL, *WEAK)),
     "MDPD, paper": ("mdpd", "unipt", ("recipe",)),
     "probe": ("probe", None, ()),
     "LoRA": ("lora", None, ()),
@@ -253,10 +256,10 @@ def table(lines: list[Line]) -> str:
         methods = [m for m in METHODS if cell(lines, setting, m)]
         norms = parts(lines, setting, "norms")
         level = 1 - 0.05 / max(1, len(methods) - 1)
-        first = cell(lines, setting, methods[0])[0]
+        one = cell(lines, setting, methods[0])[0]
         rows += [
             "",
-            f"**{setting}**: {first['metric']} on {first['split']}, {first['steps']} steps of {first['batch']}; "
+            f"**{setting}**: {one['metric']} on {one['split']}, {one['steps']} steps of {one['batch']}; "
             + f"intervals at {100 * level:.1f} %",
             "",
             "| method | score | its side network | − norms | − its side network | agreement | lr | seeds |",
@@ -265,17 +268,78 @@ def table(lines: list[Line]) -> str:
         for method in methods:
             own = parts(lines, setting, method)
             side = parts(lines, setting, method, "side")
-            at = [s for s in cell(lines, setting, method) if s["seed"] in own]
+            first = [s for s in cell(lines, setting, method) if s["seed"] == 0]
+            factor = best_factor(first)
+            at = [s for s in cell(lines, setting, method) if s["factor"] == factor]
             agree = [s["agreement"] for s in at if "agreement" in s]
-            rate = next(s["lr"] for s in at if s["seed"] == max(own))
             rows.append(
                 f"| {method} | {spread(own)} | {spread(side)} "
                 f"| {shown(difference(own, norms, level)) if method != 'norms' else ''} "
                 f"| {shown(difference(own, side, level))} "
                 f"| {f'{100 * statistics.mean(agree):.0f} %' if agree else ''} "
-                f"| {rate:.2g} | {len(own)} |"
+                f"| {at[0]['lr']:.2g} | {len(own)} |"
             )
+        rows += ["", *sweeps(lines, setting, methods)]
     return "\n".join(rows)
+
+
+def sweeps(lines: list[Line], setting: str, methods: list[str]) -> list[str]:
+    """Return the rates of seed 0 as Markdown: points on the test set, the best on validation bold."""
+    first = {m: [s for s in cell(lines, setting, m) if s["seed"] == 0] for m in methods}
+    factors = sorted({s["factor"] for them in first.values() for s in them})
+    rows = [
+        "| seed 0, rate | " + " | ".join(f"×{factor:g}" for factor in factors) + " |",
+        "|---" + "|--:" * len(factors) + "|",
+    ]
+    for method, them in first.items():
+        at = {s["factor"]: f"{100 * float(np.mean(s['deployed'])):.1f}" for s in them}
+        best = best_factor(them)
+        at[best] = f"**{at[best]}**"
+        rows.append(f"| {method} | " + " | ".join(at.get(f, "") for f in factors) + " |")
+    return rows
+
+
+def teachers(lines: list[Line]) -> list[tuple[str, str, float, float]]:
+    """Return (setting, factor, teacher − norms, deployed − norms) in points wherever both were trained.
+
+    At one factor the norms move at the same rate in both, seed by seed.
+    """
+    found = []
+    norms = {(s["setting"], s["factor"], s["seed"]): s for s in lines if s["method"] == "norms"}
+    for line in (s for s in lines if s["method"] in (OPEN[0], "MDPD, where better")):
+        if other := norms.get((line["setting"], line["factor"], line["seed"])):
+            side, own, base = (
+                float(np.mean(s)) for s in (line["side"], line["deployed"], other["deployed"])
+            )
+            where = f"{line['setting']} ×{line['factor']:g}"
+            found.append((line["method"], where, 100 * (side - base), 100 * (own - base)))
+    return found
+
+
+def picture(lines: list[Line]) -> str:
+    """Return what the student gained against how far its teacher was ahead, as an SVG."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    figure = Figure((6.4, 4.6))
+    axes = figure.subplots()
+    axes.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle="--")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    for method, colour in ((OPEN[0], "#2563c9"), ("MDPD, where better", "#c2651a")):
+        them = [found for found in teachers(lines) if found[0] == method]
+        axes.scatter([t[2] for t in them], [t[3] for t in them], color=colour, label=method, s=24)
+        for _, where, x, y in them:
+            axes.annotate(where, (x, y), (4, 4), textcoords="offset points", fontsize=7)
+    axes.set(
+        xlabel="side network inside MDPD − norms, points",
+        ylabel="deployed by MDPD − norms, points",
+        title="At the same rate: the student follows a teacher that is ahead",
+    )
+    axes.legend(frameon=False)
+    out = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "evidence", "svg.fonttype": "none"}):
+        figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return out.getvalue()
 
 
 def spread(found: dict) -> str:
@@ -308,10 +372,11 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=3.0, help="start no training after that")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print what is known")
+    parser.add_argument("--picture", action="store_true", help="only print it as an SVG")
     options = parser.parse_args()
     lines = [json.loads(line) for line in read(options.out)]
-    if options.table:
-        print(table(lines))
+    if options.table or options.picture:
+        print(table(lines) if options.table else picture(lines))
         return
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     settings = options.settings.split(",")

@@ -26,7 +26,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 BF16 = "--set train.precision=bf16"
-STUDY = f"compare --jobs 2 --threads 1 {BF16}"
+# MDPD as it was by default when the tables were made
+WEAK = "--set loss.logits=1e-4 --set loss.logits_form=mse --set loss.logits_where=all"
+STUDY = f"compare --jobs 2 --threads 1 {BF16} {WEAK}"
 BEST = f"{STUDY} --latency-seconds 0"  # keeps the best weights
 COMPARE = f"{BEST} --set train.keep=last"
 GLUE = f"{COMPARE} --data {{data}}/glue --backbone {{encoder}} --batch 16"
@@ -40,21 +42,6 @@ LONG = f"{VTAB} {EPOCHS20} --set train.eval_every=500"
 KL = "mdpd:unipt+loss.logits_form=kl+loss.logits=1"
 DKD = "mdpd:unipt+loss.logits_form=dkd+loss.logits=1"
 BETTER = f"{KL}+loss.logits_where=better"
-TRANSFER = f"transfer --steps 250 {BF16} --set train.eval_every=125"
-TEXTS = f"{TRANSFER} --data {{data}}/glue --backbone {{encoder}} --set data.max_length=64"
-PICTURES = f"{TRANSFER} --data {{data}}/vtab-1k --tasks vtab/cifar10"
-TUNED = "norms+optim.lr=1e-2"
-PROBE = "probe+optim.lr=1e-2"
-TASK = "mdpd:unipt:recompute:task"
-LATE = "mdpd:unipt:late:2:task"
-PLAIN = f"{PROBE},unipt,sherl,norms,{TUNED}"
-
-
-def modes(*names: str) -> str:
-    """Return MDPD over UniPT and SHERL with these gradients of the norms, both objectives."""
-    found = [f"mdpd:{side}:{name}:{objective}" for side in ("unipt", "sherl")
-             for name in names for objective in ("task", "paper")]  # fmt: skip
-    return ",".join(found)
 
 
 @dataclass(frozen=True)
@@ -110,47 +97,14 @@ TABLES = {
         f"--methods norms,mdpd:unipt,{KL}"),
     )),
     "logits-cifar10-better": Table("logits-cifar10-better.json", (
-        ("compare --jobs 2 --threads 1 --latency-seconds 0 --data {data}/vtab-1k --task vtab/cifar10 "
+        (f"compare --jobs 2 --threads 1 {WEAK} --latency-seconds 0 --data {{data}}/vtab-1k --task vtab/cifar10 "
         f"--batch 16 --steps 250 {BF16} --set train.eval_every=125 --lr-factors 1 --seeds 3 "
         f"--methods {BETTER},{BETTER}+loss.temperature=4"),
     )),
     "logits-digits": Table("logits-digits.json", (
-        ("compare --jobs 2 --threads 1 --latency-seconds 0 --task digits --epochs 5 "
+        (f"compare --jobs 2 --threads 1 {WEAK} --latency-seconds 0 --task digits --epochs 5 "
         "--set train.keep=last --lr-factors 1 --methods "
         f"mdpd:unipt,unipt,norms,{KL}+loss.temperature=4,{BETTER},{BETTER}+loss.temperature=4"),
-    )),
-    "sst2-transfer": Table("sst2.jsonl", (
-        f"{TEXTS} --tasks glue/sst2 --seeds 3 --variants {PROBE},unipt,{TUNED},{TASK},{LATE}",
-    )),
-    "cola-transfer": Table("cola.jsonl", (
-        f"{TEXTS} --tasks glue/cola --seeds 3 --variants {PROBE},unipt,{TUNED},{TASK},{LATE}",
-    )),
-    "mrpc-transfer": Table("mrpc.jsonl", (
-        f"{TEXTS} --tasks glue/mrpc --variants {PLAIN},{modes('recompute', 'late:2', 'local', 'none')}",
-        f"{TEXTS} --tasks glue/mrpc --seeds 3 --variants unipt,{TUNED},{TASK}",
-        f"{TEXTS} --tasks glue/mrpc --seeds 2 --variants {LATE}",
-    )),
-    "mrpc-1000-steps": Table("mrpc-1000-steps.jsonl", (
-        ("transfer --data {data}/glue --backbone {encoder} --set data.max_length=64 --steps 1000 "
-        f"{BF16} --set train.eval_every=250 --tasks glue/mrpc "
-        f"--variants {PROBE},unipt,{TUNED},{TASK},mdpd:sherl:recompute:task"),
-    )),
-    "rte-transfer": Table("rte.jsonl", (
-        f"{TEXTS} --tasks glue/rte --variants {PLAIN},{modes('recompute', 'none')}",
-    )),
-    "cifar10-transfer": Table("cifar10.jsonl", (
-        f"{PICTURES} --variants {PLAIN},{modes('recompute', 'late:2', 'local', 'none')}",
-        f"{PICTURES} --seeds 3 --variants unipt,{TUNED},{TASK},{LATE}",
-    )),
-    "logits-cifar10": Table("logits-cifar10.jsonl", (
-        f"{PICTURES} --seeds 3 --variants "
-        + ",".join(f"{TASK}+{extra}" for extra in (
-            "loss.logits_form=kl+loss.logits=1",
-            "loss.logits_form=kl+loss.logits=1+loss.temperature=4",
-            "loss.shallow=0+loss.deep=0",
-            "loss.shallow=0+loss.deep=0+loss.logits_form=kl+loss.logits=1",
-            "loss.logits=0.01",
-        )),
     )),
 }  # fmt: skip
 
@@ -197,19 +151,15 @@ def overview(results: Path) -> str:
     return "\n".join(lines)
 
 
-NORMS = ("norms", TUNED)
-UNIPT = ("mdpd:unipt", TASK)
-ANSWER = {  # row → file, task, the method's names (of compare, of transfer)
-    "SST-2": ("glue-200.json", "glue/sst2", UNIPT),
-    "STS-B": ("glue-200.json", "glue/stsb", UNIPT),
-    "MRPC": ("mrpc.jsonl", "glue/mrpc", UNIPT),
-    "CIFAR-10, 5 epochs": ("cifar10.jsonl", "vtab/cifar10", UNIPT),
-    "CIFAR-10, 20 epochs": ("cifar10-20-epochs.json", "vtab/cifar10", UNIPT),
-    "the same, KL": ("cifar10-20-epochs.json", "vtab/cifar10", (KL, KL)),
-    "the same, stopped": ("cifar10-20-epochs-stopped.json", "vtab/cifar10", UNIPT),
-    "the same, stopped, KL": ("cifar10-20-epochs-stopped.json", "vtab/cifar10", (KL, KL)),
+ANSWER = {  # row → file, task, the method
+    "SST-2": ("glue-200.json", "glue/sst2", "mdpd:unipt"),
+    "STS-B": ("glue-200.json", "glue/stsb", "mdpd:unipt"),
+    "CIFAR-10, 20 epochs": ("cifar10-20-epochs.json", "vtab/cifar10", "mdpd:unipt"),
+    "the same, KL": ("cifar10-20-epochs.json", "vtab/cifar10", KL),
+    "the same, stopped": ("cifar10-20-epochs-stopped.json", "vtab/cifar10", "mdpd:unipt"),
+    "the same, stopped, KL": ("cifar10-20-epochs-stopped.json", "vtab/cifar10", KL),
     **{
-        f"STS-B at the best rate, {method}": ("stsb-sweep.json", "glue/stsb", (method, method))
+        f"STS-B at the best rate, {method}": ("stsb-sweep.json", "glue/stsb", method)
         for method in ("mdpd:unipt", "mdpd:lst", "lora", "full")
     },
 }
@@ -218,8 +168,8 @@ ANSWER = {  # row → file, task, the method's names (of compare, of transfer)
 def answer(results: Path) -> str:
     """Return a method − norms and head, seed by seed, as Markdown: points with Student's interval."""
     lines = ["| MDPD over UniPT, or the method named | seeds | − norms and head |", "|---|---|---|"]
-    for name, (file, task, names) in ANSWER.items():
-        count, gap = _difference(results / file, task, names, NORMS)
+    for name, (file, task, method) in ANSWER.items():
+        count, gap = _difference(results / file, task, method, "norms")
         lines.append(f"| {name} | {count} | {gap} |")
     return "\n".join(lines)
 
@@ -227,8 +177,6 @@ def answer(results: Path) -> str:
 KEPT = {  # row → file, task: MDPD against what the paper compares it with
     "SST-2": ("glue-200.json", "glue/sst2"),
     "STS-B": ("glue-200.json", "glue/stsb"),
-    "MRPC": ("mrpc.jsonl", "glue/mrpc"),
-    "CIFAR-10, 5 epochs": ("cifar10.jsonl", "vtab/cifar10"),
 }
 
 
@@ -236,22 +184,19 @@ def kept(results: Path) -> str:
     """Return MDPD over UniPT − UniPT alone, kept at inference, seed by seed, as Markdown."""
     lines = ["| MDPD over UniPT, deployed | seeds | − UniPT, kept |", "|---|---|---|"]
     for name, (file, task) in KEPT.items():
-        count, gap = _difference(results / file, task, UNIPT, ("side:unipt", "unipt"))
+        count, gap = _difference(results / file, task, "mdpd:unipt", "side:unipt")
         lines.append(f"| {name} | {count} | {gap} |")
     return "\n".join(lines)
 
 
-def _difference(
-    file: Path, task: str, names: tuple[str, str], others: tuple[str, str]
-) -> tuple[int, str]:
-    """Return the seeds that two methods share and their difference in points with its interval.
-
-    Both are named as `mdpd compare` has them, and as `transfer.py` has them.
-    """
+def _difference(file: Path, task: str, method: str, other: str) -> tuple[int, str]:
+    """Return the seeds that two methods share and their difference in points with its interval."""
     from mdpd_deploy.report.intervals import student_interval
 
-    of_transfer = file.suffix == ".jsonl"
-    found, base = (_scores(file, task, pair[of_transfer]) for pair in (names, others))
+    rows = {
+        r["method"]: r["scores"] for r in json.loads(file.read_text())["rows"] if r["task"] == task
+    }
+    found, base = rows[method], rows[other]
     gaps = [100 * (found[seed] - base[seed]) for seed in found if seed in base]
     mean, low, high = student_interval(gaps)
     return len(gaps), f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
@@ -303,19 +248,6 @@ def _from_best(item: tuple[str, dict[str, dict]]) -> tuple[int, float]:
     return -len(scores), -sum(scores)
 
 
-def _scores(file: Path, task: str, method: str) -> dict[str, float]:
-    """Return seed → score of a method, on test where there is a test split."""
-    if file.suffix == ".json":
-        rows = json.loads(file.read_text())["rows"]
-        return next(r["scores"] for r in rows if (r["task"], r["method"]) == (task, method))
-    runs = [json.loads(line) for line in file.read_text().splitlines()]
-    return {
-        str(run["seed"]): (run["test"] or run)["deployed"]
-        for run in runs
-        if (run["task"], run["variant"]) == (task, method)
-    }
-
-
 def _points(row: dict | None) -> str:
     if row is None or row["score"] is None:
         return "–"
@@ -359,11 +291,8 @@ VIEWS = {"answer": answer, "kept": kept, "overview": overview, "rates": rates, "
 
 def words_of(table: Table, command: str, places: dict[str, str]) -> list[str]:
     """Return one command with its places filled in, ready to run."""
-    program, *words = shlex.split(command)
-    filled = [word.format(**places) for word in words]
-    if program == "compare":
-        return [sys.executable, "-m", "mdpd_deploy", "compare", *filled]
-    return [sys.executable, str(HERE / "transfer.py"), *filled]
+    filled = [word.format(**places) for word in shlex.split(command)]
+    return [sys.executable, "-m", "mdpd_deploy", *filled]
 
 
 def main() -> None:
@@ -384,8 +313,7 @@ def main() -> None:
             print(f"{name:24}docs/results/{table.file}")
         return
     table = TABLES[args.name]
-    study = table.commands[0].startswith("compare")
-    out = args.out / (args.name if study else table.file)
+    out = args.out / args.name
     places = {"data": args.data, "encoder": args.encoder}
     for command in table.commands:
         words = [*words_of(table, command, places), "--out", str(out)]
@@ -394,7 +322,7 @@ def main() -> None:
             subprocess.run(words, check=True)
     if args.results and not args.print:
         args.results.mkdir(parents=True, exist_ok=True)
-        shutil.copy(out / "compare.json" if study else out, args.results / table.file)
+        shutil.copy(out / "compare.json", args.results / table.file)
 
 
 if __name__ == "__main__":

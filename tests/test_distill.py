@@ -12,6 +12,8 @@ from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks import Classify, Regress
 from mdpd_deploy.tasks.losses import logits_loss
 
+EVERY = LossConfig(logits_form="mse", logits_where="all")  # Eq. 3
+
 
 def fill(t, *shape):
     count = int(np.prod(shape))
@@ -62,7 +64,7 @@ def test_tv7(tv7):
     ]
     torch.testing.assert_close(rows, torch.tensor(expected, dtype=torch.float64), atol=1e-5, rtol=0)
     y_s, y_b = torch.tensor([[0.5, 0.1, -0.2]]), torch.tensor([[0.2, -0.1, 0.4]])
-    assert float(logits_loss(y_b, y_s, LossConfig())) == pytest.approx(0.49, abs=1e-6)
+    assert float(logits_loss(y_b, y_s, EVERY)) == pytest.approx(0.49, abs=1e-6)
 
 
 def test_mean_option_is_the_sum_over_tokens_and_channels_divided(tv7):
@@ -181,7 +183,7 @@ def test_task_losses_are_sums():
 
 def test_kl_is_zero_for_equal_and_equals_the_formula():
     a, b = torch.randn(2, 3), torch.randn(2, 3)
-    config = LossConfig(logits_form="kl", temperature=3.0)
+    config = LossConfig(logits_form="kl", temperature=3.0, logits_where="all")
     assert float(logits_loss(a, a, config)) == pytest.approx(0, abs=1e-5)
     p, q = (b / 3).softmax(-1), (a / 3).softmax(-1)
     torch.testing.assert_close(logits_loss(a, b, config), 9 * (p * (p / q).log()).sum())
@@ -191,11 +193,12 @@ def test_decoupled_distillation_is_kl_when_weighted_as_kl_does():
     """KL = KL over {label, rest} + (teacher's share of the rest) × KL among the rest."""
     student, teacher, labels = torch.randn(1, 4), torch.randn(1, 4), torch.tensor([2])
     rest = 1 - float((teacher / 3).softmax(-1)[0, 2])
-    decoupled = LossConfig(logits_form="dkd", temperature=3.0, beta=rest)
-    kl = LossConfig(logits_form="kl", temperature=3.0)
+    common = {"temperature": 3.0, "logits_where": "all"}
+    decoupled = LossConfig(logits_form="dkd", beta=rest, **common)
+    kl = LossConfig(logits_form="kl", **common)
     found = logits_loss(student, teacher, decoupled, labels)
     torch.testing.assert_close(found, logits_loss(student, teacher, kl))
-    eight = logits_loss(student, teacher, LossConfig(logits_form="dkd", temperature=3.0), labels)
+    eight = logits_loss(student, teacher, LossConfig(logits_form="dkd", **common), labels)
     none = logits_loss(student, teacher, decoupled.model_copy(update={"beta": 0.0}), labels)
     torch.testing.assert_close(eight - none, 8 / rest * (found - none))
     pair = student[:, :2], teacher[:, :2], torch.tensor([1])  # two classes: there is no rest
@@ -210,10 +213,12 @@ def test_decoupled_distillation_is_kl_when_weighted_as_kl_does():
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["loss.temperature=4"], r"loss\.temperature is not read by loss\.logits_form=mse"),
+        (
+            ["loss.temperature=4", "loss.logits_form=mse"],
+            r"loss\.temperature is not read by loss\.logits_form=mse",
+        ),
         (["loss.beta=2", "loss.logits_form=kl"], r"loss\.beta is not read by .*=kl: leave it out"),
         (["loss.logits=0", "loss.logits_form=kl"], r"loss\.logits_form is not read with"),
-        (["loss.logits=0", "loss.logits_where=better"], r"loss\.logits_where is not read with"),
     ],
 )
 def test_an_option_that_the_form_of_the_loss_would_ignore_is_refused(sets, message):
@@ -222,12 +227,12 @@ def test_an_option_that_the_form_of_the_loss_would_ignore_is_refused(sets, messa
 
 
 def test_only_what_the_teacher_answers_better_is_distilled():
-    config = LossConfig(logits_where="better", logits=1)
+    config = LossConfig(logits_form="mse")
     labels = torch.tensor([0, 1, 0])
     student = torch.tensor([[0.0, 1.0], [0.0, 1.0], [2.0, 0.0]])  # wrong, right, right and sure
     teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])  # right, wrong, right, less sure
     found = Classify.numbered(2).distance(student, teacher, labels, config)
-    assert found == logits_loss(student[:1], teacher[:1], LossConfig()) == 2.0
+    assert found == logits_loss(student[:1], teacher[:1], EVERY) == 2.0
     scores, answers = torch.tensor([[1.0], [1.0]]), torch.tensor([0.0, 2.0])
     nearer = torch.tensor([[0.5], [0.0]])  # nearer to 0, farther from 2
     assert Regress().distance(scores, nearer, answers, config) == 0.25

@@ -15,14 +15,22 @@ from torch.nn import functional as F
 from mdpd_deploy.backbones import load_backbone
 from mdpd_deploy.backbones.layout import Layout
 from mdpd_deploy.commands.train import plan
-from mdpd_deploy.config import BackboneConfig, Config, DistillConfig, load_config
+from mdpd_deploy.config import (
+    FORMER_DEFAULTS,
+    BackboneConfig,
+    Config,
+    DistillConfig,
+    LossConfig,
+    load_config,
+)
 from mdpd_deploy.distill import FeatureDistiller, Generator
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.tasks import Classify, Regress
 from mdpd_deploy.train.cautions import felt_caution
 from mdpd_deploy.train.memory.forecast import forecast
 from mdpd_deploy.train.memory.live import measure_peak
-from mdpd_deploy.train.methods import Batch, build_method
+from mdpd_deploy.train.methods import METHODS, Batch, build_method
+from mdpd_deploy.train.methods.base import check_options
 from mdpd_deploy.train.methods.mdpd import MDPD
 
 PAPER = {
@@ -36,8 +44,13 @@ PAPER = {
     "distill.mask_tokens": "all",
     "distill.last_layer": True,
     "optim.clip": None,
+    "loss.logits_form": "mse",
+    "loss.logits_where": "all",
 }
-WEIGHTS = {"loss.logits": 0.3, "loss.shallow": 2e-3, "loss.deep": 3e-3}  # large enough to be seen
+WEIGHTS = {  # large enough to be seen
+    "loss.logits": 0.3, "loss.shallow": 2e-3, "loss.deep": 3e-3,
+    "loss.logits_form": "mse", "loss.logits_where": "all",
+}  # fmt: skip
 
 
 @pytest.fixture(params=["vit", "bert"])
@@ -225,7 +238,7 @@ def test_every_option_alone_by_the_same_derivation(backbone):
 def test_recompute_equals_full_and_takes_turns(backbone):
     found = {}
     for mode in ("recompute", "full", "late:1"):
-        method = make(backbone, "sherl", **PAPER, **WEIGHTS, **{"train.norm_grad": mode})
+        method = make(backbone, "sherl", **{**PAPER, **WEIGHTS, "train.norm_grad": mode})
         found[mode] = gradients(method, batch_for(backbone, 0), batch_for(backbone, 1))[1]
         for name, gradient in found[mode].items():
             torch.testing.assert_close(gradient, found["recompute"][name], msg=f"{mode} {name}")
@@ -392,15 +405,31 @@ def test_a_run_trains_to_the_same_bits_with_it_and_without(
     assert files[0] == files[1] and not found and run.summary["felt"] is None
 
 
-def test_a_run_at_the_paper_s_weight_says_that_it_is_norms(tiny_run, image_options):
-    assert 0 < tiny_run.summary["felt"] < 0.01
-    notes = [note for note in tiny_run.summary["notes"] if "the logits distillation makes" in note]
-    assert len(notes) == 1 and "--method norms" in notes[0] and "larger loss.logits" in notes[0]
-    assert notes[0] in (tiny_run.path / "report.html").read_text()
+def test_a_distillation_that_is_not_felt_is_said(tiny_run, image_options):
+    assert tiny_run.summary["felt"] > 0.01
+    assert not any("logits distillation" in note for note in tiny_run.summary["notes"])
     assert felt_caution(None) == felt_caution(0.01) == []
+    (note,) = felt_caution(0.002)
+    assert "0.20" in note and "--method norms" in note and "larger loss.logits" in note
+    weak = "loss.logits=1e-4"
     said = lambda *sets: [n for n in plan(**image_options, set=sets).notes if "be felt" in n]
-    assert len(said()) == 1 and "loss.logits=0.0001 beside" in said()[0]
-    assert not said("train.student_task_weight=0") and not said("loss.logits=0.1")
+    assert len(said(weak)) == 1 and "loss.logits=0.0001 beside" in said(weak)[0]
+    assert not said() and not said(weak, "train.student_task_weight=0")
+
+
+def test_every_kind_of_task_has_a_distillation_of_its_own():
+    assert Classify.numbered(3).distils(LossConfig()).logits_form == "kl"
+    numbers = Regress().distils(LossConfig())
+    assert numbers.logits_form == "mse" and 0 < numbers.logits < 1
+    chosen = LossConfig(logits=0.5, logits_form="mse")
+    assert Classify.numbered(3).distils(chosen) == chosen
+
+
+def test_options_that_earlier_runs_had_by_default_are_no_choice(tiny_run):
+    """A run of `norms` from before wrote loss.logits=0.0001, which it does not read."""
+    former = [f"{name}={value}" for name, value in FORMER_DEFAULTS.items()]
+    check_options(METHODS["norms"], load_config(None, {"method": "norms"}, former))
+    load_config(None, {"method": "mdpd"}, [*former, "loss.logits=0"])
 
 
 def test_a_detached_teacher_moves_with_its_student_all_the_same(backbone):
@@ -426,7 +455,7 @@ def test_beside_stages_every_part_learns(staged_folder):
     """SHERL's late block gives the last feature, as wide as its tap and on its own grid."""
     backbone = load_backbone(BackboneConfig(name=str(staged_folder("resnet")), img_size=64))
     options = {k: v for k, v in PAPER.items() if k != "train.turns"}
-    method = make(backbone, "sherl", start=True, **options, **WEIGHTS)
+    method = make(backbone, "sherl", start=True, **{**options, **WEIGHTS})
     assert method.distiller.deep[-1] == backbone.depth
     missing = [k for k, g in gradients(method, batch_for(backbone))[1].items() if g is None]
     assert not missing

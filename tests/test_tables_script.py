@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 try:
     import tables
-    import transfer
 finally:
     sys.path.pop(0)
 
@@ -25,7 +24,7 @@ def options_of(command: str) -> dict[str, list[str]]:
     words = tables.words_of(
         tables.TABLES["mrpc"], command, {"data": "DATA", "encoder": "builtin:vit-xs-tin32"}
     )
-    words = words[words.index("compare") + 1 :] if "compare" in words else words[2:]
+    words = words[words.index("compare") + 1 :]
     found: dict[str, list[str]] = {}
     for option, value in zip(words[::2], words[1::2], strict=True):
         found.setdefault(option, []).append(value)
@@ -35,10 +34,6 @@ def options_of(command: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(("name", "command"), COMMANDS)
 def test_every_method_and_option_of_a_table_is_known(name, command):
     options = options_of(command)
-    if command.startswith("transfer"):
-        variants = options["--variants"][0].split(",")
-        assert {variant.partition("+")[0] for variant in variants} <= set(transfer.VARIANTS)
-        return
     flags = {
         "backbone": options.get("--backbone", [None])[0],
         "steps": options.get("--steps", [None])[0],

@@ -54,7 +54,7 @@ def felt_caution(felt: float | None) -> list[str]:
 def plan_cautions(config: Config) -> list[str]:
     """Return what the weights alone say: below a thousandth of the task loss little is felt."""
     logits, task = config.loss.logits, config.train.student_task_weight
-    unfelt = config.method == "mdpd" and logits < 1e-3 * task
+    unfelt = config.method == "mdpd" and logits is not None and logits < 1e-3 * task
     return [UNFELT.format(logits=logits, task=task)] if unfelt else []
 
 

@@ -4,6 +4,7 @@ papers' protocols (`recipes`).
 
 from mdpd_deploy.config.load import check_config, load_config, read_config
 from mdpd_deploy.config.options import (
+    FORMER_DEFAULTS,
     SIDE_ALIASES,
     BackboneConfig,
     Config,
@@ -16,6 +17,7 @@ from mdpd_deploy.config.options import (
 )
 
 __all__ = [
+    "FORMER_DEFAULTS",
     "SIDE_ALIASES",
     "BackboneConfig",
     "Config",

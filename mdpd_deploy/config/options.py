@@ -43,6 +43,9 @@ def younger(default: Any) -> Any:
 
 YOUNGER = younger(None)
 
+# What the configs of earlier runs say where nobody chose.
+FORMER_DEFAULTS = {"loss.logits": 1e-4, "loss.logits_form": "mse", "loss.logits_where": "all"}
+
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -196,15 +199,17 @@ class LossConfig(Section):
     """Weights of the losses (MDPD supplementary B) and the form of the logits loss."""
 
     task: float = Field(default=1.0, ge=0)
-    logits: float = Field(default=1e-4, ge=0)
+    # default: 1 where the answers are classes, 0.1 where they are numbers; the paper has 1e-4
+    logits: float | None = Field(default=None, ge=0)
     deep: float | None = Field(default=None, ge=0)  # default 6e-5, and 0 over DTL
     shallow: float | None = Field(default=None, ge=0)  # default 4e-5, and 0 over DTL
-    # Eq. 3; KL divergence at `temperature`; or the same decoupled, with `beta` on the other classes
-    logits_form: Literal["mse", "kl", "dkd"] = "mse"
+    # mse: Eq. 3; kl: KL divergence at `temperature`; dkd: the same decoupled, with `beta` on the other
+    # classes. Default: kl, and mse where the answers are numbers
+    logits_form: Literal["mse", "kl", "dkd"] | None = None
     temperature: float = Field(default=2.0, gt=0)  # used by kl and dkd
     beta: float = Field(default=8.0, ge=0)  # used by dkd
     # which examples the logits loss counts: all, or those that the side network answers better
-    logits_where: Literal["all", "better"] = "all"
+    logits_where: Literal["all", "better"] = "better"
     # share of the steps before the logits loss counts: the side network learns first
     logits_after: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # of the classification loss
@@ -212,12 +217,12 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _form_reads_what_is_set(self) -> Self:
         for name in ("logits_form", "logits_where", "logits_after"):
-            default = type(self).model_fields[name].default
-            if getattr(self, name) != default and self.logits == 0:
+            usual = type(self).model_fields[name].default, FORMER_DEFAULTS.get(f"loss.{name}")
+            if self.logits == 0 and getattr(self, name) not in usual:
                 raise ValueError(f"loss.{name} is not read with loss.logits=0: leave it out")
         for name, forms in (("temperature", ("kl", "dkd")), ("beta", ("dkd",))):
             default = type(self).model_fields[name].default
-            if getattr(self, name) != default and self.logits_form not in forms:
+            if getattr(self, name) != default and self.logits_form not in (None, *forms):
                 raise ValueError(
                     f"loss.{name} is not read by loss.logits_form={self.logits_form}: leave it "
                     f"out, or set loss.logits_form={forms[-1]}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,8 @@ class Task(ABC):
         kind: Its name in runs, manifests and the registry.
         output: Name of the graph's output.
         mixes: Whether `loss` and `errors` take shares of classes [B, C] for labels too.
+        logits_form: Of the logits distillation, where none is chosen.
+        logits_weight: Likewise.
         usual_metrics: Metric names, the primary one first, where a data set has none of its own.
         labels: Class names in index order; empty where outputs are no classes.
     """
@@ -74,6 +76,8 @@ class Task(ABC):
     output: ClassVar[str]
     usual_metrics: ClassVar[tuple[str, ...]]
     mixes: ClassVar[bool] = False
+    logits_form: ClassVar[Literal["mse", "kl"]] = "kl"
+    logits_weight: ClassVar[float] = 1.0
     labels: tuple[str, ...] = ()
 
     @property
@@ -162,6 +166,13 @@ class Task(ABC):
     @abstractmethod
     def errors(self, raw: Tensor, labels: Tensor) -> Tensor:
         """Return each example's own loss, unweighted: [B]."""
+
+    def distils(self, loss: LossConfig) -> LossConfig:
+        """Return the options of the loss with those of the distillation that nobody chose."""
+        own = {"logits": self.logits_weight, "logits_form": self.logits_form}
+        return loss.model_copy(
+            update={name: value for name, value in own.items() if getattr(loss, name) is None}
+        )
 
     def distance(
         self,

@@ -36,13 +36,13 @@ def logits_loss(
     """
     student, teacher = student.float(), teacher.detach().float()
     t = config.temperature
-    if config.logits_form == "mse":
-        distance = (student - teacher).square().sum(dim=-1)
-    elif config.logits_form == "kl":
+    if config.logits_form == "kl":
         distance = t * t * _divergence(student / t, teacher / t)
-    else:
+    elif config.logits_form == "dkd":
         assert labels is not None
         distance = t * t * _decoupled(student / t, teacher / t, labels, config.beta)
+    else:
+        distance = (student - teacher).square().sum(dim=-1)
     if config.logits_where == "better":
         assert labels is not None and errors is not None
         own = student if answer is None else answer

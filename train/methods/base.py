@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mdpd_deploy.artifacts.run import DELTA
 from mdpd_deploy.backbones.base import Backbone
 from mdpd_deploy.backbones.wrap import Trace
-from mdpd_deploy.config import Config, DistillConfig, PeftConfig, SideConfig
+from mdpd_deploy.config import FORMER_DEFAULTS, Config, DistillConfig, PeftConfig, SideConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
 from mdpd_deploy.tasks import Task
@@ -263,7 +263,8 @@ def check_options(method: type[Method], config: Config) -> None:
     for option, where in method.ignored_options(config).items():
         section, name = option.split(".")
         value = getattr(getattr(config, section), name)
-        if value != getattr(getattr(plain, section), name):
+        usual = getattr(getattr(plain, section), name), FORMER_DEFAULTS.get(option)
+        if value not in usual:
             raise UserError(f"{option}={value} does nothing {where}: leave it out.")
 
 

@@ -98,6 +98,7 @@ class MDPD(Method):
 
     def build_modules(self) -> nn.ModuleDict:
         backbone, config = self.backbone, self.config
+        self.loss = self.task.distils(config.loss)
         self.loss_names = ("loss", "loss_task", "loss_shallow", "loss_deep", "loss_logits")
         if config.train.student_task_weight:
             self.loss_names += ("loss_student",)
@@ -286,9 +287,9 @@ class MDPD(Method):
 
     def _student_weights(self, batch: Batch) -> dict[str, float]:
         """Return the weights of `_student_terms` at a batch's place in the run; 0 leaves one out."""
-        loss = self.config.loss
+        counts = batch.progress >= self.loss.logits_after
         return {
-            "loss_logits": loss.logits if batch.progress >= loss.logits_after else 0.0,
+            "loss_logits": self.loss.logits or 0.0 if counts else 0.0,
             "loss_student": self.config.train.student_task_weight,
         }
 
@@ -298,7 +299,7 @@ class MDPD(Method):
         """Return the losses on Y_B, from b_L [B, N, D] and the detached Y_S [B, C]."""
         raw = self.head("head").raw(self.backbone.finish(top, mask).float())
         seen = self.modules["phi_logits"](raw) if self.config.distill.phi_logits else raw
-        distance = self.task.distance(seen, teacher, batch.labels, self.config.loss, answer=raw)
+        distance = self.task.distance(seen, teacher, batch.labels, self.loss, answer=raw)
         terms = {"loss_logits": distance / batch.count}
         if self.config.train.student_task_weight:
             terms["loss_student"] = self.task.loss(raw, batch.labels) / batch.weight

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from mdpd_deploy.tasks.head import Head
 
 
+FOR_CLASSES = (
+    "loss.logits_form", "loss.temperature", "loss.label_smoothing", "train.class_weights",
+)  # fmt: skip
+
+
 class ScorePrediction(Prediction):
     """A number: `score`, in the unit of the labels."""
 
@@ -47,6 +52,8 @@ class Regress(Task):
     kind = "regress"
     output = "scores"
     usual_metrics = ("pearson_spearman", "pearson", "spearman", "rmse", "mae")
+    logits_form = "mse"
+    logits_weight = 0.1
     scale: tuple[float, float] = (0.0, 1.0)
 
     @property
@@ -118,7 +125,9 @@ class Regress(Task):
     def fitted(self, targets: Targets, name: str, config: Config) -> Self:
         """Take mean and deviation of the labels; refuse options that are for classes."""
         chosen, plain = config.flat(), type(config)().flat()
-        for option in ("loss.logits_form", "loss.label_smoothing", "train.class_weights"):
+        if chosen["loss.logits_form"] == self.logits_form:
+            plain["loss.logits_form"] = self.logits_form
+        for option in FOR_CLASSES:
             if chosen[option] != plain[option]:
                 raise UserError(
                     f"{option}={chosen[option]} is for classes, and task {name} is a regression: "
