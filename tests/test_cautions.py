@@ -103,6 +103,12 @@ def test_what_is_deployed_is_worse_than_what_is_thrown_away() -> None:
     assert note.startswith("the side network, which is thrown away, is better")
 
 
+def test_a_teacher_that_ends_behind_its_student() -> None:
+    (note,) = told(0.7, 0.6, 0.5, [0, 1, 2, 0, 1, 2])
+    assert note.startswith("the side network, which teaches, ends behind")
+    assert "accuracy 0.6000 against 0.7000" in note and "--method norms" in note
+
+
 def test_a_model_that_learned_nothing_and_a_class_it_never_answers() -> None:
     first, second = told(1 / 3, None, 1 / 3, [1] * 6)
     assert "no better on validation than always answering the most frequent class" in first

@@ -419,8 +419,7 @@ def test_a_distillation_that_is_not_felt_is_said(tiny_run, image_options):
 
 def test_every_kind_of_task_has_a_distillation_of_its_own():
     assert Classify.numbered(3).distils(LossConfig()).logits_form == "kl"
-    numbers = Regress().distils(LossConfig())
-    assert numbers.logits_form == "mse" and 0 < numbers.logits < 1
+    assert Regress().distils(LossConfig()).logits_form == "mse"
     chosen = LossConfig(logits=0.5, logits_form="mse")
     assert Classify.numbered(3).distils(chosen) == chosen
 

@@ -13,6 +13,11 @@ SIDE = (
     "deployed: {metric} {side} against {deployed} on {count} examples; more epochs or a larger "
     "optim.norm_lr may close the gap, and --method side keeps it, at a cost in every inference."
 )
+TEACHER = (
+    "the side network, which teaches, ends behind the model that is deployed: {metric} {side} against "
+    "{deployed} on {count} examples of validation; --method norms may do as well in less memory and "
+    "time: mdpd compare --methods norms,mdpd --lr-factors 1,3,10 tells."
+)
 FELT = (
     "the logits distillation makes {share} of the gradient of norms and head: this run is --method "
     "norms beside a side network that is thrown away; a larger loss.logits makes it felt, or "
@@ -54,7 +59,7 @@ def felt_caution(felt: float | None) -> list[str]:
 def plan_cautions(config: Config) -> list[str]:
     """Return what the weights alone say: below a thousandth of the task loss little is felt."""
     logits, task = config.loss.logits, config.train.student_task_weight
-    unfelt = config.method == "mdpd" and logits is not None and logits < 1e-3 * task
+    unfelt = config.method == "mdpd" and logits < 1e-3 * task
     return [UNFELT.format(logits=logits, task=task)] if unfelt else []
 
 
@@ -72,6 +77,8 @@ def _worse(data: TaskData, metrics: Mapping[str, Values], majority: Values | Non
     sign = -1 if name in LOWER_IS_BETTER else 1
     if side is not None and (deployed is None or sign * side > sign * deployed):
         yield SIDE.format(**words)
+    elif side is not None and sign * side < sign * deployed:
+        yield TEACHER.format(**words)
     if floor is not None and (deployed is None or sign * deployed <= sign * floor):
         yield MAJORITY.format(**words)
 

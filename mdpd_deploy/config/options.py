@@ -199,8 +199,7 @@ class LossConfig(Section):
     """Weights of the losses (MDPD supplementary B) and the form of the logits loss."""
 
     task: float = Field(default=1.0, ge=0)
-    # default: 1 where the answers are classes, 0.1 where they are numbers; the paper has 1e-4
-    logits: float | None = Field(default=None, ge=0)
+    logits: float = Field(default=1.0, ge=0)  # the paper has 1e-4, which is hardly felt
     deep: float | None = Field(default=None, ge=0)  # default 6e-5, and 0 over DTL
     shallow: float | None = Field(default=None, ge=0)  # default 4e-5, and 0 over DTL
     # mse: Eq. 3; kl: KL divergence at `temperature`; dkd: the same decoupled, with `beta` on the other

@@ -74,7 +74,11 @@ def export_onnx(
     if [value.name for value in proto.graph.output] != list(model.output_names):
         raise ExportError("the graph's outputs are not the model's, in order.")
     path.write_bytes(proto.SerializeToString(deterministic=True))
-    onnx.checker.check_model(str(path), full_check=True)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
+        first = str(err).strip().splitlines()[0]
+        raise ExportError(f"torch.onnx wrote a graph that is none ({first}).") from err
     return OnnxGraph(path, tuple(axes), model.output_names, len(proto.graph.node))
 
 

@@ -67,7 +67,6 @@ class Task(ABC):
         output: Name of the graph's output.
         mixes: Whether `loss` and `errors` take shares of classes [B, C] for labels too.
         logits_form: Of the logits distillation, where none is chosen.
-        logits_weight: Likewise.
         usual_metrics: Metric names, the primary one first, where a data set has none of its own.
         labels: Class names in index order; empty where outputs are no classes.
     """
@@ -77,7 +76,6 @@ class Task(ABC):
     usual_metrics: ClassVar[tuple[str, ...]]
     mixes: ClassVar[bool] = False
     logits_form: ClassVar[Literal["mse", "kl"]] = "kl"
-    logits_weight: ClassVar[float] = 1.0
     labels: tuple[str, ...] = ()
 
     @property
@@ -168,11 +166,8 @@ class Task(ABC):
         """Return each example's own loss, unweighted: [B]."""
 
     def distils(self, loss: LossConfig) -> LossConfig:
-        """Return the options of the loss with those of the distillation that nobody chose."""
-        own = {"logits": self.logits_weight, "logits_form": self.logits_form}
-        return loss.model_copy(
-            update={name: value for name, value in own.items() if getattr(loss, name) is None}
-        )
+        """Return the options of the loss with the form of the distillation, where none is chosen."""
+        return loss.model_copy(update={"logits_form": loss.logits_form or self.logits_form})
 
     def distance(
         self,

@@ -289,7 +289,7 @@ class MDPD(Method):
         """Return the weights of `_student_terms` at a batch's place in the run; 0 leaves one out."""
         counts = batch.progress >= self.loss.logits_after
         return {
-            "loss_logits": self.loss.logits or 0.0 if counts else 0.0,
+            "loss_logits": self.loss.logits if counts else 0.0,
             "loss_student": self.config.train.student_task_weight,
         }
 

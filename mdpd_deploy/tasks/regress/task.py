@@ -53,7 +53,6 @@ class Regress(Task):
     output = "scores"
     usual_metrics = ("pearson_spearman", "pearson", "spearman", "rmse", "mae")
     logits_form = "mse"
-    logits_weight = 0.1
     scale: tuple[float, float] = (0.0, 1.0)
 
     @property
