@@ -1,5 +1,6 @@
 """The commands behind the committed tables: each is one that today's program takes."""
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from mdpd_deploy.commands.study_plan import expand_all, method_configs, shared_c
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 try:
+    import evidence
     import tables
 finally:
     sys.path.pop(0)
@@ -66,6 +68,8 @@ def test_the_page_holds_what_the_committed_results_say():
     results = ROOT / "docs" / "results"
     assert tables.overview(results) in page
     assert tables.rates(results) in page
+    study = evidence.read(results / "evidence.jsonl")
+    assert evidence.table([json.loads(line) for line in study]).strip() in page
     picture = (results / "stsb-rates.svg").read_text(encoding="utf-8")
     names = re.compile(r">([a-z][\w:-]*)</text>")
     assert names.findall(tables.picture(results)) == names.findall(picture)
