@@ -19,7 +19,7 @@ from mdpd_deploy import load_bundle
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError
 
-pytest.importorskip("fastapi", reason="serves over HTTP")
+pytest.importorskip("starlette", reason="serves over HTTP")
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
 PROGRAM = """

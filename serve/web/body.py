@@ -11,7 +11,7 @@ from mdpd_deploy.serve.core.refusal import Refusal, invalid, overloaded, shown, 
 from mdpd_deploy.serve.web.callers import client_of
 
 if TYPE_CHECKING:
-    from fastapi import Request
+    from starlette.requests import Request
 
 T = TypeVar("T")
 

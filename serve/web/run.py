@@ -16,7 +16,7 @@ from mdpd_deploy.serve.core.model import RunnerFactory, open_runner
 from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.core.refusal import Refusal, overloaded
 from mdpd_deploy.serve.core.request_core import RequestCore
-from mdpd_deploy.serve.web.app import build_app, raw_error
+from mdpd_deploy.serve.web.app import App, raw_error
 from mdpd_deploy.serve.web.callers import called_by
 from mdpd_deploy.serve.web.connection import connection_class
 from mdpd_deploy.serve.web.listener import Listener, bind, most_connections
@@ -71,7 +71,7 @@ def serve_bundles(
         most = most_connections(options.limits.connections)  # beside the files that are open now
         ask_s = min(options.limits.ask_s, options.timeout_s)
         config = uvicorn.Config(
-            build_app(core, metrics),
+            App(core, metrics),
             # h11's is the parser that limits the size of headers.
             http=connection_class(ask_s, options.timeout_s, lambda: raw_error(_NO_HTTP, metrics)),
             h11_max_incomplete_event_size=options.limits.header_bytes,
