@@ -60,8 +60,9 @@ def serve_bundles(
     """
     try:
         import uvicorn
+        import uvloop  # noqa: F401 - uvicorn runs on it
     except ImportError as err:
-        raise missing_extra("uvicorn", "serve", "serving") from err
+        raise missing_extra(err.name or "uvicorn", "serve", "serving") from err
     metrics = Metrics()
     place = bind(host, port)
     with place:
@@ -72,10 +73,11 @@ def serve_bundles(
         ask_s = min(options.limits.ask_s, options.timeout_s)
         config = uvicorn.Config(
             App(core, metrics),
-            # h11's is the parser that limits the size of headers.
+            # h11 limits the size of headers, and reads one request of a connection at a time:
+            # httptools makes a request of each that came in one packet, ten thousand maybe.
             http=connection_class(ask_s, options.timeout_s, lambda: raw_error(_NO_HTTP, metrics)),
             h11_max_incomplete_event_size=options.limits.header_bytes,
-            loop="asyncio",  # which every installation has; with uvloop answers are no faster
+            loop="uvloop",  # takes a tenth less processor time
             ws="none",
             log_config=None,
             log_level="error",  # below it is a line for every request that is no HTTP
