@@ -97,8 +97,8 @@ def measure_overhead(
             for client, (open_client, request) in asked.items():
                 calls[name, client], close = open_client(url, request, arrays)
                 stack.callback(close)
-        for call in calls.values():
-            for _ in range(WARM_UP):
+        for _ in range(WARM_UP):  # in turn: servers end a connection that is idle for 5 s
+            for call in calls.values():
                 call()
         trees = {name: family(process.pid) for name, process in processes.items()}
         times, work = _time_in_turn(calls, {"bare": [psutil.Process()], **trees}, rounds)
