@@ -60,7 +60,7 @@ def find_route(routes: Sequence[Route], scope: Mapping[str, Any]) -> tuple[Route
     Raises:
         Refusal: 404 where there is none, 405 where it does not take the request's method.
     """
-    path = scope["path"].removeprefix(scope["root_path"])
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
     for route in routes:
         if not (found := route.pattern.fullmatch(path)):
             continue
