@@ -1,6 +1,7 @@
 """Clients that people use, each on one kept connection, for `serve_load.py`.
 
-`http.client` sends what `load_target` made; `tritonclient` makes its own requests of the same tensors.
+`http.client` and `httpx` send what `load_target` made; `tritonclient` makes its own requests of the
+same tensors.
 """
 
 import http.client
@@ -25,14 +26,28 @@ def open_http_client(
     def ask() -> None:
         line.request("POST", request.path, request.body, request.headers)
         answer = line.getresponse()
-        body = answer.read()
-        if answer.status != 200:
-            raise SystemExit(f"{request.path} was answered with {answer.status}: {body[:200]!r}")
-        problem = request.problem(body, answer.headers)
-        if problem:
-            raise SystemExit(f"{request.path}: {problem}")
+        _check(request, answer.status, answer.read(), answer.headers)
 
     return ask, line.close
+
+
+def open_httpx(url: str, request: Request, arrays: Mapping[str, np.ndarray]) -> tuple[Ask, Close]:
+    """Return what asks once by httpx, and what closes the connection."""
+    import httpx
+
+    client = httpx.Client(base_url=url, timeout=60)
+
+    def ask() -> None:
+        answer = client.post(request.path, content=request.body, headers=request.headers)
+        _check(request, answer.status_code, answer.content, answer.headers)
+
+    return ask, client.close
+
+
+def _check(request: Request, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+    problem = f"status {status}" if status != 200 else request.problem(body, headers)
+    if problem:
+        raise SystemExit(f"{request.path}: {problem}: {body[:200]!r}")
 
 
 def open_tritonclient(
@@ -50,4 +65,8 @@ def open_tritonclient(
     return lambda: client.infer(name, inputs), client.close
 
 
-CLIENTS = {"http.client": open_http_client, "tritonclient": open_tritonclient}
+CLIENTS = {
+    "http.client": open_http_client,
+    "httpx": open_httpx,
+    "tritonclient": open_tritonclient,
+}

@@ -6,8 +6,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-_COLOURS = {"local": "#0b6e4f", "ray": "#3066be"}
-_OTHER, _INK, _MUTED = "#7b4fa3", "#222222", "#555555"
+_COLOURS = {"local": "#0b6e4f", "ray": "#3066be", "litserve": "#e08e45", "mosec": "#7b4fa3"}
+_OTHER, _INK, _MUTED = "#8a3b5c", "#222222", "#555555"
 _STYLES = {"p50_ms": ("-", 1.2, 0.55), "p95_ms": ("-", 2.4, 1.0), "p99_ms": (":", 1.6, 0.9)}
 _DPI = 160
 
@@ -94,4 +94,9 @@ def _caption(report: dict[str, Any]) -> str:
 
 
 def _words(name: str) -> str:
-    return {"local": "mdpd serve", "ray": "on Ray Serve"}.get(name, name)
+    return {
+        "local": "mdpd serve",
+        "ray": "on Ray Serve",
+        "litserve": "LitServe",
+        "mosec": "Mosec",
+    }.get(name, name)

@@ -40,17 +40,8 @@ def started(
     """
     words = [f"{name}={path}" for name, path in bundles.items()]
     command = [sys.executable, "-m", "mdpd_deploy", "serve", *words, "--engine", engine, *options]
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
-    try:
+    with _running(command, log) as process:
         yield _wait_for(process, log), psutil.Process(process.pid)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _wait_for(process: subprocess.Popen, log: Path, seconds: float = 300) -> str:
@@ -66,10 +57,82 @@ def _wait_for(process: subprocess.Popen, log: Path, seconds: float = 300) -> str
     raise SystemExit(f"the server did not start; the end of {log}:\n{log.read_text()[-2000:]}")
 
 
+RIVALS = {"litserve": "/predict", "mosec": "/inference"}  # where each is asked
+
+
+@contextlib.contextmanager
+def rival(
+    name: str, python: Path, bundle: Path, request: Request, *, port: int, words: Sequence[str],
+    log: Path,
+) -> Iterator[tuple[str, psutil.Process]]:  # fmt: skip
+    """Run one of `RIVALS` in a process of its own; yield its URL, once it answers, and the process.
+
+    Args:
+        name: Which.
+        python: The interpreter that has it, see `rival_model.py`.
+        bundle: Of texts.
+        request: What it must answer.
+        port: Where it listens.
+        words: Further options.
+        log: Where its output goes.
+    """
+    script = Path(__file__).with_name(f"rival_{name}.py")
+    command = [str(python), str(script), str(bundle), "--port", str(port), *words]
+    url = f"http://127.0.0.1:{port}"
+    asked = urllib.request.Request(url + RIVALS[name], request.body, request.headers)
+    with _running(command, log) as process:
+        end = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < end:
+            try:
+                with urllib.request.urlopen(asked, timeout=30):
+                    break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            raise SystemExit(f"{name} did not start: see {log}")
+        yield url, psutil.Process(process.pid)
+
+
+@contextlib.contextmanager
+def _running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
+    """Run a command in the block, and leave none of its processes."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+    try:
+        yield process
+    finally:
+        tree = family(process.pid)
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for each in tree:  # LitServe leaves its own behind
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """Return a process with all below it; empty when it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def processor_ns(processes: Sequence[psutil.Process]) -> int:
+    """Return the processor time of all threads so far (Linux)."""
+    files = (
+        file for each in processes for file in Path(f"/proc/{each.pid}/task").glob("*/schedstat")
+    )
+    return sum(int(file.read_text().split()[0]) for file in files)
+
+
 def memory_bytes(process: psutil.Process) -> int:
     """Return the resident memory of a process and its children."""
     total = 0
-    for each in [process, *process.children(recursive=True)]:
+    for each in family(process.pid):
         with contextlib.suppress(psutil.NoSuchProcess):
             total += each.memory_info().rss
     return total

@@ -30,7 +30,7 @@ from mdpd_deploy.serve.web.listener import bind
 from mdpd_deploy.serve.web.run import hanging_up
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from mdpd_deploy.serve.web.app import App
 
 NAME = "mdpd"  # of the application and its deployment
 
@@ -86,13 +86,13 @@ def build_ray_app(
         load_bundle(path)
     own = replace(options, threads=options.threads or 1, key=key)
 
-    def build() -> "FastAPI":
+    def build() -> "App":
         """Open the models in a replica; Ray starts and ends what this returns."""
-        from mdpd_deploy.serve.web.app import build_app
+        from mdpd_deploy.serve.web.app import App
         from mdpd_deploy.serve.web.metrics import Metrics
 
         metrics = Metrics()
-        return build_app(RequestCore.open(places, own, on_batch=metrics.on_batch), metrics)
+        return App(RequestCore.open(places, own, on_batch=metrics.on_batch), metrics)
 
     resources = {"num_cpus": own.threads, "num_gpus": int(own.device == "cuda")}
     asked: dict[str, Any] = {"num_replicas": scaling.min_replicas}
@@ -113,11 +113,11 @@ def build_ray_app(
 class _Replica:
     """What Ray asks of a replica beside its routes."""
 
-    app: "FastAPI"
+    app: "App"
 
     def check_health(self) -> None:
         """Raise when a model answers no more: Ray starts another replica in this one's place."""
-        failed = self.app.state.core.failed
+        failed = self.app.core.failed
         if failed is not None:
             raise WorkFailed(failed)
 

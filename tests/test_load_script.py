@@ -20,7 +20,8 @@ def open_loop(monkeypatch):
     import open_loop
 
     yield open_loop
-    for name in ("open_loop", "load_target", "load_chart", "kept_lines", "serve_load"):
+    names = ("open_loop", "load_target", "load_chart", "kept_lines", "serve_load", "rival_model")
+    for name in names:
         sys.modules.pop(name, None)
 
 
@@ -133,9 +134,12 @@ def test_the_whole_script_measures_a_served_bundle(open_loop, tiny_bundle, tmp_p
     monkeypatch.setattr(sys, "argv", words)
     serve_load.main()
     report = json.loads((tmp_path / "load.json").read_text())
-    for client in ("http.client", "tritonclient"):
+    for client in ("http.client", "http.client, raw input", "httpx", "tritonclient"):
         found = report["overhead"]["local"][client]
         assert found["p50_ms"] > report["overhead"]["bare_p50_ms"]
+        assert found["processor_ms"] > report["overhead"]["bare_processor_ms"] > 0
+    assert report["ramp"]["local"]["bare_rows_per_s"] > report["ramp"]["local"]["knee_per_s"]
+    assert report["ramp"]["local"]["near_knee"]["errors"] == {}
     levels = report["ramp"]["local"]["levels"]
     assert [round(row["rate"]) for row in levels] == [20, 160]
     assert not any("wrong" in error or "unclean" in error for r in levels for error in r["errors"])
@@ -143,3 +147,14 @@ def test_the_whole_script_measures_a_served_bundle(open_loop, tiny_bundle, tmp_p
     assert report["soak"]["lines"][0]["memory_bytes"] > 50e6
     assert (tmp_path / "load.svg").stat().st_size > 1000
     assert (tmp_path / "load-memory.png").stat().st_size > 1000
+
+
+def test_what_rivals_serve_answers_as_the_bundle_does(open_loop, tiny_text_bundle):
+    from rival_model import Model
+
+    texts = ["a good film", "dull", "the film was not very good " * 40]
+    found = Model(tiny_text_bundle.path, threads=1)([{"inputs": [text]} for text in texts])
+    for answer, right in zip(found, tiny_text_bundle.predict(texts), strict=True):
+        (given,) = answer["predictions"]
+        assert given["label"] == right.label
+        assert given["probability"] == pytest.approx(right.probability, abs=1e-5)

@@ -53,7 +53,15 @@ TORCH_FREE = (
 )
 # Import names that differ from the name in the index.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
-OPTIONAL = ("onnxruntime", "tensorrt", "cuda", "fastapi", "uvicorn", "prometheus_client", "trackio")
+OPTIONAL = (
+    "onnxruntime",
+    "tensorrt",
+    "cuda",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+    "trackio",
+)
 
 
 def sources() -> dict[str, Path]:

@@ -14,7 +14,7 @@ from mdpd_deploy.cli import main
 
 pytest.importorskip("onnxruntime", reason="serves exported graphs")
 pytest.importorskip("ray.cluster_utils", reason="starts a Ray cluster")
-pytest.importorskip("fastapi", reason="serves over HTTP")
+pytest.importorskip("starlette", reason="serves over HTTP")
 
 CLUSTER = """
 import concurrent.futures, json, os, re, signal, socket, subprocess, sys, time, urllib.error
@@ -223,7 +223,7 @@ async def main():
     await replica.__init__()  # as Ray does it
     await replica._run_asgi_lifespan_startup()
     replica.check_health()
-    replica.app.state.core.models["digits"].runner.failed = "the GPU is gone."
+    replica.app.core.models["digits"].runner.failed = "the GPU is gone."
     try:
         replica.check_health()
     except Exception as err:

@@ -36,7 +36,7 @@ from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.core.refusal import Refusal
 from mdpd_deploy.serve.core.request_core import RequestCore
 
-pytest.importorskip("fastapi", reason="serves over HTTP")
+pytest.importorskip("starlette", reason="serves over HTTP")
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
 MB = 1_000_000
@@ -629,13 +629,13 @@ def test_batches_that_ended_are_not_ready(bundles):
 def test_what_escapes_a_route_is_counted_and_framed(bundles, caplog):
     import uvicorn
 
-    from mdpd_deploy.serve.web.app import build_app
+    from mdpd_deploy.serve.web.app import App
     from mdpd_deploy.serve.web.metrics import Metrics
 
     metrics = Metrics()
     core = RequestCore.open({"digits": bundles["digits"]}, CoreOptions())
     core.describe = lambda: 1 / 0
-    config = uvicorn.Config(build_app(core, metrics), log_config=None, access_log=False)
+    config = uvicorn.Config(App(core, metrics), log_config=None, access_log=False)
     served = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as place:
         thread = threading.Thread(target=served.run, kwargs={"sockets": [place]})

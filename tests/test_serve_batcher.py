@@ -95,6 +95,29 @@ def test_an_idle_device_waits_for_company_only_as_long_as_it_is_told():
     assert serve(together, max_delay_ms=0.0)[1].batches == [[1], [3]]
 
 
+def test_a_job_that_came_before_the_first_turn_waits_for_company_too():
+    async def ask_later(batcher):
+        await asyncio.sleep(0.05)
+        return await ask(batcher, rows(2, 2, 2))
+
+    async def main():
+        device = Device()
+        batcher = MicroBatcher(
+            "m", device.run, device.thread, key=lambda arrays: None, max_batch=4,
+            max_delay_ms=5000.0, queue=16,
+        )  # fmt: skip
+        batcher.start()  # its loop has not run when the job comes
+        with batcher.reserve(1):
+            first = batcher.submit(rows(1), 1)
+            later = await ask_later(batcher)
+            await first
+        await batcher.close()
+        device.thread.shutdown()
+        return device.batches, later.batch_rows
+
+    assert asyncio.run(main()) == ([[1, 3]], 4)
+
+
 def test_only_jobs_of_one_key_share_a_run_and_none_starves():
     async def work(batcher, device):
         first = await hold(batcher, device)

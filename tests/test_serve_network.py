@@ -19,7 +19,7 @@ from mdpd_deploy import load_bundle
 from mdpd_deploy.cli import main
 from mdpd_deploy.errors import UserError
 
-pytest.importorskip("fastapi", reason="serves over HTTP")
+pytest.importorskip("starlette", reason="serves over HTTP")
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
 PROGRAM = """
@@ -142,6 +142,15 @@ def test_a_kept_connection_does_not_wait_for_delayed_acknowledgements(server):
             line.getresponse().read()
             times.append(time.perf_counter() - started)
     assert min(times[30:]) < 0.025  # a new connection's first answers are acknowledged at once
+
+
+def test_an_answer_comes_in_one_piece(server):
+    """Two writes would wake its client twice, mostly for a head alone."""
+    asked = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(ASKED)}\r\n\r\n"
+    with server.connect() as line:
+        for _ in range(30):
+            line.sendall(asked.encode() + ASKED)
+            assert line.recv(65536).endswith(b"}")
 
 
 # Connections

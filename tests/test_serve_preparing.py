@@ -16,7 +16,7 @@ from PIL import Image
 from mdpd_deploy import load_bundle
 from mdpd_deploy.serve.core.options import CoreOptions, Limits
 from mdpd_deploy.serve.core.refusal import Refusal
-from mdpd_deploy.serve.core.request_core import RequestCore
+from mdpd_deploy.serve.core.request_core import SMALL_BODY, RequestCore
 
 pytest.importorskip("onnxruntime", reason="runs exported graphs")
 
@@ -162,15 +162,17 @@ def test_no_child_can_be_started_and_the_server_is_not_ready(tiny_bundle, monkey
     assert caplog.text.count("could be started") <= 2
 
 
-def test_threads_that_hang_are_not_ready(tiny_text_bundle):
+def test_threads_that_hang_are_not_ready_and_short_texts_need_none(tiny_text_bundle):
     go_on = threading.Event()
 
     async def work(core):
         in_time(core, 0.2)
-        hanging = [core.parse(go_on.wait, 0) for _ in range(core._processors)]
+        hanging = [core.parse(go_on.wait, SMALL_BODY + 1) for _ in range(core._processors)]
         late = await asyncio.gather(*hanging, return_exceptions=True)
         assert {refusal.status for refusal in late} == {504}
         assert not core.ready and core.failed is None
+        in_time(core, 30)
+        assert (await core.predict("m", ["a film"])).batch_rows == 1
         go_on.set()
         await until(lambda: core.ready)
 

@@ -181,6 +181,7 @@ class MicroBatcher:
 
     async def _work(self) -> None:
         try:
+            await self._wait_for_company()  # a job may be there already
             while True:
                 while not self._jobs:
                     self._arrival.clear()

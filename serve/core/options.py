@@ -66,7 +66,7 @@ class CoreOptions:
         threads: Threads inside one operator; None = the CPU quota.
         max_batch: Most rows in one run of a graph; None = the bundle's own maximum.
         max_delay_ms: How long the first row of a batch waits for others while the device is idle.
-            While it is busy rows gather anyway, whatever this is.
+            While it is busy rows gather anyway, whatever this is; a wait costs whoever asks alone.
         queue: Most rows of one model that may be in progress; more are refused.
         timeout_s: Time from a request's arrival after which it is given up.
         drain_s: Most seconds for the requests in progress when the server is to end.
@@ -80,7 +80,7 @@ class CoreOptions:
     device: str = "cpu"
     threads: int | None = None
     max_batch: int | None = None
-    max_delay_ms: float = 1.0
+    max_delay_ms: float = 0.0
     queue: int = 256
     timeout_s: float = 30.0
     drain_s: int = 20

@@ -1,5 +1,6 @@
 """Why a request was not answered: one class, with the HTTP status that says the same."""
 
+from collections.abc import Sequence
 from http import HTTPStatus
 
 
@@ -11,15 +12,23 @@ class Refusal(Exception):
             the same request may work later, 500 is a bug of ours.
         kind: One word for metrics and logs.
         retry_after_s: Seconds after which another try makes sense; None where it does not.
+        methods: What the path takes instead, where the request's method is wrong.
     """
 
     def __init__(
-        self, status: int, kind: str, message: str, *, retry_after_s: int | None = None
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        *,
+        retry_after_s: int | None = None,
+        methods: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.status = HTTPStatus(status)
         self.kind = kind
         self.retry_after_s = retry_after_s
+        self.methods = methods
 
 
 def invalid(message: str) -> Refusal:

@@ -38,6 +38,8 @@ from mdpd_deploy.tasks import Prediction
 
 T = TypeVar("T")
 PARSES = 2  # large JSON bodies that are taken apart at once; Python has one of them run anyway
+SMALL_BODY = 16_000  # bytes; at most a millisecond, where a thread's wake-up costs a tenth of one
+SHORT_TEXTS = 1_000  # characters of a request; at most two milliseconds
 LARGE_JSON = 100_000  # bytes; what is smaller takes a millisecond or so
 LONG_TEXTS = 32_000  # characters of a request; what is shorter takes a tenth of a second at most
 CHILDREN = range(2, 9)  # that prepare: as many as processors, within this
@@ -291,7 +293,8 @@ class RequestCore:
         started = asyncio.get_running_loop().time()
         async with _deadline(self.options.timeout_s) as limit:
             json_bytes = len(body) if json_length is None else json_length
-            request, rows = await self._prepare(decode, json_bytes)
+            here = len(body) <= SMALL_BODY
+            request, rows = await self._prepare(decode, json_bytes, here=here)
             if request.timeout_s is not None:
                 _shorten(limit, started, request.timeout_s)
             with self._batchers[name].reserve(rows):
@@ -317,7 +320,8 @@ class RequestCore:
         async def prepare(chosen: BundleTask) -> Arrays:
             if characters > LONG_TEXTS:
                 return await self._prepare_apart(model, chosen, raws)
-            return await self._prepare(lambda: model.to_arrays(raws, chosen))
+            here = 0 < characters <= SHORT_TEXTS  # pictures have none
+            return await self._prepare(lambda: model.to_arrays(raws, chosen), here=here)
 
         return await self._predict(name, len(raws), prepare, task)
 
@@ -382,7 +386,7 @@ class RequestCore:
         return characters
 
     async def parse(self, work: Callable[[], T], json_bytes: int) -> T:
-        """Take a body's JSON apart beside the event loop.
+        """Take a body's JSON apart, beside the event loop where that is worth it.
 
         Args:
             work: Returns what is needed of it.
@@ -392,14 +396,19 @@ class RequestCore:
             Refusal: What `work` raises; 503 at the end of the server, 504 when it takes too long.
         """
         async with _deadline(self.options.timeout_s):
-            return await self._prepare(work, json_bytes)
+            return await self._prepare(work, json_bytes, here=json_bytes <= SMALL_BODY)
 
-    async def _prepare(self, work: Callable[[], T], json_bytes: int = 0) -> T:
-        """Run short processor work beside the event loop; large JSON, which takes memory, in turn."""
+    async def _prepare(self, work: Callable[[], T], json_bytes: int = 0, *, here: bool) -> T:
+        """Run short processor work here, in the event loop, or beside it.
+
+        Large JSON, which takes memory, is done in turn.
+        """
         large = json_bytes > LARGE_JSON
         async with self._parsing if large else contextlib.nullcontext():
             if not self._answering:
                 raise draining()
+            if here:
+                return work()
             future = self._preparing.submit(work)
             try:
                 return await asyncio.wrap_future(future)

@@ -1,4 +1,4 @@
-"""The request core behind HTTP: FastAPI, uvicorn, Prometheus and a page. No torch.
+"""The request core behind HTTP: Starlette, uvicorn, Prometheus and a page. No torch.
 
 app.py       the application: errors, headers      body.py         a body, read within its limits
 routes.py    what is answered where                callers.py      which requests are answered at all

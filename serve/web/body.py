@@ -11,7 +11,7 @@ from mdpd_deploy.serve.core.refusal import Refusal, invalid, overloaded, shown, 
 from mdpd_deploy.serve.web.callers import client_of
 
 if TYPE_CHECKING:
-    from fastapi import Request
+    from starlette.requests import Request
 
 T = TypeVar("T")
 
@@ -113,19 +113,23 @@ async def while_connected(request: "Request", work: Coroutine[Any, Any, T]) -> T
     Raises:
         Refusal: 400, which nobody reads, when the client has left.
     """
-    answer = asyncio.create_task(work)
-    leaving = asyncio.create_task(_has_left(request))
+    this = asyncio.current_task()
+    assert this is not None
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        this.cancel()
+
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise Refusal(400, "gone", "the connection was closed before the answer.")
-        return answer.result()
+        return await work
+    except asyncio.CancelledError:
+        if left and not this.uncancel():
+            raise Refusal(400, "gone", "the connection was closed before the answer.") from None
+        raise
     finally:
-        for task in (answer, leaving):
-            task.cancel()
-        await asyncio.gather(answer, leaving, return_exceptions=True)
-
-
-async def _has_left(request: "Request") -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        watcher.cancel()

@@ -8,6 +8,7 @@ this server's own page or from no page at all, and bodies must say what they are
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,7 +24,7 @@ UNKNOWN = "unknown"  # a client without an address
 Headers = Iterable[tuple[bytes, bytes]]
 
 
-def check_caller(method: str, headers: Headers, hosts: Collection[str]) -> None:
+def check_caller(method: str, headers: Headers, hosts: tuple[str, ...]) -> None:
     """Raise `Refusal` for a request of another site, or one of two lengths.
 
     Args:
@@ -55,7 +56,8 @@ def called_by(options: CoreOptions, host: str) -> CoreOptions:
     return replace(options, allow_hosts=(*options.allow_hosts, host))
 
 
-def _is_known(host: str, hosts: Collection[str]) -> bool:
+@lru_cache(64)  # clients say the same with every request
+def _is_known(host: str, hosts: tuple[str, ...]) -> bool:
     try:
         place = urlsplit(f"//{host}")
         name, _ = place.hostname or "", place.port
@@ -121,10 +123,13 @@ def client_of(address: Sequence[Any] | None) -> str:
         The address itself for IPv4, its network of 64 bits for IPv6 (a client is given as much),
         and one and the same word for whatever has no address.
     """
-    if not address:
-        return UNKNOWN
+    return _network_of(address[0]) if address else UNKNOWN
+
+
+@lru_cache(1024)
+def _network_of(host: str) -> str:
     try:
-        found = ip_address(address[0])
+        found = ip_address(host)
     except ValueError:
         return UNKNOWN
     if not isinstance(found, IPv6Address):

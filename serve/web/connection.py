@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable
+from typing import Any
 
 
 class Connection(asyncio.Protocol):
@@ -20,6 +21,32 @@ class Connection(asyncio.Protocol):
     def end(self) -> None:
         """Close the connection, at once where its client does not read."""
         raise NotImplementedError
+
+
+class _Gathering:
+    """A transport whose writes of one turn of the loop go out as one: a head with its body."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._held: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._held:
+            self._loop.call_soon(self.flush)
+        self._held.append(data)
+
+    def flush(self) -> None:
+        held, self._held = b"".join(self._held), []
+        if held and not self._transport.is_closing():
+            self._transport.write(held)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
 
 
 def connection_class(ask_s: float, read_s: float, no_http: Callable[[], bytes]) -> type[Connection]:
@@ -42,7 +69,7 @@ def connection_class(ask_s: float, read_s: float, no_http: Callable[[], bytes]) 
         _reading: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
+            super().connection_made(_Gathering(transport, self.loop))  # type: ignore[arg-type]
             self._await_request()
 
         def data_received(self, data: bytes) -> None:
@@ -50,6 +77,7 @@ def connection_class(ask_s: float, read_s: float, no_http: Callable[[], bytes]) 
             self._look()
 
         def on_response_complete(self) -> None:
+            self.transport.flush()  # type: ignore[attr-defined]
             self._await_request()
             super().on_response_complete()  # may begin the next request, if it is here already
             self._look()

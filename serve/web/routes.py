@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,44 +18,80 @@ from mdpd_deploy.serve.core.json_body import (
 )
 from mdpd_deploy.serve.core.model import ServedModel
 from mdpd_deploy.serve.core.protocol import check_encoding
-from mdpd_deploy.serve.core.refusal import invalid, shown
+from mdpd_deploy.serve.core.refusal import Refusal, invalid, not_found, shown
 from mdpd_deploy.serve.core.request_core import Answer, RequestCore
 from mdpd_deploy.serve.web.body import Bodies, json_length, while_connected
 from mdpd_deploy.serve.web.callers import BINARY, JSON, PICTURE, check_type
 from mdpd_deploy.serve.web.metrics import Metrics
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.requests import Request
+    from starlette.responses import Response
 
+READ, WRITE = ("GET", "HEAD"), ("POST",)  # a HEAD gets the same without its body
 TOP = 5  # classes in an answer, where the request does not say
 _MODEL = "/v2/models/{model}"
 _VERSION = "/v2/models/{model}/versions/{version}"
 
 
-def add_protocol_routes(
-    app: "FastAPI", core: RequestCore, bodies: Bodies, metrics: Metrics
-) -> None:
-    """Add the Open Inference Protocol, version 2, with its binary extension."""
-    from fastapi import Request, Response
-    from fastapi.responses import JSONResponse
+@dataclass(frozen=True)
+class Route:
+    """One path, and what answers there.
 
-    async def server() -> Response:
+    Attributes:
+        path: With a name in braces for each part that varies.
+        answer: Called with the request, and by name with the parts that vary.
+        methods: What it takes.
+    """
+
+    path: str
+    answer: Callable[..., Awaitable["Response"]]
+    methods: Sequence[str] = READ
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """What a whole path must match."""
+        return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.path))
+
+
+def find_route(routes: Sequence[Route], scope: Mapping[str, Any]) -> tuple[Route, dict[str, str]]:
+    """Return what answers a request, and the parts of its path by name.
+
+    Raises:
+        Refusal: 404 where there is none, 405 where it does not take the request's method.
+    """
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    for route in routes:
+        if not (found := route.pattern.fullmatch(path)):
+            continue
+        if scope["method"] not in route.methods:
+            words = "this path takes another method."
+            raise Refusal(405, "no_method", words, methods=route.methods)
+        return route, found.groupdict()
+    raise not_found("there is nothing at this path.")
+
+
+def protocol_routes(core: RequestCore, bodies: Bodies, metrics: Metrics) -> list[Route]:
+    """Return the Open Inference Protocol, version 2, with its binary extension."""
+    from starlette.responses import JSONResponse, Response
+
+    async def server(request: "Request") -> Response:
         return JSONResponse(core.describe())
 
-    async def live() -> Response:
+    async def live(request: "Request") -> Response:
         return JSONResponse({"live": True})
 
-    async def ready() -> Response:
+    async def ready(request: "Request") -> Response:
         return JSONResponse({"ready": core.ready}, 200 if core.ready else 503)
 
-    async def model_of(model: str, version: str | None = None) -> Response:
+    async def model_of(request: "Request", model: str, version: str | None = None) -> Response:
         return JSONResponse(core.describe_model(model, version))
 
-    async def model_ready(model: str, version: str | None = None) -> Response:
+    async def model_ready(request: "Request", model: str, version: str | None = None) -> Response:
         core.model(model, version)
         return JSONResponse({"name": model, "ready": core.ready}, 200 if core.ready else 503)
 
-    async def infer(request: Request, model: str, version: str | None = None) -> Response:
+    async def infer(request: "Request", model: str, version: str | None = None) -> Response:
         served = core.model(model, version)
         check_encoding(request.headers.get("content-encoding"))
         check_type(request.headers.raw, (JSON, BINARY))
@@ -69,27 +107,27 @@ def add_protocol_routes(
         headers = {"Inference-Header-Content-Length": str(reply.json_length)}
         return Response(reply.body, headers=headers, media_type="application/octet-stream")
 
-    _get(app, "/v2", server)
-    _get(app, "/v2/health/live", live)
-    _get(app, "/v2/health/ready", ready)
-    for path in (_MODEL, _VERSION):
-        _get(app, path, model_of)
-        _get(app, f"{path}/ready", model_ready)
-        app.add_api_route(f"{path}/infer", infer, methods=["POST"])
+    return [
+        *(Route(f"{path}/infer", infer, WRITE) for path in (_MODEL, _VERSION)),
+        *(Route(path, model_of) for path in (_MODEL, _VERSION)),
+        *(Route(f"{path}/ready", model_ready) for path in (_MODEL, _VERSION)),
+        Route("/v2", server),
+        Route("/v2/health/live", live),
+        Route("/v2/health/ready", ready),
+    ]
 
 
-def add_plain_routes(app: "FastAPI", core: RequestCore, bodies: Bodies, metrics: Metrics) -> None:
-    """Add what takes raw texts and pictures, and says what may be asked."""
-    from fastapi import Request, Response
-    from fastapi.responses import JSONResponse
+def plain_routes(core: RequestCore, bodies: Bodies, metrics: Metrics) -> list[Route]:
+    """Return what takes raw texts and pictures, and says what may be asked."""
+    from starlette.responses import JSONResponse
 
-    async def models() -> Response:
+    async def models(request: "Request") -> "Response":
         return JSONResponse({"models": [core.describe_tasks(name) for name in core.models]})
 
-    async def model_of(model: str) -> Response:
+    async def model_of(request: "Request", model: str) -> "Response":
         return JSONResponse(core.describe_tasks(model))
 
-    async def predict(request: Request, model: str) -> Response:
+    async def predict(request: "Request", model: str) -> "Response":
         served = core.model(model)
         check_encoding(request.headers.get("content-encoding"))
         check_type(request.headers.raw, (JSON,))
@@ -101,7 +139,7 @@ def add_plain_routes(app: "FastAPI", core: RequestCore, bodies: Bodies, metrics:
         metrics.on_wait(model, answer.queue_ms)
         return JSONResponse(_plain(answer, asked.top))
 
-    async def classify(request: Request, model: str) -> Response:
+    async def classify(request: "Request", model: str) -> "Response":
         core.model(model)
         check_encoding(request.headers.get("content-encoding"))
         check_type(request.headers.raw, (PICTURE, BINARY))
@@ -113,37 +151,32 @@ def add_plain_routes(app: "FastAPI", core: RequestCore, bodies: Bodies, metrics:
         metrics.on_wait(model, answer.queue_ms)
         return JSONResponse(_plain(answer, top))
 
-    _get(app, "/v1/models", models)
-    _get(app, "/v1/models/{model}", model_of)
-    app.add_api_route("/v1/models/{model}/predict", predict, methods=["POST"])
-    app.add_api_route("/v1/models/{model}/classify", classify, methods=["POST"])
+    return [
+        Route("/v1/models/{model}/predict", predict, WRITE),
+        Route("/v1/models/{model}/classify", classify, WRITE),
+        Route("/v1/models", models),
+        Route("/v1/models/{model}", model_of),
+    ]
 
 
-def add_pages(app: "FastAPI", core: RequestCore, metrics: Metrics) -> None:
-    """Add the page for people, the state it shows, and the metrics."""
-    from fastapi.responses import JSONResponse, Response
+def page_routes(core: RequestCore, metrics: Metrics) -> list[Route]:
+    """Return the page for people, the state it shows, and the metrics."""
+    from starlette.responses import JSONResponse, Response
 
     text, policy = _read_page()
 
-    async def page() -> Response:
+    async def page(request: "Request") -> Response:
         return Response(text, media_type="text/html", headers={"Content-Security-Policy": policy})
 
-    async def queue() -> Response:
+    async def queue(request: "Request") -> Response:
         limit = core.options.queue
         return JSONResponse({"ready": core.ready, "queue": limit, "in_progress": core.queued()})
 
-    async def read_metrics() -> Response:
+    async def read_metrics(request: "Request") -> Response:
         content, media_type = metrics.text()
         return Response(content, headers={"Content-Type": media_type})
 
-    _get(app, "/", page)
-    _get(app, "/v1/queue", queue)
-    _get(app, "/metrics", read_metrics)
-
-
-def _get(app: "FastAPI", path: str, answer: Callable[..., Any]) -> None:
-    """Add what is read; a HEAD gets the same without its body."""
-    app.add_api_route(path, answer, methods=["GET", "HEAD"])
+    return [Route("/", page), Route("/v1/queue", queue), Route("/metrics", read_metrics)]
 
 
 class _Plain(NamedTuple):

@@ -16,7 +16,7 @@ from mdpd_deploy.serve.core.model import RunnerFactory, open_runner
 from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.core.refusal import Refusal, overloaded
 from mdpd_deploy.serve.core.request_core import RequestCore
-from mdpd_deploy.serve.web.app import build_app, raw_error
+from mdpd_deploy.serve.web.app import App, raw_error
 from mdpd_deploy.serve.web.callers import called_by
 from mdpd_deploy.serve.web.connection import connection_class
 from mdpd_deploy.serve.web.listener import Listener, bind, most_connections
@@ -60,8 +60,9 @@ def serve_bundles(
     """
     try:
         import uvicorn
+        import uvloop  # noqa: F401 - uvicorn runs on it
     except ImportError as err:
-        raise missing_extra("uvicorn", "serve", "serving") from err
+        raise missing_extra(err.name or "uvicorn", "serve", "serving") from err
     metrics = Metrics()
     place = bind(host, port)
     with place:
@@ -71,11 +72,12 @@ def serve_bundles(
         most = most_connections(options.limits.connections)  # beside the files that are open now
         ask_s = min(options.limits.ask_s, options.timeout_s)
         config = uvicorn.Config(
-            build_app(core, metrics),
-            # h11's is the parser that limits the size of headers.
+            App(core, metrics),
+            # h11 limits the size of headers, and reads one request of a connection at a time:
+            # httptools makes a request of each that came in one packet, ten thousand maybe.
             http=connection_class(ask_s, options.timeout_s, lambda: raw_error(_NO_HTTP, metrics)),
             h11_max_incomplete_event_size=options.limits.header_bytes,
-            loop="asyncio",  # which every installation has; with uvloop answers are no faster
+            loop="uvloop",  # takes a tenth less processor time
             ws="none",
             log_config=None,
             log_level="error",  # below it is a line for every request that is no HTTP
