@@ -234,13 +234,23 @@ def _size_with_unit(value: object) -> object:
     raise ValueError("a size is a number with its unit, e.g. 4GB or 500MiB")
 
 
+def _batch(value: object) -> object:
+    text = str(value)
+    if not isinstance(value, bool) and re.fullmatch(r"(auto:)?[1-9][0-9]*|auto", text):
+        return text if text.startswith("auto") else int(text)
+    raise ValueError(
+        "a batch is a whole number of examples from 1 on, auto, or auto:N for N examples a step"
+    )
+
+
 class TrainConfig(Section):
     """Length, batches, precision and how the norms get their gradient."""
 
     epochs: float | None = Field(default=None, gt=0)  # passes over the training data; default 10
     steps: int | None = Field(default=None, ge=1)  # optimiser steps; overrides epochs
-    # examples per optimiser step and process, before accumulation
-    batch: int = Field(default=32, ge=1)
+    # examples per optimiser step and process, before accumulation; auto:N takes as many at a time as
+    # fit, and accumulates them to N (auto: 32)
+    batch: Annotated[int | str, BeforeValidator(_batch)] = 32
     accumulate: int = Field(default=1, ge=1)  # batches per optimiser step
     eval_batch: int = Field(default=64, ge=1)
     eval_every: int | None = Field(default=None, ge=1)  # steps; default: once per epoch
@@ -253,8 +263,8 @@ class TrainConfig(Section):
     # recompute | recompute-halves | full | auto (the fastest exact one that fits) | late:K | local |
     # none
     norm_grad: str = "recompute"
-    # what a step may need, e.g. 4GB; a run that needs more is refused. norm_grad=auto without it: the
-    # card's free memory, or four fifths of the machine's
+    # what a step may need, e.g. 4GB; a run that needs more is refused. auto without it: the card's free
+    # memory, or four fifths of the machine's
     memory: Annotated[str, BeforeValidator(_size_with_unit)] | None = YOUNGER
     # let the side pass also move norms it runs through (literal joint)
     late_norm_grad: bool = False
@@ -277,6 +287,33 @@ class TrainConfig(Section):
                 f"{', '.join(NORM_GRADIENTS)}, late:K (K a number of blocks)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _auto_accumulates_itself(self) -> Self:
+        if self.auto_batch and self.accumulate != 1:
+            raise ValueError(
+                f"train.batch={self.batch} settles train.accumulate itself: leave that out, and say "
+                "in train.batch=auto:N how many examples a step has"
+            )
+        return self
+
+    @property
+    def auto_batch(self) -> bool:
+        """Whether `batch` and `accumulate` are still to be settled."""
+        return isinstance(self.batch, str)
+
+    @property
+    def batch_size(self) -> int:
+        """`batch` of a run in which it is settled."""
+        assert isinstance(self.batch, int), "settle_memory comes first"
+        return self.batch
+
+    @property
+    def step_size(self) -> int:
+        """Examples per optimiser step and process."""
+        if isinstance(self.batch, int):
+            return self.batch * self.accumulate
+        return int(self.batch.partition(":")[2] or 32)
 
     @property
     def memory_bytes(self) -> int | None:
