@@ -273,6 +273,8 @@ class TrainConfig(Section):
     # task loss on the backbone's own head; the paper has none, and at 1 its logits loss is hardly felt
     student_task_weight: float = Field(default=1.0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen weights held, side autocast, in bf16
+    # what the frozen matrices lie in between their uses, where that is less than `precision`
+    hold: Literal["bf16", "int8", "nf4"] | None = YOUNGER
     class_weights: Literal["none", "balanced"] | list[Annotated[float, Field(ge=0)]] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -286,6 +288,12 @@ class TrainConfig(Section):
                 f"train.norm_grad={self.norm_grad!r} is not one of "
                 f"{', '.join(NORM_GRADIENTS)}, late:K (K a number of blocks)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _hold_is_less(self) -> Self:
+        if self.hold == self.precision:
+            raise ValueError("train.hold=bf16 is what train.precision=bf16 does: leave one out")
         return self
 
     @model_validator(mode="after")
@@ -403,6 +411,15 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _held_weights_take_no_gradient(self) -> Self:
+        if self.side.init == "fisher" and self.train.hold:
+            raise ValueError(
+                "side.init=fisher looks at the gradient of every weight, and those of train.hold="
+                f"{self.train.hold} have none: leave one out"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """Return the config as YAML that `load_config` reads back unchanged."""
