@@ -292,7 +292,7 @@ def weighted_distance(student: Tensor, target: Tensor, weight: Tensor) -> Tensor
 
     Only the student takes a gradient.
     """
-    distance: Tensor = _Distance.apply(student, target, weight)  # type: ignore[no-untyped-call]
+    distance: Tensor = _Distance.apply(student, target, weight)
     return distance
 
 

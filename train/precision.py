@@ -55,7 +55,7 @@ def _in_float32(kind: type[Any]) -> type[Any]:
     class Float32LayerNorm(kind):  # type: ignore[misc]  # as above
         def forward(self, x: Tensor) -> Tensor:
             shape, eps = self.normalized_shape, self.eps
-            out: Tensor = _LayerNorm.apply(x, self.weight, self.bias, shape, eps)  # type: ignore[no-untyped-call]
+            out: Tensor = _LayerNorm.apply(x, self.weight, self.bias, shape, eps)
             return out
 
     timms = (kind.__module__, kind.__name__) == ("timm.layers.norm", "LayerNorm")

@@ -118,8 +118,9 @@ def hold_weights(model: nn.Module, form: str, dtype: torch.dtype, kept: Collecti
         for name, part in zip(names, packed[id(weight)], strict=True):
             module.register_buffer(name, part)
         hidden: Any = module
-        hidden._held = _Held(form, names, weight.shape, dtype, type(module))
-        hidden.__class__ = _held_kind(type(module))
+        kind: Any = type(module)
+        hidden._held = _Held(form, names, weight.shape, dtype, kind)
+        hidden.__class__ = _held_kind(kind)
 
 
 def _can_be_held(module: nn.Module, weight: Tensor, form: str) -> bool:
@@ -161,7 +162,7 @@ def _held_kind(kind: type[Any]) -> type[Any]:
 
     class HeldLinear(Held):
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = _Linear.apply(x, self.bias, self)  # type: ignore[no-untyped-call]
+            out: Tensor = _Linear.apply(x, self.bias, self)
             return out
 
     class HeldTable(Held):
