@@ -36,6 +36,7 @@ layers together would be the peak of the training step.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -287,6 +288,28 @@ def _once(
 
 
 def weighted_distance(student: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Σ weight (student − target)²: [B, N, D], [B, N, D], [B, N] → a scalar in float32."""
-    distance = F.mse_loss(student.float(), target.float(), reduction="none")
-    return (distance.sum(dim=-1) * weight).sum()
+    """Σ weight (student − target)²: [B, N, D], [B, N, D], [B, N] → a scalar in float32.
+
+    Only the student takes a gradient.
+    """
+    distance: Tensor = _Distance.apply(student, target, weight)
+    return distance
+
+
+class _Distance(torch.autograd.Function):
+    """The difference is made in either pass and kept in none: in float32 it would be the peak."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(student, target, weight)
+        return (_difference(student, target).square_().sum(dim=-1) * weight).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        student, target, weight = ctx.saved_tensors
+        twice = (2 * grads[0] * weight).unsqueeze(-1)
+        return _difference(student, target).mul_(twice).to(student.dtype), None, None
+
+
+def _difference(student: Tensor, target: Tensor) -> Tensor:
+    return student.to(torch.float32, copy=True).sub_(target)

@@ -85,6 +85,11 @@ ROWS = [
     ("vit", "full", {"precision": "bf16"}, {}),
     ("vit", "lora", {"precision": "bf16", "accumulate": 2}, {}),
     ("bert", "prompt", {"precision": "bf16"}, {}),
+    ("vit", "mdpd", {"hold": "int8"}, {}),
+    ("bert", "mdpd", {"hold": "int8", "precision": "bf16"}, {"name": "sherl"}),
+    ("vit", "norms", {"hold": "nf4", "precision": "bf16", "norm_grad": "recompute-halves"}, {}),
+    ("bert", "lora", {"hold": "int8", "precision": "bf16"}, {}),
+    ("roberta", "ia3", {"hold": "bf16"}, {}),
     ("roberta", "prefix", {}, {}),
     ("roberta", "lora", {}, {}),
     ("distilbert", "lora", {}, {}),
@@ -162,6 +167,15 @@ def test_the_whole_step_for_vit_b_is_small(side, reduction, precision, most):
     predicted = forecast(config, Classify.numbered(100))
     assert predicted.parts["weights"] >= 85.7e6 * (4 if precision == "fp32" else 2)
     assert predicted.parts["weights"] < predicted.peak_bytes <= most
+
+
+def test_the_whole_step_for_vit_b_with_held_weights():
+    train = {"batch": 32, "precision": "bf16"}
+    most = {("bf16", "recompute"): 0.55e9, ("int8", "recompute-halves"): 0.40e9}
+    for (hold, norm_grad), limit in most.items():
+        words = train | {"norm_grad": norm_grad} | ({"hold": hold} if hold == "int8" else {})
+        config = check_config({"backbone": VIT_B, "side": {"reduction": 8}, "train": words})
+        assert forecast(config, Classify.numbered(100)).peak_bytes <= limit
 
 
 def test_methods_in_order_of_need():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mdpd_deploy import machine
-from mdpd_deploy.artifacts.run import Run
+from mdpd_deploy.artifacts.run import Run, read_metrics
 from mdpd_deploy.cli import main
 from mdpd_deploy.commands.train import fit, plan
 from mdpd_deploy.config import check_config
@@ -103,6 +103,86 @@ def test_halves_need_less_than_whole_blocks(name, most):
         return forecast(config, Classify.numbered(100)).peak_bytes
 
     assert peak("recompute-halves") < min(most, 0.95 * peak("recompute"))
+
+
+def test_auto_takes_the_largest_batch_that_fits_and_keeps_the_step(tiny_vit):
+    """Every batch that divides a step of 12 is tried by hand, each with its accumulation."""
+    sizes = [1, 2, 3, 4, 6, 12]
+    needs = [need(tiny_vit, "full", "fp32", batch=b, accumulate=12 // b) for b in sizes]
+    assert needs == sorted(set(needs))
+    for limit in (needs[0], needs[2] + 1, needs[4] - 1, needs[-1]):
+        memory = f"{limit / 1e3}kB"
+        found = settled(config_of(tiny_vit, norm_grad="full", batch="auto:12", memory=memory))
+        batch = max(b for b, bytes_ in zip(sizes, needs, strict=True) if bytes_ <= limit)
+        train = found.config.train
+        assert (train.batch, train.accumulate) == (batch, 12 // batch) == (
+            found.choice.batch, found.choice.accumulate
+        )  # fmt: skip
+        assert found.forecast.peak_bytes == needs[sizes.index(batch)]
+        assert f"{batch} of a step's 12 examples at a time within" in found.choice.words
+    with pytest.raises(UserError, match=r"not even train\.batch=1 fits"):
+        settled(config_of(tiny_vit, norm_grad="full", batch="auto:12", memory="1kB"))
+
+
+def test_batch_and_way_are_settled_together(tiny_vit):
+    """The largest batch first, then the fastest way at it; bf16 only where nothing else fits."""
+    both = {"norm_grad": "auto", "batch": "auto"}
+    whole = {way: need(tiny_vit, *way, batch=32) for way in WAYS}
+    found = settled(config_of(tiny_vit, **both), whole["recompute", "fp32"])
+    assert (found.config.train.batch, found.config.train.norm_grad) == (32, "recompute")
+    limit = whole["recompute-halves", "fp32"] - 1
+    assert limit > whole["recompute-halves", "bf16"]
+    found = settled(config_of(tiny_vit, **both), limit)
+    train = found.config.train
+    assert (train.batch, train.accumulate, train.precision) == (16, 2, "fp32")
+    faster = WAYS[: [mode for mode, _ in WAYS].index(train.norm_grad)]
+    parts = [need(tiny_vit, *way, batch=16, accumulate=2) for way in faster]
+    assert found.forecast.peak_bytes <= limit < min(parts, default=limit + 1)
+    alone = [need(tiny_vit, *way, batch=1, accumulate=32) for way in WAYS]
+    found = settled(config_of(tiny_vit, **both), min(alone[:3]) - 1)
+    assert found.config.train.precision == "bf16"
+
+
+def test_a_run_with_an_automatic_batch_takes_the_steps_of_the_whole_one(
+    tmp_path, image_options, capsys
+):
+    words = {**image_options, "method": "norms", "steps": 3}
+    del words["batch"]
+    least = plan(**words, batch=2, set=["train.accumulate=4"]).forecast_bytes
+    memory = f"train.memory={least / 1e3}kB"
+    made = plan(**words, batch="auto:8", set=[memory])
+    assert (made.batch, made.memory_choice.batch) == (
+        8,
+        2,
+    ) and made.memory_choice.words in made.notes
+    run = fit(**words, batch="auto:8", set=[memory], out=tmp_path / "parts")
+    assert made.memory_choice.words in capsys.readouterr().err
+    assert (run.config.train.batch, run.config.train.accumulate) == (2, 4)
+    whole = fit(**words, batch=8, out=tmp_path / "whole", quiet=True)
+    lines = [
+        [
+            line["loss"]
+            for line in read_metrics(r.path / "metrics.jsonl")
+            if line["split"] == "train"
+        ]
+        for r in (run, whole)
+    ]
+    assert lines[0] == pytest.approx(lines[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"batch": "auto:0"}, "a whole number of examples from 1 on, auto, or auto:N"),
+        ({"batch": "many"}, "a whole number of examples from 1 on, auto, or auto:N"),
+        ({"batch": 0}, "a whole number of examples from 1 on, auto, or auto:N"),
+        ({"batch": "auto", "accumulate": 2}, r"train\.batch=auto settles train\.accumulate itself"),
+    ],
+)
+def test_a_batch_that_means_nothing_is_refused(train, said):
+    with pytest.raises(UserError, match=said):
+        check_config({"train": train})
+    assert check_config({"train": {"batch": "8"}}).train.batch == 8
 
 
 @pytest.mark.parametrize("memory", ["4", "4 apples", "-1GB", "nanGB", "GB", 4, "1e3GB"])

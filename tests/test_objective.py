@@ -134,7 +134,7 @@ def derived(method, batch):
     mask = backbone.token_mask(batch.inputs)
     real = torch.ones(taps[0].shape[:2]) if mask is None else mask
     hidden = distiller.draw_mask(batch.keys, taps[0].shape[1], config.train.seed, batch.step)
-    output, _ = method.side_forward(backbone.trace(batch.inputs), True)
+    output = method.side_forward(backbone.trace(batch.inputs), True)
     s = output.features | {depth: output.features.get(depth, output.tokens)}
     layers = [n for n in range(1, depth + 1) if own.last_layer or n in output.features]
     half = -(-len(layers) // 2)

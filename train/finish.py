@@ -141,6 +141,7 @@ def describe(setup: Setup, progress: Progress) -> dict[str, Any]:
         "forecast_parts": need.parts,
         "norm_grad": config.train.norm_grad if method.tunes_norms else None,
         "precision": config.train.precision,
+        "hold": config.train.hold,
     }
     memory["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cuda = setup.device.type == "cuda"

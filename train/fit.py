@@ -45,6 +45,7 @@ class Plan:
 
     Attributes:
         norm_grad: How the norms get their gradient, `auto` settled; None where none is tuned.
+        hold: What the frozen matrices lie in between their uses; None: in `precision`.
         memory_choice: Why, where it was `auto`.
         learning_rate: Its peak and phases.
         options: Those that differ from their default, by dotted name, but for what else is here.
@@ -73,6 +74,7 @@ class Plan:
     params: dict[str, int]
     norm_grad: str | None
     precision: str
+    hold: str | None
     forecast_bytes: int
     forecast_parts: dict[str, int]
     memory_choice: MemoryChoice | None
@@ -128,6 +130,7 @@ def _plan(setup: Setup, memory_table: tuple[MemoryRow, ...]) -> Plan:
         },
         norm_grad=config.train.norm_grad if method.tunes_norms else None,
         precision=config.train.precision,
+        hold=config.train.hold,
         forecast_bytes=memory.forecast.peak_bytes,
         forecast_parts=memory.forecast.parts,
         memory_choice=memory.choice,

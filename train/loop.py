@@ -100,7 +100,7 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
                 progress.memory |= {"choice": asdict(choice)} if choice else {}
         else:
             losses, now = one_step(setup, optimizer, parts, step)
-            if setup.device.type == "cuda":
+            if is_read(setup, step + 1) and setup.device.type == "cuda":
                 torch.cuda.synchronize()
             progress.train_s += time.perf_counter() - started
             progress.samples += len(setup.schedule.members(step))
@@ -111,7 +111,8 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
         if step < method.turns:
             check_gradients(method, step)
         optimizer.zero_grad(set_to_none=True)
-        bar.update(progress.step, float(losses["loss"]), progress.samples_per_s)
+        loss = float(losses["loss"]) if is_read(setup, progress.step) else None
+        bar.update(progress.step, loss, progress.samples_per_s)
         if progress.step % LOG_EVERY == 0 or last or step == 0:
             lr = optimizer.param_groups[0]["lr"]
             line = log_line(setup, progress, losses, norms, lr, logged)
@@ -133,6 +134,15 @@ def train(setup: Setup, out: Path, bar: ProgressBar, stop_request: StopRequest) 
     log.close()
     mean.take()
     return progress
+
+
+def is_read(setup: Setup, done: int) -> bool:
+    """Return whether anything looks at the step after which `done` are done.
+
+    A card is not waited for behind the others, so that the next one's batch is made meanwhile.
+    """
+    every = (LOG_EVERY, setup.eval_every, setup.checkpoint_every)
+    return done in (1, setup.steps) or any(done % count == 0 for count in every)
 
 
 def one_step(

@@ -75,9 +75,9 @@ class NormGradient:
             top_loss: b_L → the backbone pass's loss (final norm, pooling and head inside).
             layer_loss: The feature loss of one layer against the detached side, for `local`.
         """
-        top = trace.ends[-1]
+        loss = top_loss(trace.ends[-1])
         trace.drop()
-        top_loss(top).backward()
+        loss.backward()
 
     def _norms_of(self, blocks: Iterable[int]) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}

@@ -1,7 +1,8 @@
-"""Frozen weights held in bfloat16; norms, and what is trained, kept in float32.
+"""Frozen weights in fewer bits than float32; norms, and what is trained, kept in float32.
 
-Autocast over a frozen backbone would make an uncached bfloat16 copy of every weight at every use;
-holding the weights in bfloat16 halves weights and taps instead. A norm's scale is near 1, where
+`train.precision` says in what a step computes, `train.hold` in what the frozen matrices lie between
+their uses, where that is less. Autocast over a frozen backbone would make an uncached bfloat16 copy
+of every weight at every use; holding the weights in bfloat16 halves weights and taps instead. A norm's scale is near 1, where
 bfloat16 steps are 0.4 %, so the tuned norms stay float32 and compute in float32.
 """
 
@@ -14,23 +15,32 @@ import torch
 from torch import Tensor, nn
 
 from mdpd_deploy.backbones.base import Backbone
+from mdpd_deploy.backbones.held import hold_weights
 
 
-def hold_in_bfloat16(backbone: Backbone, trained: Iterable[nn.Parameter] = ()) -> None:
+def hold_frozen(
+    backbone: Backbone, trained: Iterable[nn.Parameter], dtype: torch.dtype, hold: str | None
+) -> None:
     """Convert the frozen weights in place; norms keep theirs, and compute, in float32.
 
     Args:
         backbone: Its frozen weights become new tensors.
         trained: Further parameters of it that stay as they are.
+        dtype: Of the products, and of what nothing else holds.
+        hold: How matrices are held, a name of `held.FORMS`; None: in `dtype`.
     """
     norms = backbone.norms()
     kept = {id(parameter) for parameter in (*trained, *norms.values())}
+    if hold is not None:
+        hold_weights(backbone, hold, dtype, kept)
+    if dtype == torch.float32:
+        return
     for path in sorted({name.rpartition(".")[0] for name in norms}):
         norm = backbone.get_submodule(path)
         kept |= {id(buffer) for buffer in norm.buffers(recurse=False)}
         kind: Any = type(norm)
         norm.__class__ = _in_float32(kind)
-    _convert(backbone, torch.bfloat16, kept)
+    _convert(backbone, dtype, kept)
 
 
 @cache
@@ -42,8 +52,41 @@ def _in_float32(kind: type[Any]) -> type[Any]:
             out: Tensor = super().forward(x.float(), *args, **kwargs)
             return out.to(x.dtype)
 
-    Float32.__name__ = kind.__name__  # by which backbones know a norm
-    return Float32
+    class Float32LayerNorm(kind):  # type: ignore[misc]  # as above
+        def forward(self, x: Tensor) -> Tensor:
+            shape, eps = self.normalized_shape, self.eps
+            out: Tensor = _LayerNorm.apply(x, self.weight, self.bias, shape, eps)
+            return out
+
+    timms = (kind.__module__, kind.__name__) == ("timm.layers.norm", "LayerNorm")
+    plain = kind.forward is nn.LayerNorm.forward or timms
+    found: type[Any] = Float32LayerNorm if plain else Float32
+    found.__name__ = kind.__name__  # by which backbones know a norm
+    return found
+
+
+class _LayerNorm(torch.autograd.Function):
+    """A layer norm in float32 that keeps its input as it was given: two copies in float32 a block
+    would be a fifth of what a recomputed block keeps.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shape: tuple[int, ...], eps: float
+    ) -> Tensor:
+        out, mean, rstd = torch.native_layer_norm(x.float(), shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.shape = shape
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        found = torch.ops.aten.native_layer_norm_backward(
+            grads[0].float(), x.float(), ctx.shape, mean, rstd, weight, bias, wanted
+        )
+        return (*(g if want else None for g, want in zip(found, wanted, strict=True)), None, None)
 
 
 def _convert(backbone: nn.Module, dtype: torch.dtype, kept: set[int]) -> None:

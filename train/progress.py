@@ -76,9 +76,9 @@ class ProgressBar:
         if self.enabled:
             self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def update(self, step: int, loss: float, samples_per_s: float | None) -> None:
-        """Show how far it is; `step` counts the steps that are done."""
-        self.loss = f"loss {loss:.4g}"
+    def update(self, step: int, loss: float | None, samples_per_s: float | None) -> None:
+        """Show how far it is; `step` counts the steps that are done, a loss of None is the last one."""
+        self.loss = self.loss if loss is None else f"loss {loss:.4g}"
         self.rate = f"{samples_per_s:,.0f} examples/s" if samples_per_s else ""
         self._draw(step)
         if not self.drawn and self._due(step):

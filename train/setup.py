@@ -93,7 +93,7 @@ class Setup:
 def prepare(config: Config) -> Setup:
     """Read the data, load the backbone and build the method, all from the seed.
 
-    The config of what is returned has a settled `train.norm_grad`, never `auto`.
+    The config of what is returned is settled: no `train.norm_grad` or `train.batch` is `auto`.
 
     Raises:
         UserError: For anything the user gave that cannot work.
@@ -134,7 +134,7 @@ def prepare(config: Config) -> Setup:
     method.modules.to(state.device)
     schedule = Schedule(
         len(data.train),
-        config.train.batch,
+        config.train.batch_size,
         config.train.accumulate,
         config.train.seed,
         state.num_processes,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mdpd_deploy.adapters.library import from_peft
 from mdpd_deploy.backbones.base import Backbone, Layered
+from mdpd_deploy.backbones.held import let_go
 from mdpd_deploy.config import PeftConfig
 from mdpd_deploy.errors import UserError
 from mdpd_deploy.registry import Registry
@@ -175,11 +176,14 @@ def adapted_weights(backbone: Backbone) -> dict[str, nn.Parameter]:
     """
     found: dict[str, nn.Parameter] = {}
     for path, layer in _wrapped(backbone):
-        scales_output = getattr(layer, "is_feedforward", None) is False
         for name, parameter in layer.get_base_layer().named_parameters():
-            if name == "weight" or scales_output:
+            if _is_changed(layer, name):
                 found[f"{path}.{name}"] = parameter
     return found
+
+
+def _is_changed(layer: Any, name: str) -> bool:
+    return name == "weight" or getattr(layer, "is_feedforward", None) is False
 
 
 def merged_weights(
@@ -193,16 +197,16 @@ def merged_weights(
         backbone: With the adapter in it.
         original: The bare backbone's weights by name, where the backbone holds them rounded.
     """
-    changed = adapted_weights(backbone)
     found = {}
     for path, layer in _wrapped(backbone):
         merged = copy.deepcopy(layer).float()
+        let_go(merged.get_base_layer())
         if original is not None:
             for name, parameter in merged.get_base_layer().named_parameters():
                 parameter.data.copy_(original[f"{path}.{name}"])
         merged.merge()
         for name, value in merged.get_base_layer().named_parameters():
-            if f"{path}.{name}" in changed:
+            if _is_changed(layer, name):
                 found[f"{path}.{name}"] = value.detach()
     return found
 

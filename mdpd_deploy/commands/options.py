@@ -41,7 +41,11 @@ class SharedWords(TypedDict, total=False):
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the data; default 10."), "train.epochs"
     ]
-    batch: Annotated[int | None, typer.Option(help="Examples per step; default 32."), "train.batch"]
+    batch: Annotated[
+        str | int | None,
+        typer.Option(help="Examples per step, or auto; default 32."),
+        "train.batch",
+    ]
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda."), "train.device"]
 
 

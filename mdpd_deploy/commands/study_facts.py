@@ -39,7 +39,7 @@ def study_facts(plan: Plan, engine: str, jobs: int, threads: int) -> dict[str, A
     return {
         "backbone": Path(name).name if name.startswith("/") else name,
         "length": length,
-        "batch": base.train.batch * base.train.accumulate,
+        "batch": base.train.step_size,
         "rate": rate,
         "machine": "a Ray cluster" if engine == "ray" else f"{device}, {running} at a time",
         "config": base.model_dump(mode="json", exclude_defaults=True, exclude=PLACES),

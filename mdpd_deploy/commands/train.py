@@ -208,6 +208,7 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
             if plan.norm_grad is not None
             else []
         ),
+        *([("frozen weights", f"held in {plan.hold}")] if plan.hold else []),
         ("device", plan.device),
         *(("note", note) for note in plan.notes),
         *([("data", plan.inventory.line)] if plan.inventory.line else []),

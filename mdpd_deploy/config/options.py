@@ -238,13 +238,23 @@ def _size_with_unit(value: object) -> object:
     raise ValueError("a size is a number with its unit, e.g. 4GB or 500MiB")
 
 
+def _batch(value: object) -> object:
+    text = str(value)
+    if not isinstance(value, bool) and re.fullmatch(r"(auto:)?[1-9][0-9]*|auto", text):
+        return text if text.startswith("auto") else int(text)
+    raise ValueError(
+        "a batch is a whole number of examples from 1 on, auto, or auto:N for N examples a step"
+    )
+
+
 class TrainConfig(Section):
     """Length, batches, precision and how the norms get their gradient."""
 
     epochs: float | None = Field(default=None, gt=0)  # passes over the training data; default 10
     steps: int | None = Field(default=None, ge=1)  # optimiser steps; overrides epochs
-    # examples per optimiser step and process, before accumulation
-    batch: int = Field(default=32, ge=1)
+    # examples per optimiser step and process, before accumulation; auto:N takes as many at a time as
+    # fit, and accumulates them to N (auto: 32)
+    batch: Annotated[int | str, BeforeValidator(_batch)] = 32
     accumulate: int = Field(default=1, ge=1)  # batches per optimiser step
     eval_batch: int = Field(default=64, ge=1)
     eval_every: int | None = Field(default=None, ge=1)  # steps; default: once per epoch
@@ -257,8 +267,8 @@ class TrainConfig(Section):
     # recompute | recompute-halves | full | auto (the fastest exact one that fits) | late:K | local |
     # none
     norm_grad: str = "recompute"
-    # what a step may need, e.g. 4GB; a run that needs more is refused. norm_grad=auto without it: the
-    # card's free memory, or four fifths of the machine's
+    # what a step may need, e.g. 4GB; a run that needs more is refused. auto without it: the card's free
+    # memory, or four fifths of the machine's
     memory: Annotated[str, BeforeValidator(_size_with_unit)] | None = YOUNGER
     # let the side pass also move norms it runs through (literal joint)
     late_norm_grad: bool = False
@@ -267,6 +277,8 @@ class TrainConfig(Section):
     # task loss on the backbone's own head; the paper has none, and at 1 its logits loss is hardly felt
     student_task_weight: float = Field(default=1.0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen weights held, side autocast, in bf16
+    # what the frozen matrices lie in between their uses, where that is less than `precision`
+    hold: Literal["bf16", "int8", "nf4"] | None = YOUNGER
     class_weights: Literal["none", "balanced"] | list[Annotated[float, Field(ge=0)]] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -281,6 +293,39 @@ class TrainConfig(Section):
                 f"{', '.join(NORM_GRADIENTS)}, late:K (K a number of blocks)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _hold_is_less(self) -> Self:
+        if self.hold == self.precision:
+            raise ValueError("train.hold=bf16 is what train.precision=bf16 does: leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _auto_accumulates_itself(self) -> Self:
+        if self.auto_batch and self.accumulate != 1:
+            raise ValueError(
+                f"train.batch={self.batch} settles train.accumulate itself: leave that out, and say "
+                "in train.batch=auto:N how many examples a step has"
+            )
+        return self
+
+    @property
+    def auto_batch(self) -> bool:
+        """Whether `batch` and `accumulate` are still to be settled."""
+        return isinstance(self.batch, str)
+
+    @property
+    def batch_size(self) -> int:
+        """`batch` of a run in which it is settled."""
+        assert isinstance(self.batch, int), "settle_memory comes first"
+        return self.batch
+
+    @property
+    def step_size(self) -> int:
+        """Examples per optimiser step and process."""
+        if isinstance(self.batch, int):
+            return self.batch * self.accumulate
+        return int(self.batch.partition(":")[2] or 32)
 
     @property
     def memory_bytes(self) -> int | None:
@@ -370,6 +415,15 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _held_weights_take_no_gradient(self) -> Self:
+        if self.side.init == "fisher" and self.train.hold:
+            raise ValueError(
+                "side.init=fisher looks at the gradient of every weight, and those of train.hold="
+                f"{self.train.hold} have none: leave one out"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """Return the config as YAML that `load_config` reads back unchanged."""

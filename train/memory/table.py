@@ -74,7 +74,7 @@ def forecast_methods(
 
 def _row(name: str, config: Config, task: Task, text_length: int | None) -> MemoryRow:
     try:
-        if config.train.norm_grad == "auto":
+        if config.train.norm_grad == "auto" or config.train.auto_batch:
             free = free_bytes(config.train.device)
             config = settle_memory(config, task, text_length=text_length, free=free).config
         need = forecast(config, task, text_length=text_length)

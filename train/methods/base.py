@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from mdpd_deploy.registry import Registry
 from mdpd_deploy.tasks import Task
 from mdpd_deploy.tasks.head import Head
 from mdpd_deploy.train.methods.batch import Batch
-from mdpd_deploy.train.precision import hold_in_bfloat16, side_autocast
+from mdpd_deploy.train.precision import hold_frozen, side_autocast
 
 NORM_OPTIONS = ("optim.norm_lr", "optim.norms_after")
 
@@ -37,7 +38,7 @@ class Method:
     deploys_added: ClassVar[bool] = False  # what is added to the backbone stays at inference
     distils: ClassVar[bool] = False  # backbone and side network teach each other
     tunes_norms: ClassVar[bool] = False  # through the norm-gradient engine
-    holds_frozen: ClassVar[bool] = True  # in bf16 the backbone is held in bfloat16
+    holds_frozen: ClassVar[bool] = True  # in fewer bits, where that is asked for
     scales: ClassVar[tuple[str, ...]] = ()  # what is in the names of scales kept as columns
     peft_options: ClassVar[tuple[str, ...]] = ()  # those of the section `peft` that it reads
     backbone_group: ClassVar[str] = "norms"  # name of the group of the backbone's weights
@@ -60,8 +61,7 @@ class Method:
                 "--method full, bitfit or probe."
             )
         self.modules = self.build_modules()
-        if self.held:
-            hold_in_bfloat16(backbone, self.tuned().values())
+        hold_frozen(backbone, self.tuned().values(), self.dtype, config.train.hold)
         self.backbone_weights = self.tuned()
         for parameter in self.backbone_weights.values():
             parameter.requires_grad_(True)
@@ -133,6 +133,8 @@ class Method:
             ignored += ["train.student_task_weight", "train.late_norm_grad", "train.turns"]
         if not cls.tunes_norms:
             ignored += ["train.norm_grad", *NORM_OPTIONS]
+        if not cls.holds_frozen:
+            ignored += ["train.hold"]
         ignored += [f"peft.{n}" for n in PeftConfig.model_fields if n not in cls.peft_options]
         if cls.uses_side and cls.deploys_added:
             ignored += ["optim.head_lr"]
@@ -145,16 +147,22 @@ class Method:
     # --- what follows from it -----------------------------------------------------------------
 
     @property
-    def held(self) -> bool:
-        """Whether the frozen weights are held in bfloat16."""
-        return self.config.train.precision == "bf16" and self.holds_frozen
+    def dtype(self) -> torch.dtype:
+        """What the frozen backbone computes in."""
+        half = self.config.train.precision == "bf16" and self.holds_frozen
+        return torch.bfloat16 if half else torch.float32
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the backbone's frozen weights are not those it was loaded with."""
+        return self.dtype != torch.float32 or self.config.train.hold is not None
 
     @property
     def lr(self) -> float:
         """Peak learning rate: `optim.lr`, or the method's own."""
         return self.config.optim.lr or self.default_lr
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, Parameters]:
         """Trained parameters by optimiser group: side or adapter, norms or backbone, head."""
         added: Parameters = {}
@@ -240,9 +248,8 @@ class Method:
         self.modules.eval()
 
     def cast(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give floating inputs the dtype in which the frozen weights are held."""
-        dtype = torch.bfloat16 if self.held else torch.float32
-        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        """Give floating inputs the dtype in which the frozen backbone computes."""
+        return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
         """Autocast around the trained float32 parts, only in bf16 runs."""

@@ -141,14 +141,19 @@ class MDPD(Method):
     def tuned(self) -> Parameters:
         return self.engine.trained(self.distiller.shallow + self.distiller.deep)
 
-    def side_forward(self, trace: Trace, blocked: bool) -> tuple[SideOutput, Tensor]:
-        """Run the side network on detached taps; return its output and pooled features."""
+    def side_forward(self, trace: Trace, blocked: bool) -> SideOutput:
+        """Run the side network on detached taps."""
         taps = trace.taps[: self.side.last_tap + 1]
         with self.autocast(taps[0]):
             blocks = FrozenBlocks(self.backbone, trace, blocked=blocked)
-            output = self.side(taps, trace.mask, blocks)
+            output: SideOutput = self.side(taps, trace.mask, blocks)
+        return output
+
+    def side_pooled(self, trace: Trace, output: SideOutput, blocked: bool) -> Tensor:
+        """Return what the side network's head reads [B, D], float32."""
+        with self.autocast(output.tokens):
             pooled = pool_side(self.backbone, self.side, output, trace.mask, blocked=blocked)
-        return output, pooled.float()
+        return pooled.float()
 
     @contextlib.contextmanager
     def teachers_norms(self) -> Iterator[None]:
@@ -182,10 +187,9 @@ class MDPD(Method):
     def step(self, batch: Batch) -> Parts:
         teaches = self.turns == 1 or batch.step % 2 == 0  # the side network learns to
         follows = self.turns == 1 or not teaches
-        inputs = self.cast(batch.inputs)
         shared = follows and not self.untouched  # one forward for both passes
         with part("taps"), self.teachers_norms():
-            trace = self.engine.forward(inputs) if shared else self.frozen_trace(inputs)
+            trace = self._forward(batch, graph=shared)
         tokens = self.distiller.mask_tokens(trace.taps)
         hidden = self.distiller.draw_mask(
             batch.keys, tokens, self.config.train.seed, batch.step
@@ -195,23 +199,30 @@ class MDPD(Method):
         if self.untouched:
             trace.drop()
             with part("taps"):
-                trace = self.engine.forward(inputs) if follows else self.frozen_trace(inputs)
+                trace = self._forward(batch, graph=follows)
         with part("backbone pass"), torch.set_grad_enabled(follows):
             student = self._backbone_pass(batch, trace, hidden, teacher, features)
         student["loss"] += losses["loss"]
         return losses | student
 
+    def _forward(self, batch: Batch, *, graph: bool) -> Trace:
+        """Run the backbone; inputs that were cast for it are gone behind it."""
+        run = self.engine.forward if graph else self.frozen_trace
+        return run(self.cast(batch.inputs))
+
     def _side_pass(
         self, batch: Batch, trace: Trace, hidden: Tensor
     ) -> tuple[Parts, Tensor, dict[int, Tensor]]:
         weights = self.config.loss
-        output, pooled = self.side_forward(trace, blocked=not self.config.train.late_norm_grad)
-        raw = self.head("side_head").raw(pooled)
-        task = self.task.loss(raw, batch.labels) / batch.weight
+        blocked = not self.config.train.late_norm_grad
+        output = self.side_forward(trace, blocked)
         features = output.features | {self.backbone.depth: output.last(self.backbone.depth)}
         with self.autocast(trace.taps[0]):
             shallow, deep = self.distiller(features, trace.taps, hidden, trace.mask)
         shallow, deep = shallow / batch.count, deep / batch.count
+        # last, so that its wide gradients come and go before those of the features are there
+        raw = self.head("side_head").raw(self.side_pooled(trace, output, blocked))
+        task = self.task.loss(raw, batch.labels) / batch.weight
         loss = weights.task * task + self.shallow_weight * shallow + self.deep_weight * deep
         if loss.requires_grad:
             loss.backward()
@@ -272,7 +283,8 @@ class MDPD(Method):
         trace = self.engine.forward(inputs)
         with torch.no_grad(), self.teachers_norms():
             read = self.frozen_trace(inputs) if self.untouched else trace
-            teacher = self.head("side_head").raw(self.side_forward(read, blocked=True)[1])
+            pooled = self.side_pooled(read, self.side_forward(read, blocked=True), blocked=True)
+            teacher = self.head("side_head").raw(pooled)
             del read
         mask, distilled = trace.mask, self.distiller.shallow + self.distiller.deep
         self.engine.backward(
@@ -330,7 +342,7 @@ class MDPD(Method):
         deployed = self.backbone.finish(trace.taps[-1], trace.mask).float()
         with self.teachers_norms():
             read = self.frozen_trace(inputs) if self.untouched else trace
-            _, pooled = self.side_forward(read, blocked=True)
+            pooled = self.side_pooled(read, self.side_forward(read, blocked=True), blocked=True)
         return {
             "deployed": self.modules["head"](deployed),
             "side": self.modules["side_head"](pooled),

@@ -32,6 +32,7 @@ class Adapted(Direct):
 
     def build_modules(self) -> nn.ModuleDict:
         self.adapter = inject(self.backbone, self.config.method, self.config.peft)
+        self.merged_numbers = sum(w.numel() for w in adapted_weights(self.backbone).values())
         return super().build_modules()
 
     def tuned(self) -> Parameters:
@@ -61,7 +62,7 @@ class Adapted(Direct):
 
     def model_files(self, original: Weights) -> Files:
         """Return the merged weights with the head, and the adapter as it was trained."""
-        plain = original() if self.held else None
+        plain = original() if self.rounded else None
         merged = merged_weights(self.backbone, plain)
         merged = {f"backbone.{name}": tensor for name, tensor in merged.items()}
         head = {f"head.{name}": t for name, t in self.modules["head"].state_dict().items()}
@@ -70,8 +71,7 @@ class Adapted(Direct):
 
     @property
     def deployed_delta(self) -> int:
-        merged = adapted_weights(self.backbone).values()
-        return sum(weight.numel() for weight in merged) + self.parameter_counts["head"]
+        return self.merged_numbers + self.parameter_counts["head"]
 
 
 class Tokens(Direct):
