@@ -3,14 +3,15 @@
 import sys
 
 import numpy as np
+import onnx
 import pytest
 
-from mdpd_deploy import bench_latency, verify_bundle
+from mdpd_deploy import bench_latency, export_run, load_bundle, verify_bundle
 from mdpd_deploy.cli import main
 from mdpd_deploy.commands.evaluate import evaluate_bundle
 from mdpd_deploy.errors import UserError, WorkFailed
 from mdpd_deploy.runtimes.base import only
-from mdpd_deploy.runtimes.openvino import OpenVinoRunner
+from mdpd_deploy.runtimes.openvino import OpenVinoRunner, import_openvino
 from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.core.request_core import RequestCore
 
@@ -114,7 +115,7 @@ def hook(event, words):
         seen.append((event, *words))
 sys.addaudithook(hook)
 from pathlib import Path
-from mdpd_deploy.runtimes.openvino import OpenVinoRunner
+from mdpd_deploy.runtimes.openvino import OpenVinoRunner, import_openvino
 OpenVinoRunner(Path(sys.argv[1]))
 import nncf.telemetry
 import openvino
@@ -131,3 +132,107 @@ def test_nothing_is_written_and_nothing_is_sent(tiny_bundle, run_python, tmp_pat
     done = run_python("-c", WATCHED, str(tiny_bundle.path / "model.onnx"), **home)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]" and not list(tmp_path.iterdir())
+
+
+# --- precisions ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def bf16(tiny_text_run, tmp_path_factory):
+    if "BF16" not in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no bfloat16 units")
+    out = tmp_path_factory.mktemp("openvino") / "bf16"
+    return export_run(tiny_text_run.path, precision="bf16", target="cpu", out=out)
+
+
+def test_bf16_on_a_cpu_is_how_the_fp32_graph_is_run(bf16, tiny_text_bundle):
+    manifest = bf16.manifest
+    assert (manifest["precision"], manifest["runtime"]) == ("bf16", "openvino")
+    assert manifest["files"]["model.onnx"] == tiny_text_bundle.manifest["files"]["model.onnx"]
+    golden = bf16.golden()
+    exact, expected = (only(b.runner()(golden.arrays)) for b in (tiny_text_bundle, bf16))
+    away = np.abs(exact - expected).max() / exact.std()
+    assert 1e-4 < away <= 3e-2  # bfloat16 has 8 bits, and the policy allows this much
+    as_fp32 = only(bf16.runner(runtime="onnx")(golden.arrays))
+    assert np.array_equal(as_fp32, exact)
+    assert set(manifest["receipt"]["compute_nodes"]) == {"bfloat16"}
+
+
+def test_bf16_is_verified_as_it_runs_and_its_graph_as_fp32(bf16, sentence_folder):
+    words = dict(eval_data=str(sentence_folder / "validation.csv"))
+    for runtime, provider in ((None, "OpenVINO"), ("onnx", "CPUExecutionProvider")):
+        checks = {
+            one.name: one for one in verify_bundle(bf16.path, **words, runtime=runtime).checks
+        }
+        for name in ("identity", "golden", "metric"):
+            assert checks[name].verdict == "passed", checks[name]
+        assert provider in checks["golden"].note
+
+
+def test_a_server_says_what_it_computes_in(bf16):
+    for runtime, told in ((None, "bf16"), ("openvino", "bf16"), ("onnx", "fp32")):
+        core = RequestCore.open({"m": bf16.path}, CoreOptions(runtime=runtime))
+        assert core.describe_tasks("m")["precision"] == told
+
+
+def test_bf16_is_not_claimed_where_the_processor_computes_in_float32(
+    bf16, tiny_text_run, tmp_path, monkeypatch, capsys
+):
+    """The property of what was compiled is read back, whatever was asked for."""
+    core = import_openvino().Core
+    plain = core.compile_model
+    told = "bf16 was asked for and OpenVINO computes in f32 on this processor"
+
+    def without_units(self, model, device, settings):
+        return plain(self, model, device, {**settings, "INFERENCE_PRECISION_HINT": "f32"})
+
+    monkeypatch.setattr(core, "compile_model", without_units)
+    with pytest.raises(UserError, match=f"{told}.*--runtime onnx"):
+        RequestCore.open({"m": bf16.path}, CoreOptions())
+    assert main(["verify", str(bf16.path)]) == 1
+    words = ["--precision", "bf16", "--target", "cpu", "--out", str(tmp_path / "b")]
+    assert main(["export", str(tiny_text_run.path), *words]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
+@pytest.mark.usefixtures("unwarmed")
+def test_each_runtime_is_timed_in_its_own_precision(bf16, tmp_path):
+    words = dict(runtime=["onnx", "openvino"], batch=[1], seconds=0.1, threads=1)
+    report = bench_latency(bf16.path, **words, out=tmp_path / "latency")
+    found = {(row["runtime"], row["precision"]) for row in report["rows"]}
+    assert found == {("onnx", "fp32"), ("openvino", "bf16")}
+
+
+def test_int8_for_openvino_is_static_and_holds_our_weights(tiny_text_run, tmp_path, capfd):
+    pytest.importorskip("nncf", reason="quantises graphs")
+    options = dict(precision="int8-openvino", golden="synthetic", parity="warn")
+    bundle = export_run(tiny_text_run.path, **options, out=tmp_path / "b")
+    manifest = load_bundle(bundle.path).manifest
+    assert (manifest["precision"], manifest["runtime"]) == ("int8-openvino", "openvino")
+    assert manifest["receipt"]["weights_share"] >= 0.9
+    assert "ranges from 60 training inputs" in manifest["conversion"]
+    operators = {node.op_type for node in onnx.load(bundle.path / "model.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    assert "DynamicQuantizeLinear" not in operators
+    assert bundle.runner().products["int8"] > bundle.runner().products["float32"]
+    assert not verify_bundle(bundle.path).unsound
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["int8-openvino", "--fmt", "trt"], "OpenVINO runs on the CPU here; use int8-trt"),
+        (["int8"], "name int8-cpu (ONNX Runtime), int8-openvino or, with --fmt trt, int8-trt"),
+    ],
+)
+def test_a_precision_of_another_target_is_refused(tiny_run, words, told, capsys):
+    assert main(["export", str(tiny_run.path), "--precision", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_bf16_without_the_package_names_the_extra(tiny_run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    words = ["--precision", "bf16", "--target", "cpu"]
+    assert main(["export", str(tiny_run.path), *words]) == 2
+    assert 'pip install "mdpd-deploy[openvino]"' in capsys.readouterr().err

@@ -86,7 +86,7 @@ class Bundle:
     def precision_in(self, runtime: str | None = None) -> str:
         """Return what a runtime computes in; None = the bundle's own.
 
-        bf16 of a bundle for OpenVINO is how OpenVINO runs it: its file is the fp32 graph.
+        bf16 on a CPU is how OpenVINO runs the fp32 graph, which is fp32 for every other.
         """
         precision = str(self.manifest["precision"])
         as_run = precision == "bf16" and self.runtime == "openvino"

@@ -117,7 +117,7 @@ class Subject:
     @property
     def precision(self) -> str:
         """What the graph's weights were converted to."""
-        return str(self.bundle.manifest["precision"])
+        return self.bundle.precision_in("onnx")
 
     @property
     def task(self) -> BundleTask:
@@ -126,9 +126,8 @@ class Subject:
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether no runtime has kernels for this graph on the device."""
-        on_gpu = self.bundle.runtime == "onnx" and self.precision == "bf16"
-        return on_gpu and self.device == "cpu"
+        """Whether no runtime has kernels for this precision on the device."""
+        return self.precision == "bf16" and self.device == "cpu"
 
     @property
     def refused(self) -> Seen | None:

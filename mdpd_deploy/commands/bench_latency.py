@@ -195,7 +195,9 @@ def _grid(
     from mdpd_deploy.serve.latency.runtimes import DEFAULT_RUNTIMES, RUNTIMES, choose_device
 
     bundle = subject.bundle
-    default = DEFAULT_RUNTIMES if subject.run is not None or bundle is None else (bundle.runtime,)
+    default: tuple[str, ...] = DEFAULT_RUNTIMES
+    if bundle is not None and (subject.run is None or bundle.runtime != "onnx"):
+        default = (bundle.runtime,)
     runtimes = default if runtime is None else tuple(dict.fromkeys(runtime))
     if not runtimes:
         raise UserError(f"--runtime: name at least one of {', '.join(RUNTIMES)}.")
@@ -219,7 +221,7 @@ def _grid(
     chosen = choose_device(device, runtimes)
     precision = {} if bundle is None else {name: bundle.precision_in(name) for name in runtimes}
     if bundle is not None and "bf16" in precision.values() and chosen == "cpu":
-        for name in runtimes:
+        for name in {"onnx", "openvino"} & set(runtimes):
             bundle.runner(chosen, runtime=name)  # raises where it cannot, with the mend
     return Grid(runtimes, batches, chosen, threads or cpu_count(), plan, seed, precision)
 

@@ -8,6 +8,7 @@ import contextlib
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from mdpd_deploy.runtimes.base import TASK_ID, Outputs, check_task_ids, task_nam
 
 PROVIDER = "OpenVINO"
 HINT = "INFERENCE_PRECISION_HINT"
+PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention"})
+TYPES = {"f32": "float32", "bf16": "bfloat16", "i8": "int8", "u8": "int8"}  # as ONNX names them
 
 
 class OpenVinoRunner:
@@ -35,6 +38,7 @@ class OpenVinoRunner:
 
     Attributes:
         request: What runs it, of OpenVINO.
+        products: Matrix products and convolutions by the type that they were compiled to compute in.
 
     Raises:
         UserError: If OpenVINO is not installed, it cannot load the graph, or bf16 is asked for and
@@ -62,6 +66,7 @@ class OpenVinoRunner:
         self._inputs = {port.any_name: port for port in compiled.inputs}
         self._lock = threading.Lock()
         self.request = compiled.create_infer_request()
+        self.products = _products(compiled)
         self.input_names = tuple(self._inputs)
         self.output_names = tuple(port.any_name for port in compiled.outputs)
         self.metadata = _notes(model)
@@ -173,6 +178,17 @@ def _read_model(core: Any, path: Path, read: Read | None) -> Any:
         for file in (path, external):  # weights beside a graph are found by its place alone
             Path(folder, file.name).write_bytes(read(file))
         return core.read_model(Path(folder, path.name))
+
+
+def _products(compiled: Any) -> Counter[str]:
+    layers = (node.get_rt_info() for node in compiled.get_runtime_model().get_ops())
+    return Counter(
+        TYPES.get(type_, type_)
+        for layer, type_ in (
+            (info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in layers
+        )
+        if layer in PRODUCTS
+    )
 
 
 def _notes(model: Any) -> dict[str, str]:

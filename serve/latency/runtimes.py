@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mdpd_deploy.errors import UserError, unknown
+from mdpd_deploy.machine import cpu_count
 from mdpd_deploy.runtimes.onnx import open_session, provider_of
 from mdpd_deploy.runtimes.openvino import OpenVinoRunner, import_openvino, refuse_device
 from mdpd_deploy.runtimes.tensorrt.cuda import StreamTimer, current_gpu
@@ -138,6 +139,16 @@ class OpenVinoSession:
     def prepare(self, batches: Sequence[Arrays]) -> PreparedCall:
         request = self._request
         return PreparedCall(lambda index: request.infer(batches[index], share_inputs=True))
+
+
+def open_on_cpu(
+    path: Path, runtime: str, *, precision: str, threads: int | None = None
+) -> OnnxSession | OpenVinoSession:
+    """Open a graph in ONNX Runtime or OpenVINO; `threads` inside one operator, None = the quota."""
+    used = threads or cpu_count()
+    if runtime == "openvino":
+        return OpenVinoSession(path, threads=used, precision=precision)
+    return OnnxSession(path, device="cpu", threads=used)
 
 
 class TorchSession:
