@@ -219,18 +219,6 @@ def test_int8_for_openvino_is_static_and_holds_our_weights(tiny_text_run, tmp_pa
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["int8-openvino", "--fmt", "trt"], "OpenVINO runs on the CPU here; use int8-trt"),
-        (["int8"], "name int8-cpu (ONNX Runtime), int8-openvino or, with --fmt trt, int8-trt"),
-    ],
-)
-def test_a_precision_of_another_target_is_refused(tiny_run, words, told, capsys):
-    assert main(["export", str(tiny_run.path), "--precision", *words]) == 2
-    assert told in capsys.readouterr().err
-
-
 def test_bf16_without_the_package_names_the_extra(tiny_run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "openvino", None)
     words = ["--precision", "bf16", "--target", "cpu"]

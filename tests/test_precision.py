@@ -272,10 +272,13 @@ def test_the_twin_rounds_every_value(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"precision": "bf16"}, "bf16 --target cpu: ONNX Runtime has no bfloat16 kernels"),
         ({"precision": "int8-trt"}, "int8-trt --target cpu: .* slower than fp32"),
         ({"precision": "int8-cpu", "fmt": "trt"}, "int8-cpu --fmt trt: TensorRT refuses"),
-        ({"precision": "int8"}, "one int8 file cannot serve both"),
+        ({"precision": "int8"}, "one int8 file cannot serve all: name int8-cpu"),
+        (
+            {"precision": "int8-openvino", "fmt": "trt"},
+            "OpenVINO runs on the CPU here; use int8-trt",
+        ),
         ({"precision": "fp8", "fmt": "trt"}, "--precision fp8: no CPU runs it"),
         ({"precision": "fp61"}, "unknown 'fp61'. Did you mean 'fp16'"),
         ({"target": "tpu"}, "--target: unknown 'tpu'"),
