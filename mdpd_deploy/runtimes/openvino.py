@@ -181,14 +181,14 @@ def _read_model(core: Any, path: Path, read: Read | None) -> Any:
 
 
 def _products(compiled: Any) -> Counter[str]:
-    layers = (node.get_rt_info() for node in compiled.get_runtime_model().get_ops())
-    return Counter(
-        TYPES.get(type_, type_)
-        for layer, type_ in (
-            (info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in layers
+    found: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        layer, computed = (
+            str(node.get_rt_info()[name].astype(str)) for name in ("layerType", "runtimePrecision")
         )
-        if layer in PRODUCTS
-    )
+        if layer in PRODUCTS:
+            found[TYPES.get(computed, computed)] += 1
+    return found
 
 
 def _notes(model: Any) -> dict[str, str]:
