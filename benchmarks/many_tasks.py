@@ -16,6 +16,8 @@ tensorrt  the same in the form of `--fmt trt`
 each      mixed, but with a Gather per weight instead of one for all
 swap      the base graph, one run per distinct task of the batch, weights fed with the run
 sessions  a session per task, one run per distinct task of the batch
+
+With `--openvino bf16` (or fp32) `bare` and `mixed` are run by OpenVINO too, in the same rounds.
 """
 
 import argparse
@@ -38,6 +40,7 @@ from mdpd_deploy.graphs.mixed import TABLE, mixed_graph
 from mdpd_deploy.machine import describe
 from mdpd_deploy.runtimes.mixed import Swap
 from mdpd_deploy.runtimes.onnx import open_session
+from mdpd_deploy.runtimes.openvino import OpenVinoRunner
 from mdpd_deploy.serve.latency.cells import FEWEST_OPENINGS, CellTimes, Plan, join, measure
 from mdpd_deploy.serve.latency.estimate import paired_ratio, percentiles_ms
 
@@ -162,6 +165,9 @@ def open_ways(deltas: dict[str, Delta], folder: Path, args):
     ]
     again = open_graph(folder / "alone-0.onnx", args)
     swap = Swap(folder / "base.onnx", deltas, threads=args.threads)
+    words = dict(threads=args.threads, precision=args.openvino)
+    files = {"bare": "alone-0.onnx", "mixed": "mixed.onnx"} if args.openvino else {}
+    others = {way: OpenVinoRunner(folder / file, **words) for way, file in files.items()}
 
     def calls_on(batches: list[dict]) -> dict:
         plain = [{n: a for n, a in arrays.items() if n != "task_id"} for arrays in batches]
@@ -179,12 +185,18 @@ def open_ways(deltas: dict[str, Delta], folder: Path, args):
             name: lambda index, session=session: session.run(None, batches[index])
             for name, session in ready.items()
         }
+        fed = {"bare": plain, "mixed": batches}
+        by_openvino = {
+            f"{way} in OpenVINO": lambda index, way=way, runner=runner: runner(fed[way][index])
+            for way, runner in others.items()
+        }
         return {
             "bare": lambda index: sessions[0].run(None, plain[index]),
             "bare again": lambda index: again.run(None, plain[index]),
             **mixed,
             "swap": swapped,
             "sessions": separate,
+            **by_openvino,
         }
 
     return calls_on
@@ -408,6 +420,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="measured per cell")
     parser.add_argument("--openings", type=int, default=5, help="times every way is opened anew")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--openvino", choices=("fp32", "bf16"), help="run bare and mixed by it too")
     parser.add_argument("--clock", choices=CLOCKS, default="wall",
                         help="cpu: this process's own time, for a machine that others use too")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("many-tasks"))

@@ -2,8 +2,9 @@
 
     python benchmarks/precision.py --runs RUN_A,RUN_B --seconds 10 --out precision.json
 
-Every valid precision of each run is made and held to its gates as `mdpd export` does, and all of
-them are timed in the same interleaved rounds against fp32. A static uint8 form, which `mdpd export`
+Every valid precision of each run is made and held to its gates as `mdpd export` does, in ONNX Runtime
+and in OpenVINO, and all of them are timed in the same interleaved rounds against fp32 in ONNX
+Runtime. A static uint8 form, which `mdpd export`
 does not offer, is timed beside them: it says why int8-cpu is dynamic. `--train` makes the two runs
 first: the built-in vision transformer on digits, and MiniLM on SST-2 from MDPD_TEST_DATA.
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import tempfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,22 +26,30 @@ from mdpd_deploy.checks.reference import Measured, Reference
 from mdpd_deploy.commands.subject import input_source
 from mdpd_deploy.export.fade import fade
 from mdpd_deploy.export.options import ExportOptions
-from mdpd_deploy.export.precision.convert import convert
-from mdpd_deploy.export.precision.forms import forms_for
+from mdpd_deploy.export.precision.convert import (
+    Candidate,
+    convert,
+    run_by_openvino,
+    unconverted,
+)
+from mdpd_deploy.export.precision.forms import Form, forms_for
 from mdpd_deploy.export.precision.int8_trt import quantise_static
 from mdpd_deploy.export.precision.material import material_of
 from mdpd_deploy.export.precision.onnxruntime_cpu import quiet
 from mdpd_deploy.export.precision.weight_report import weight_report
 from mdpd_deploy.machine import describe
 from mdpd_deploy.runtimes.onnx import OnnxRunner
+from mdpd_deploy.runtimes.openvino import OpenVinoRunner
 from mdpd_deploy.serve.latency.cells import Plan
 from mdpd_deploy.serve.latency.graph_race import race_graphs
+from mdpd_deploy.serve.latency.runtimes import open_on_cpu
 
 STATIC = "static uint8 (not offered)"
 
 
-def measure(run: Run, batches: list[int], seconds: float) -> list[dict]:
+def measure(run: Run, batches: list[int], seconds: float, threads: int | None) -> list[dict]:
     """Return one row per precision and batch."""
+    forms = forms_for("cpu")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         bundle = export_run(run.path, out=scratch / "fp32")
@@ -50,19 +60,22 @@ def measure(run: Run, batches: list[int], seconds: float) -> list[dict]:
         measured = Measured(split, names, None, run.config.train.eval_batch)
         reference = Reference(fade(run).model, run.preprocess, golden, measured)
         material = material_of(run, golden, ExportOptions())
-        graphs = {"fp32": source}
-        for form in forms_for("cpu")[1:]:
-            path = scratch / f"{form.precision}.onnx"
-            words = dict(material=material, reference=reference, mode="warn")
-            graphs[form.precision] = convert(form, source, path, **words).graph
+        made = {form.name: make(form, source, scratch, material, reference) for form in forms}
+        graphs = {name: one.graph for name, one in made.items()}
         graphs[STATIC] = scratch / "static.onnx"
         with quiet():
             quantise_static(source, graphs[STATIC], material.calibration(), symmetric=False)
-        quality = {name: judge(reference, path, names[0]) for name, path in graphs.items()}
+        places = {form.name: (form.runtime, form.precision) for form in forms}
+        opened = {name: places.get(name, ("onnx", "int8")) for name in graphs}
+        quality = {name: judge(reference, graphs[name], names[0], *opened[name]) for name in graphs}
+        openers = {
+            name: partial(open_on_cpu, graphs[name], runtime, precision=precision, threads=threads)
+            for name, (runtime, precision) in opened.items()
+        }
         rows = []
         for batch in batches:
             inputs, plan = input_source(run), Plan(seconds=seconds)
-            race = race_graphs(graphs, inputs, batch=batch, plan=plan)
+            race = race_graphs(openers, inputs, batch=batch, plan=plan)
             for name, timing in race.timings.items():
                 rows.append(
                     {
@@ -82,12 +95,24 @@ def measure(run: Run, batches: list[int], seconds: float) -> list[dict]:
         return rows
 
 
-def judge(reference: Reference, graph: Path, metric: str) -> dict:
+def make(form: Form, source: Path, scratch: Path, material, reference: Reference) -> Candidate:
+    """Return a form as `mdpd export --parity warn` makes it."""
+    if form.convert is not None:
+        words = dict(material=material, reference=reference, mode="warn")
+        return convert(form, source, scratch / f"{form.precision}.onnx", **words)
+    if form.runtime == "onnx":
+        return unconverted(form, source)
+    return run_by_openvino(form, source, reference=reference, mode="warn")
+
+
+def judge(reference: Reference, graph: Path, metric: str, runtime: str, precision: str) -> dict:
     """Return drift and metric drop of a graph on the validation examples."""
-    expected, outputs = reference.beside(OnnxRunner(graph))
+    in_openvino = runtime == "openvino"
+    runner = OpenVinoRunner(graph, precision=precision) if in_openvino else OnnxRunner(graph)
+    expected, outputs = reference.beside(runner)
     labels = reference.measured.split.labels
     drop = paired_drop(metric, expected, outputs, labels)
-    kind = "int8" if "int8" in graph.name or "static" in graph.name else "float32"
+    kind = "int8" if "int8" in precision else "float32"
     return {
         "metric": metric,
         "examples": len(labels),
@@ -114,6 +139,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, help="folder to train the two runs in, instead")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--threads", type=int, help="inside one operator; default: the CPU quota")
     parser.add_argument("--out", type=Path, default=Path("precision.json"))
     args = parser.parse_args()
     runs = train(args.train) if args.train else [Run.open(p) for p in args.runs.split(",")]
@@ -121,7 +147,8 @@ def main() -> None:
     print("| run | precision | MB | batch | time / fp32 | p50 ms | metric drop, points | drift |")
     print("|---|---|---|---|---|---|---|---|")
     for run in runs:
-        for row in measure(run, [int(word) for word in args.batches.split(",")], args.seconds):
+        batches = [int(word) for word in args.batches.split(",")]
+        for row in measure(run, batches, args.seconds, args.threads):
             rows.append(row)
             low, high = row["ci95"]
             worst, best = (100 * value for value in row["drop_ci95"])

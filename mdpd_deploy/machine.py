@@ -24,6 +24,8 @@ PACKAGES = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
+    "nncf",
     "tensorrt",
 )
 CGROUPS = Path("/sys/fs/cgroup")

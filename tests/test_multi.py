@@ -246,6 +246,19 @@ def test_a_mixed_batch_answers_each_row_by_its_own_task(text_bundle):
     assert text_bundle.run_mixed([]) == []
 
 
+def test_openvino_runs_a_batch_of_several_tasks(text_bundle):
+    """The graph's weights lie outside of its file, and reach it by what was read and hashed."""
+    pytest.importorskip("openvino", reason="runs graphs")
+    usual, other = text_bundle.runner(), text_bundle.runner(runtime="openvino")
+    asked = [(text_bundle.task(name), raw) for name, raws in RAWS.items() for raw in raws]
+    arrays = mixed_batch(asked)
+    assert scaled_gap(other(arrays), usual(arrays)) < 1e-5
+    for wrong in (arrays["task_id"][:1], arrays["task_id"] - 1):
+        with pytest.raises(UserError, match="task_id"):
+            other({**arrays, "task_id": wrong})
+    assert not verify_bundle(text_bundle.path, runtime="openvino").unsound
+
+
 def test_a_mixed_batch_truncates_by_task_and_pads_to_the_longest(text_bundle):
     mood, stars, score = text_bundle.tasks
     long = "film " * 60

@@ -39,6 +39,8 @@ from mdpd_deploy.serve.latency.graph_race import GraphTiming
 
 pytest.importorskip("onnxruntime", reason="converts and runs graphs")
 
+IN_ONNX = [form for form in forms_for("cpu") if form.runtime == "onnx"]
+ON_A_CPU = ["fp32", "fp16", "int8-cpu", "fp32 in OpenVINO", "bf16 in OpenVINO", "int8-openvino"]
 BFLOAT16 = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
 
 
@@ -270,10 +272,13 @@ def test_the_twin_rounds_every_value(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"precision": "bf16"}, "bf16 --target cpu: ONNX Runtime has no bfloat16 kernels"),
         ({"precision": "int8-trt"}, "int8-trt --target cpu: .* slower than fp32"),
         ({"precision": "int8-cpu", "fmt": "trt"}, "int8-cpu --fmt trt: TensorRT refuses"),
-        ({"precision": "int8"}, "one int8 file cannot serve both"),
+        ({"precision": "int8"}, "one int8 file cannot serve all: name int8-cpu"),
+        (
+            {"precision": "int8-openvino", "fmt": "trt"},
+            "OpenVINO runs on the CPU here; use int8-trt",
+        ),
         ({"precision": "fp8", "fmt": "trt"}, "--precision fp8: no CPU runs it"),
         ({"precision": "fp61"}, "unknown 'fp61'. Did you mean 'fp16'"),
         ({"target": "tpu"}, "--target: unknown 'tpu'"),
@@ -303,7 +308,8 @@ def test_format_and_target_follow_from_each_other():
     assert (
         place_of("trt", None) == place_of(None, "gpu") == place_of("trt", "gpu") == ("trt", "gpu")
     )
-    assert [f.precision for f in forms_for("cpu")] == ["fp32", "fp16", "int8-cpu"]
+    assert [f.name for f in forms_for("cpu")] == ON_A_CPU
+    assert [f.name for f in IN_ONNX] == ["fp32", "fp16", "int8-cpu"]
     assert [f.precision for f in forms_for("gpu")] == ["fp32", "fp16", "bf16", "int8-trt"]
 
 
@@ -563,14 +569,15 @@ def test_auto_tries_what_is_valid_and_keeps_by_measurement(tiny_run, tmp_path, c
     assert main([*map(str, words), "--target", "cpu", "--parity", "warn"]) == 0
     manifest = load_bundle(out).manifest
     tried = manifest["precision_trials"]
-    assert [row["precision"] for row in tried["trials"]] == ["fp32", "fp16", "int8-cpu"]
-    assert manifest["precision"] == tried["chosen"]
+    assert [row["name"] for row in tried["trials"]] == ON_A_CPU
+    (kept,) = [row for row in tried["trials"] if row["name"] == tried["chosen"]]
+    assert (manifest["precision"], manifest["runtime"]) == (kept["precision"], kept["runtime"])
     for row in tried["trials"]:
         low, high = row["ci95"]
         assert 0 < low <= row["ratio"] <= high
     passed = [r for r in tried["trials"] if r["verdict"] == "passed"]
     best = [r for r in passed if r["timing"] == "faster"]
-    expected = min(best, key=lambda r: r["ratio"])["precision"] if best else "fp32"
+    expected = min(best, key=lambda r: r["ratio"])["name"] if best else "fp32"
     assert tried["chosen"] == expected
     shown = capsys.readouterr().out
     assert tried["recommendation"] in " ".join(shown.split()) and "time / fp32" in shown
@@ -612,7 +619,7 @@ def test_auto_does_not_keep_what_only_warned(fp32, fp16, missed):
         base = GraphTiming(1.0, (0.9, 1.1), 2.0, "control", "control")
         return Race({"fp32": base} | {n: found[n] for n in graphs if n in found}, {"batch": 1})
 
-    forms = forms_for("cpu")
+    forms = IN_ONNX
     tried = try_all(forms, make, time_graphs)
     assert tried.chosen.form.precision == "fp16"
     row = tried.table["trials"][2]
@@ -657,7 +664,7 @@ def test_a_candidate_that_fails_is_a_row_of_the_table(fp32, failure):
         found = GraphTiming(1.0, (0.9, 1.1), 2.0, "slower", "slower")
         return Race(dict.fromkeys(graphs, found), {"batch": 1})
 
-    tried = try_all(forms_for("cpu"), make, time_graphs)
+    tried = try_all(IN_ONNX, make, time_graphs)
     assert timed == ["fp32", "int8-cpu"] and tried.chosen.form.precision == "fp32"
     assert tried.table["trials"][1]["reason"] == str(failure)
     assert tried.table["recommendation"] == "int8-cpu did not pay here: fp32 is kept; fp16 failed"

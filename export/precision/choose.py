@@ -15,7 +15,7 @@ from mdpd_deploy.checks.policy import POLICIES
 from mdpd_deploy.checks.reference import Reference
 from mdpd_deploy.checks.subject import Seen
 from mdpd_deploy.export.options import ExportOptions
-from mdpd_deploy.export.precision.convert import Candidate, convert, unconverted
+from mdpd_deploy.export.precision.convert import Candidate, convert, run_by_openvino, unconverted
 from mdpd_deploy.export.precision.forms import AUTO, Form, form_of, forms_for
 from mdpd_deploy.export.precision.material import material_of
 from mdpd_deploy.export.precision.trials import TimeGraphs, try_all
@@ -88,7 +88,7 @@ def choose_precision(
             chosen, manifest["precision_trials"] = tried.chosen, tried.table
         else:
             chosen = make(form_of(asked.precision, asked.target))
-        if chosen.gates:
+        if chosen.graph != draft.graph.path:
             shutil.copyfile(chosen.graph, draft.graph.path)
     report, precision = chosen.report.to_json(), chosen.form.precision
     proto = onnx.load(draft.graph.path, load_external_data=False)
@@ -97,6 +97,7 @@ def choose_precision(
         "opset": next(entry.version for entry in proto.opset_import if not entry.domain),
     }
     manifest |= {"precision": precision, "receipt": report, "conversion": chosen.how}
+    manifest["runtime"] = chosen.form.runtime
     policy = {"mode": asked.parity, "precision": precision, **POLICIES[precision].to_json()}
     gates = _with_own(passed, chosen)
     details = {name: seen.details for name, seen in gates.items()}
@@ -111,7 +112,10 @@ def _make(
     draft: Draft, asked: ExportOptions, scratch: Path, form: Form, *, to_time: bool = False
 ) -> Candidate:
     """Make a form; one that is to be timed for a GPU has the engine that runs there."""
-    if form.convert is None:
+    if form.runtime == "openvino" and form.convert is None:
+        graph, reference = draft.graph.path, draft.reference
+        made = run_by_openvino(form, graph, reference=reference, mode=asked.parity)
+    elif form.convert is None:
         made = unconverted(form, draft.graph.path)
     else:
         made = convert(
@@ -128,9 +132,9 @@ def _make(
 
 
 def _with_own(passed: Mapping[str, Seen], chosen: Candidate) -> dict[str, Seen]:
-    """Return what was seen of the FP32 graph, replaced by what a conversion's own gates saw."""
-    if not chosen.gates:
-        return dict(passed)
+    """Return what was seen of the FP32 graph, replaced by what a converted graph's own gates saw."""
+    if chosen.form.convert is None:
+        return {**passed, **chosen.gates}
     before = {
         name: replace(seen, note=f"{seen.note}; {BEFORE}") if seen.verdict == "passed" else seen
         for name, seen in passed.items()

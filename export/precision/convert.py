@@ -1,4 +1,7 @@
-"""One precision of a graph: convert, check the file, count what it holds, pass the gates."""
+"""One precision of a graph: convert, check the file, count what it holds, pass the gates.
+
+Not every precision needs another file: bf16 on a CPU is how OpenVINO runs the FP32 graph.
+"""
 
 import logging
 import tempfile
@@ -20,7 +23,9 @@ from mdpd_deploy.export.precision.material import Material
 from mdpd_deploy.export.precision.onnxruntime_cpu import quiet
 from mdpd_deploy.export.precision.weight_report import WeightReport, require_met, weight_report
 from mdpd_deploy.graphs.trace import strip_notes
+from mdpd_deploy.runtimes.base import Runtime
 from mdpd_deploy.runtimes.onnx import OnnxRunner
+from mdpd_deploy.runtimes.openvino import OpenVinoRunner
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ class Candidate:
         graph: The `.onnx` file.
         how: Who converted it, in a phrase.
         report: What it holds.
-        gates: parity, metric and golden; empty for fp32, whose own gates stand.
+        gates: parity, metric and golden; empty for fp32 in ONNX Runtime, whose own gates stand.
         engine: The TensorRT engine that was built of the graph, where that is what runs.
     """
 
@@ -61,6 +66,24 @@ def unconverted(form: Form, graph: Path) -> Candidate:
     report = weight_report(graph, form.weights)
     require_met(report, form.precision)
     return Candidate(form, graph, "as traced", report)
+
+
+def run_by_openvino(
+    form: Form, graph: Path, *, reference: Reference, mode: ParityMode
+) -> Candidate:
+    """Hold the FP32 graph, as OpenVINO runs it in the form's precision, to its gates.
+
+    Raises:
+        UserError: If OpenVINO is not installed, or computes in another precision on this processor.
+        VerificationError: If a gate fails.
+    """
+    logger.info("verifying %s", form.name)
+    runner = OpenVinoRunner(graph, precision=form.precision)
+    gates = _pass_gates(form, runner, reference, mode)
+    made = unconverted(form, graph)
+    report = replace(made.report, compute_nodes=dict(runner.products))
+    how = f"as traced, computed in {form.precision} by OpenVINO"
+    return replace(made, how=how, report=report, gates=gates)
 
 
 def convert(
@@ -103,20 +126,30 @@ def convert(
     report = weight_report(target, form.weights)
     require_met(report, form.precision)
     logger.info("verifying %s", form.precision)
-    gates = _pass_gates(form, target, reference, mode)
+    gates = _pass_gates(form, _open(form, target), reference, mode)
     return Candidate(form, target, how, report, gates)
 
 
-def _pass_gates(form: Form, graph: Path, reference: Reference, mode: ParityMode) -> dict[str, Seen]:
-    policy, twin = POLICIES[form.precision], form.precision == "bf16"
+def _open(form: Form, graph: Path) -> Runtime:
+    """Open a converted graph, or its twin where no CPU has kernels for it."""
+    if form.runtime == "openvino":
+        return OpenVinoRunner(graph, precision=form.precision)
+    if form.weights != "bfloat16":
+        return OnnxRunner(graph)
     with tempfile.TemporaryDirectory(prefix="mdpd-twin-") as scratch:
-        runner = OnnxRunner(write_twin(graph, Path(scratch, "twin.onnx")) if twin else graph)
-        seen, compared = parity.prove_converted(reference, runner, policy, mode)
-        gates = {
-            "parity": seen,
-            "metric": metric.prove_converted(reference, runner, policy, compared, mode),
-            "golden": golden.prove(reference, runner, compared),
-        }
-    if twin:
+        return OnnxRunner(write_twin(graph, Path(scratch, "twin.onnx")))
+
+
+def _pass_gates(
+    form: Form, runner: Runtime, reference: Reference, mode: ParityMode
+) -> dict[str, Seen]:
+    policy = POLICIES[form.precision]
+    seen, compared = parity.prove_converted(reference, runner, policy, mode)
+    gates = {
+        "parity": seen,
+        "metric": metric.prove_converted(reference, runner, policy, compared, mode),
+        "golden": golden.prove(reference, runner, compared),
+    }
+    if form.weights == "bfloat16":
         return {name: replace(seen, note=f"{seen.note}; {TWIN}") for name, seen in gates.items()}
     return gates

@@ -1,8 +1,8 @@
 """Which precision exists for which target, and who makes it.
 
-The target is where the file will run: `cpu` is ONNX Runtime on the CPU, `gpu` is TensorRT. One int8
-file cannot serve both: TensorRT refuses the operators of the CPU's form, and its own form is slower
-than FP32 in ONNX Runtime.
+The target is where the file will run: `cpu` is ONNX Runtime or OpenVINO on the CPU, `gpu` is
+TensorRT. One int8 file cannot serve all: TensorRT refuses the operators of ONNX Runtime's form, its
+own form is slower than FP32 in ONNX Runtime, and ONNX Runtime's is slower than FP32 in OpenVINO.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from typing import Literal, get_args
 
 from mdpd_deploy.errors import UserError, unknown
 from mdpd_deploy.export.precision.autocast import autocast
+from mdpd_deploy.export.precision.int8_openvino import quantise_for_openvino
 from mdpd_deploy.export.precision.int8_trt import quantise_symmetric
 from mdpd_deploy.export.precision.material import Material
 from mdpd_deploy.export.precision.onnxruntime_cpu import fp16_for_size, quantise_dynamic
 
 Target = Literal["cpu", "gpu"]
 AUTO = "auto"
-PRECISIONS = ("fp32", "fp16", "bf16", "int8-cpu", "int8-trt")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Form:
     Attributes:
         precision: As typed after `--precision`.
         target: Where it runs.
+        runtime: What its gates are passed in, `onnx` or `openvino`.
         weights: Type that the weights of matrix products must have.
         convert: Writes the converted graph and says in a phrase how; None = the graph as it is.
         note: What its user should know; empty = nothing.
@@ -41,29 +42,36 @@ class Form:
     convert: Callable[[Path, Path, Material], str] | None
     note: str = ""
     takes_converted: bool = False
+    runtime: str = "onnx"
+
+    @property
+    def name(self) -> str:
+        """What tables call it: fp32 has two forms on the CPU."""
+        own = self.runtime != "openvino" or self.precision.endswith("openvino")
+        return self.precision if own else f"{self.precision} in OpenVINO"
 
 
-FORMS: dict[tuple[str, Target], Form] = {
-    (form.precision, form.target): form
-    for form in (
-        Form("fp32", "cpu", "float32", None),
-        Form(
-            "fp16",
-            "cpu",
-            "float16",
-            fp16_for_size,
-            note="fp16 on the CPU halves the file and is not faster: x86 computes it in float32",
-        ),
-        Form("int8-cpu", "cpu", "int8", quantise_dynamic),
-        Form("fp32", "gpu", "float32", None),
-        Form("fp16", "gpu", "float16", partial(autocast, "fp16"), takes_converted=True),
-        Form("bf16", "gpu", "bfloat16", partial(autocast, "bf16"), takes_converted=True),
-        Form("int8-trt", "gpu", "int8", quantise_symmetric),
-    )
-}
+FORMS = (
+    Form("fp32", "cpu", "float32", None),
+    Form(
+        "fp16",
+        "cpu",
+        "float16",
+        fp16_for_size,
+        note="fp16 on the CPU halves the file and is not faster: x86 computes it in float32",
+    ),
+    Form("int8-cpu", "cpu", "int8", quantise_dynamic),
+    Form("fp32", "cpu", "float32", None, runtime="openvino"),
+    Form("bf16", "cpu", "float32", None, runtime="openvino"),
+    Form("int8-openvino", "cpu", "int8", quantise_for_openvino, runtime="openvino"),
+    Form("fp32", "gpu", "float32", None),
+    Form("fp16", "gpu", "float16", partial(autocast, "fp16"), takes_converted=True),
+    Form("bf16", "gpu", "bfloat16", partial(autocast, "bf16"), takes_converted=True),
+    Form("int8-trt", "gpu", "int8", quantise_symmetric),
+)
+PRECISIONS = tuple(dict.fromkeys(form.precision for form in FORMS))
 
 _REFUSED = {
-    ("bf16", "cpu"): "ONNX Runtime has no bfloat16 kernels on the CPU; add --fmt trt for a GPU",
     ("int8-trt", "cpu"): (
         "TensorRT's symmetric int8 form is slower than fp32 in ONNX Runtime; use int8-cpu, or add "
         "--fmt trt"
@@ -72,9 +80,13 @@ _REFUSED = {
         "TensorRT refuses the operators of this form (DynamicQuantizeLinear, MatMulInteger); use "
         "int8-trt"
     ),
+    ("int8-openvino", "gpu"): "OpenVINO runs on the CPU here; use int8-trt",
 }
 _UNMADE = {
-    "int8": "one int8 file cannot serve both targets: name int8-cpu or, with --fmt trt, int8-trt",
+    "int8": (
+        "one int8 file cannot serve all: name int8-cpu (ONNX Runtime), int8-openvino or, with --fmt "
+        "trt, int8-trt"
+    ),
     "fp8": (
         "no CPU runs it and this version does not make it for TensorRT: use fp16, bf16 or int8-trt "
         "with --fmt trt"
@@ -112,9 +124,9 @@ def form_of(precision: str, target: Target) -> Form:
     if (precision, target) in _REFUSED:
         place = "--fmt trt" if target == "gpu" else "--target cpu"
         raise UserError(f"--precision {precision} {place}: {_REFUSED[precision, target]}.")
-    return FORMS[precision, target]
+    return next(form for form in forms_for(target) if form.precision == precision)
 
 
 def forms_for(target: Target) -> list[Form]:
-    """Return what `--precision auto` tries, fp32 first."""
-    return [form for form in FORMS.values() if form.target == target]
+    """Return what `--precision auto` tries, fp32 first (on the CPU in ONNX Runtime)."""
+    return [form for form in FORMS if form.target == target]

@@ -56,7 +56,7 @@ def material_of(run: Run, golden: Golden, asked: "ExportOptions") -> Material:
             train = run.load_task_data().train
         except UserError as err:
             raise UserError(
-                "int8-trt is calibrated on the run's training inputs, since made-up ones would "
+                "static int8 is calibrated on the run's training inputs, since made-up ones would "
                 f"give wrong ranges, and they cannot be read: {err}"
             ) from err
         raws = spread_evenly(train.inputs, CALIBRATION_INPUTS)

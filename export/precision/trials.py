@@ -8,7 +8,6 @@ Timing belongs to another room, so it is handed in as a function.
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from mdpd_deploy.errors import UserError, WorkFailed
@@ -49,7 +48,7 @@ class Race:
     """Times of several graphs.
 
     Attributes:
-        timings: By precision; fp32 against itself is the control.
+        timings: By the names of forms; fp32 against itself is the control.
         settings: Batch, rounds, threads and the like, for the manifest.
     """
 
@@ -57,7 +56,7 @@ class Race:
     settings: dict[str, Any]
 
 
-TimeGraphs = Callable[[Mapping[str, Path]], Race]  # graphs, or for a GPU engines, by precision
+TimeGraphs = Callable[[Mapping[str, Candidate]], Race]  # by the names of their forms
 
 
 @dataclass(frozen=True)
@@ -77,25 +76,25 @@ def try_all(
         forms: What to try; the first is fp32, which is kept unless another is faster.
         make: Converts and verifies one form. One that fails in any way, or that lacks what it
             needs, is a row of the table.
-        time_graphs: Times graphs or engines by precision against fp32.
+        time_graphs: Times graphs or engines against fp32.
 
     Raises:
         UserError, WorkFailed: If fp32 itself cannot be made.
     """
     base, *others = forms
-    candidates = {base.precision: make(base)}
+    candidates = {base.name: make(base)}
     failed: dict[str, str] = {}
     for form in others:
         try:
-            candidates[form.precision] = make(form)
+            candidates[form.name] = make(form)
         except (UserError, WorkFailed) as err:
-            failed[form.precision] = str(err)
-            logger.info("%s is out: %s", form.precision, err)
-    race = time_graphs({name: made.engine or made.graph for name, made in candidates.items()})
+            failed[form.name] = str(err)
+            logger.info("%s is out: %s", form.name, err)
+    race = time_graphs(candidates)
     warned = [name for name, made in candidates.items() if made.warned]
-    chosen = choose(base.precision, race.timings, barred=warned)
-    rows = [_row(f, candidates.get(f.precision), failed.get(f.precision), race) for f in forms]
-    told = _recommendation(base.precision, chosen, race, warned, list(failed))
+    chosen = choose(base.name, race.timings, barred=warned)
+    rows = [_row(f, candidates.get(f.name), failed.get(f.name), race) for f in forms]
+    told = _recommendation(base.name, chosen, race, warned, list(failed))
     table = {
         "chosen": chosen,
         "recommendation": told,
@@ -106,11 +105,11 @@ def try_all(
 
 
 def choose(base: str, timings: Mapping[str, Timing], *, barred: Collection[str] = ()) -> str:
-    """Return the fastest precision that is really faster than `base`, else `base`.
+    """Return the fastest form that is really faster than `base`, else `base`.
 
     Args:
         base: What is kept otherwise.
-        timings: By precision.
+        timings: By the names of forms.
         barred: Those that missed a gate; `--parity warn` is no reason to prefer them.
     """
     open_to = {name: timing for name, timing in timings.items() if name not in {base, *barred}}
@@ -121,10 +120,15 @@ def choose(base: str, timings: Mapping[str, Timing], *, barred: Collection[str] 
 def _row(
     form: Form, candidate: Candidate | None, failure: str | None, race: Race
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"precision": form.precision, "note": form.note}
+    row: dict[str, Any] = {
+        "name": form.name,
+        "precision": form.precision,
+        "runtime": form.runtime,
+        "note": form.note,
+    }
     if candidate is None:
         return row | {"verdict": "failed", "reason": failure}
-    timing = race.timings[form.precision]
+    timing = race.timings[form.name]
     parity, metric = candidate.gates.get("parity"), candidate.gates.get("metric")
     return row | {
         "verdict": "warned" if candidate.warned else "passed",

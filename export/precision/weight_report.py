@@ -17,7 +17,8 @@ from mdpd_deploy.runtimes.onnx import COMPUTE_OPS
 LEAST_SHARE = 0.9  # of the numbers in weights of matrix products
 INTEGER = frozenset({"MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"})
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"}) | INTEGER
-_PASSES_ON = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape"})
+_MOVES = frozenset({"Transpose", "Reshape"})
+_PASSES_ON = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear"}) | _MOVES
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,14 @@ class _Graph:
         return self._weight_behind(node.input[1]) if node.op_type in PRODUCTS else None
 
     def _quantised(self, node: onnx.NodeProto) -> bool:
-        made = [self.maker.get(name) for name in node.input[:2]]
-        return len(made) == 2 and all(
-            m is not None and m.op_type == "DequantizeLinear" for m in made
-        )
+        return len(node.input) > 1 and all(map(self._dequantised, node.input[:2]))
+
+    def _dequantised(self, name: str) -> bool:
+        """Whether a value is made of integers, and at most moved since."""
+        maker = self.maker.get(name)
+        if maker is not None and maker.op_type in _MOVES:
+            return self._dequantised(maker.input[0])
+        return maker is not None and maker.op_type == "DequantizeLinear"
 
     def _weight_behind(self, name: str) -> onnx.TensorProto | None:
         while name not in self.weights:

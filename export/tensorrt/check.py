@@ -29,7 +29,7 @@ def check_engine(bundle: Bundle, runner: Runtime, profiles: Profiles, *, tf32: b
         UserError: If the bundle does not say how its golden vectors came out at the export.
         VerificationError: If it computes something else.
     """
-    precision, graph = str(bundle.manifest["precision"]), bundle.path / MODEL_FILE
+    precision, graph = bundle.precision_in("trt"), bundle.path / MODEL_FILE
     if not bundle.mixed:
         golden = bundle.golden()
     else:  # each task's own golden outputs were held against the graph at export

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 HEAD = "head."
 MOST_WARNINGS = 20
-NOT_FOR_TENSORRT = frozenset({"int8-cpu"})
+NOT_FOR_TENSORRT = frozenset({"int8-cpu", "int8-openvino"})
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def install_engine(bundle: Bundle, options: EngineOptions, *, rebuild: bool = Fa
     """
     trt = import_trt("building a TensorRT engine")
     gpu = current_gpu()
-    precision = str(bundle.manifest["precision"])
+    precision = bundle.precision_in("trt")
     if precision in NOT_FOR_TENSORRT:
         raise UserError(
             f"bundle {bundle.path} is {precision}, which TensorRT cannot read: export the run with "

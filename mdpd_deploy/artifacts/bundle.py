@@ -44,6 +44,7 @@ from mdpd_deploy.graphs.deltas import load_delta
 from mdpd_deploy.runtimes.base import TASK_ID, Forward, Outputs, Runtime, joined
 from mdpd_deploy.runtimes.mixed import Swap, TaskRunner, mixed_batch
 from mdpd_deploy.runtimes.onnx import OnnxRunner
+from mdpd_deploy.runtimes.openvino import OpenVinoRunner, refuse_device
 from mdpd_deploy.tasks import Prediction
 
 __all__ = [
@@ -54,7 +55,7 @@ __all__ = [
     "load_bundle",
     "run_batches",
 ]
-RUNTIMES = ("onnx", "trt")
+RUNTIMES = ("onnx", "openvino", "trt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,20 @@ class Bundle:
     def mixed(self) -> bool:
         """Whether the graph answers several tasks and takes `task_id`."""
         return "tasks" in self.manifest
+
+    @property
+    def runtime(self) -> str:
+        """What its gates were passed in, and what runs it unless another is asked for."""
+        return str(self.manifest.get("runtime", "onnx"))
+
+    def precision_in(self, runtime: str | None = None) -> str:
+        """Return what a runtime computes in; None = the bundle's own.
+
+        bf16 on a CPU is how OpenVINO runs the fp32 graph, which is fp32 for every other.
+        """
+        precision = str(self.manifest["precision"])
+        as_run = precision == "bf16" and self.runtime == "openvino"
+        return "fp32" if as_run and runtime not in (None, "openvino") else precision
 
     def read(self, path: Path) -> bytes:
         """Return the bytes of a file of the bundle; `UserError` unless they are what was loaded."""
@@ -129,7 +144,7 @@ class Bundle:
         device: str = "cpu",
         threads: int | None = None,
         *,
-        runtime: str = "onnx",
+        runtime: str | None = None,
         entries: Mapping[str, str] | None = None,
         graph: str = MODEL,
     ) -> Runtime:
@@ -139,27 +154,32 @@ class Bundle:
             device: "cpu" or "cuda".
             threads: Threads inside one operator on the CPU; default: the CPU quota.
             entries: Further configuration entries of an ONNX Runtime session.
-            runtime: "onnx", or "trt" for the bundle's TensorRT engine, which needs "cuda".
+            runtime: "onnx"; "openvino", which needs "cpu"; "trt" for the bundle's TensorRT engine,
+                which needs "cuda"; None = the one that the bundle was proved in.
             graph: Its name; an engine is of the graph `model`.
 
         Raises:
             UserError: If the device, the runtime, the graph or an engine for this machine is
-                missing, or ONNX Runtime cannot compute in the graph's precision there.
+                missing, or the runtime does not compute in the graph's precision there.
             WorkFailed: If the model does not run on the device that was asked for.
         """
+        runtime = runtime or self.runtime
         if runtime not in RUNTIMES:
             raise unknown("--runtime", runtime, RUNTIMES)
         entry = self.graph(graph)
+        file = self.path / entry["file"]
+        precision = entry.get("precision") or self.precision_in(runtime)
+        if runtime != "trt" and precision == "bf16" and self.runtime == "onnx" and device == "cpu":
+            raise UserError(
+                f"bundle {self.path} is bf16, made for TensorRT, and ONNX Runtime has no "
+                "bfloat16 kernels on the CPU: build its engine on a GPU, or use an fp32 or "
+                "int8-cpu bundle."
+            )
         if runtime == "onnx":
-            precision = entry.get("precision") or self.manifest["precision"]
-            if precision == "bf16" and device == "cpu":
-                raise UserError(
-                    f"bundle {self.path} is bf16, made for TensorRT, and ONNX Runtime has no "
-                    "bfloat16 kernels on the CPU: build its engine on a GPU, or use an fp32 or "
-                    "int8-cpu bundle."
-                )
-            file = self.path / entry["file"]
             return OnnxRunner(file, device=device, threads=threads, entries=entries, read=self.read)
+        if runtime == "openvino":
+            refuse_device(device)
+            return OpenVinoRunner(file, threads=threads, precision=precision, read=self.read)
         if graph != MODEL:
             raise UserError(f"--runtime trt: an engine is of the graph {MODEL!r}, not {graph!r}.")
         if device != "cuda":

@@ -134,6 +134,7 @@ class Manifest(BaseModel):
     graphs: Annotated[list[GraphEntry], FailFast()] = Field(min_length=1)
     pipeline: Literal["single"]
     precision: str
+    runtime: Literal["onnx", "openvino"] = "onnx"  # the one that its gates were passed in
     engine: Engine
     verification: dict[str, Any]
     source: dict[str, Any]

@@ -23,7 +23,6 @@ from mdpd_deploy.errors import UserError, VerificationError
 from mdpd_deploy.files import read_json
 from mdpd_deploy.runtimes.base import Forward, Runtime, run_cut
 from mdpd_deploy.runtimes.mixed import TaskRunner
-from mdpd_deploy.runtimes.onnx import PROVIDERS
 
 
 class Recorded(NamedTuple):
@@ -91,7 +90,7 @@ def replay_golden(bundle: Bundle, runner: Runtime) -> None:
         UserError: If the bundle holds no golden vectors.
         VerificationError: If the replay does not give what the bundle says.
     """
-    on_cpu, cut = runner.provider == PROVIDERS["cpu"], partial(run_cut, runner)
+    on_cpu, cut = runner.device == "cpu", partial(run_cut, runner)
     for task in bundle.tasks:
         run = TaskRunner(cut, task) if bundle.mixed else cut
         _, found, allowed = _again(bundle, task, run, on_cpu=on_cpu)

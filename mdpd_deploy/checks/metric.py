@@ -92,6 +92,11 @@ def prove_converted(
     )
     details = {
         "examples": len(labels),
+        "examples_sha256": split_sha256(measured.split),
+        "allowed": {  # another runtime or processor may give FP32's value instead
+            name: allowed_drop(name, labels) + abs((by_onnx[name] or 0) - (by_torch[name] or 0))
+            for name in names
+        },
         "onnx": by_onnx,
         "torch": by_torch,
         "reported": measured.reported,

@@ -57,6 +57,7 @@ POLICIES: dict[str, Policy] = {
     "bf16": _HALF,
     "int8-cpu": _INT8,
     "int8-trt": _INT8,
+    "int8-openvino": _INT8,
 }
 
 

@@ -80,6 +80,7 @@ class Subject:
     Attributes:
         bundle: As `load_bundle` gave it, so its files and schema are sound.
         device: "cpu" or "cuda".
+        runtime: As in `Bundle.runner`.
         validation: The examples that the export measured, if they are at hand.
         signer: The public key that the signature was checked with, if it was.
         failed: Names of the checks that failed so far.
@@ -89,6 +90,7 @@ class Subject:
 
     bundle: Bundle
     device: str = "cpu"
+    runtime: str | None = None
     validation: Split | None = None
     signer: str | None = None
     failed: set[str] = field(default_factory=set)
@@ -115,7 +117,7 @@ class Subject:
     @property
     def precision(self) -> str:
         """What the graph's weights were converted to."""
-        return str(self.bundle.manifest["precision"])
+        return self.bundle.precision_in("onnx")
 
     @property
     def task(self) -> BundleTask:
@@ -124,7 +126,7 @@ class Subject:
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether ONNX Runtime has no kernels for this precision on the device."""
+        """Whether no runtime has kernels for this precision on the device."""
         return self.precision == "bf16" and self.device == "cpu"
 
     @property
@@ -169,7 +171,7 @@ class Subject:
     def runner(self) -> Runtime:
         """The graph on the device."""
         if self.device not in self.opened:
-            self.opened[self.device] = self.bundle.runner(self.device)
+            self.opened[self.device] = self.bundle.runner(self.device, runtime=self.runtime)
         return self.opened[self.device]
 
     @property

@@ -50,8 +50,8 @@ def bench_latency(
     runtime: Annotated[
         Sequence[str] | None,
         typer.Option(
-            help="onnx, torch, and trt for a bundle with an engine, whose rivals are built alike. "
-            "Default: onnx,torch; for a bundle without its run onnx."
+            help="onnx, openvino, torch, and trt for a bundle with an engine, whose rivals are built "
+            "alike. Default: onnx,torch; for a bundle without its run the one it was proved in."
         ),
     ] = None,
     batch: Annotated[Sequence[int], typer.Option(help="Batch sizes.")] = (
@@ -194,7 +194,10 @@ def _grid(
     from mdpd_deploy.serve.latency.benchmark import Grid
     from mdpd_deploy.serve.latency.runtimes import DEFAULT_RUNTIMES, RUNTIMES, choose_device
 
-    default = DEFAULT_RUNTIMES if subject.run is not None else ("onnx",)
+    bundle = subject.bundle
+    default: tuple[str, ...] = DEFAULT_RUNTIMES
+    if bundle is not None and (subject.run is None or bundle.runtime != "onnx"):
+        default = (bundle.runtime,)
     runtimes = default if runtime is None else tuple(dict.fromkeys(runtime))
     if not runtimes:
         raise UserError(f"--runtime: name at least one of {', '.join(RUNTIMES)}.")
@@ -216,9 +219,10 @@ def _grid(
     if seed < 0:
         raise UserError(f"--seed {seed}: give 0 or a positive whole number.")
     chosen = choose_device(device, runtimes)
-    precision = "fp32" if subject.bundle is None else subject.bundle.manifest["precision"]
-    if subject.bundle is not None and precision == "bf16" and chosen == "cpu":
-        subject.bundle.runner(chosen)  # raises, with the mend
+    precision = {} if bundle is None else {name: bundle.precision_in(name) for name in runtimes}
+    if bundle is not None and "bf16" in precision.values() and chosen == "cpu":
+        for name in {"onnx", "openvino"} & set(runtimes):
+            bundle.runner(chosen, runtime=name)  # raises where it cannot, with the mend
     return Grid(runtimes, batches, chosen, threads or cpu_count(), plan, seed, precision)
 
 

@@ -24,6 +24,7 @@ MARKS = {"ok": "OK", "absent": "-", "problem": "PROBLEM"}
 PURPOSES = {
     "onnx": "run exported models on the CPU",
     "onnx-gpu": "run exported models on an NVIDIA GPU, instead of onnx",
+    "openvino": "run exported models with OpenVINO, in bf16 where the processor has it",
     "trt": "build TensorRT engines",
     "serve": "serve bundles over HTTP",
     "sign": "sign bundles and check signatures",

@@ -1,4 +1,4 @@
-"""`mdpd eval`: the task metrics of a run (PyTorch) or of a bundle (ONNX Runtime, no torch)."""
+"""`mdpd eval`: the task metrics of a run (PyTorch) or of a bundle (no torch)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdpd_deploy.commands.options import CpuRuntimeWord
 from mdpd_deploy.commands.torch_defaults import torch_defaults
 from mdpd_deploy.commands.verb import Json, print_json
 from mdpd_deploy.errors import UserError
@@ -37,8 +38,8 @@ class Evaluation:
     Attributes:
         source: The run or bundle.
         task: Its task.
-        runtime: `onnx` or `torch`.
-        provider: The execution provider of ONNX Runtime, or torch's device.
+        runtime: `onnx`, `openvino` or `torch`.
+        provider: The execution provider of ONNX Runtime, OpenVINO, or torch's device.
         examples: Examples by split.
         metrics: Split → model (`deployed`, and `side` for an MDPD run) → metric → value.
     """
@@ -66,13 +67,18 @@ def command(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    runtime: CpuRuntimeWord = None,
     json: Json = False,
 ) -> None:
     """Measure a run or a bundle on data."""
     from mdpd_deploy.artifacts.bundle import is_bundle
 
     if run_or_bundle is not None and is_bundle(run_or_bundle):
-        found = evaluate_bundle(run_or_bundle, data, task=task, batch=batch, device=device)
+        found = evaluate_bundle(
+            run_or_bundle, data, task=task, batch=batch, device=device, runtime=runtime
+        )
+    elif runtime is not None:
+        raise UserError("--runtime is of a bundle, and PyTorch measures a run: leave it out.")
     elif task is not None:
         raise UserError("--task names a task of a bundle, and a run has one: leave it out.")
     else:
@@ -84,9 +90,15 @@ def command(
 
 
 def evaluate_bundle(
-    path: Path, data: str | None, *, task: str | None = None, batch: int, device: str
+    path: Path,
+    data: str | None,
+    *,
+    task: str | None = None,
+    batch: int,
+    device: str,
+    runtime: str | None = None,
 ) -> Evaluation:
-    """Measure a bundle with ONNX Runtime.
+    """Measure a bundle with ONNX Runtime or OpenVINO.
 
     Without data it works where the data needs no path (`digits`, `hub:NAME`).
 
@@ -98,11 +110,12 @@ def evaluate_bundle(
     bundle = load_bundle(path)
     asked = bundle.task(task)
     splits = bundle_splits(bundle, asked, data)
-    runner = bundle.runner(device)
+    runner = bundle.runner(device, runtime=runtime)
     models: dict[str, Forward] = {"deployed": bundle.runner_of(asked, runner)}
     metrics = _measure(models, asked.preprocess, splits, asked.facts["metrics"], batch)
+    used = runtime or bundle.runtime
     return Evaluation(
-        str(path), asked.facts["task"], "onnx", runner.provider, _sizes(splits), metrics
+        str(path), asked.facts["task"], used, runner.provider, _sizes(splits), metrics
     )
 
 

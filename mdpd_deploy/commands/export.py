@@ -43,8 +43,8 @@ AutocastPython = Annotated[
 PrecisionWord = Annotated[
     str,
     typer.Option(
-        help="fp32; fp16 (on a CPU for size only), bf16 (trt), int8-cpu, int8-trt; or auto: the "
-        "fastest that passes its gates."
+        help="fp32; fp16 (on a CPU for size only), bf16 (trt, or OpenVINO on a CPU), int8-cpu, "
+        "int8-openvino, int8-trt; or auto: the fastest that passes its gates."
     ),
 ]
 

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 import typer
 
 from mdpd_deploy.commands.names import METHODS, SIDES
+
+RuntimeWord = Annotated[
+    str | None,
+    typer.Option(
+        help="onnx, openvino, or trt: the bundle's TensorRT engine. Default: what it was proved in."
+    ),
+]
+
+
+CpuRuntime = Literal["onnx", "openvino"]
+CpuRuntimeWord = Annotated[
+    CpuRuntime | None,
+    typer.Option(help="onnx or openvino. Default: what it was proved in."),
+]
 
 
 class SharedWords(TypedDict, total=False):

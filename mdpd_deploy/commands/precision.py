@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mdpd_deploy.errors import UserError
@@ -13,9 +13,11 @@ from mdpd_deploy.errors import UserError
 if TYPE_CHECKING:
     from mdpd_deploy.artifacts.run import Run
     from mdpd_deploy.export.options import ExportOptions
+    from mdpd_deploy.export.precision.convert import Candidate
     from mdpd_deploy.export.precision.forms import Form
     from mdpd_deploy.export.precision.trials import Race
     from mdpd_deploy.report.terminal import Console
+    from mdpd_deploy.serve.latency.runtimes import Session
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ def checked_form(
     """Return what to make, None for auto; refuse what cannot be made or measured."""
     from mdpd_deploy.export.precision.forms import AUTO, form_of
     from mdpd_deploy.export.tensorrt.install import unavailable_reason
+    from mdpd_deploy.runtimes.openvino import import_openvino
 
     if precision == AUTO:
         unavailable = unavailable_reason() if target == "gpu" else None
@@ -45,6 +48,8 @@ def checked_form(
         raise UserError(
             f"--converted belongs to fp16 and bf16 with --fmt trt: given with {precision}."
         )
+    if form.runtime == "openvino":
+        import_openvino()
     if seconds is not None:
         raise UserError("--seconds belongs to --precision auto: add that, or leave it out.")
     return form
@@ -52,22 +57,30 @@ def checked_form(
 
 def timer_of(
     run: Run, options: ExportOptions, seconds: float | None
-) -> Callable[[Mapping[str, Path]], Race]:
+) -> Callable[[Mapping[str, Candidate]], Race]:
     """Return what times graphs or engines against fp32: batch 1 if it can, validation examples."""
     from mdpd_deploy.commands.subject import input_source
     from mdpd_deploy.export.precision.trials import Race
+    from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
     from mdpd_deploy.serve.latency.cells import Plan
     from mdpd_deploy.serve.latency.graph_race import race_graphs
+    from mdpd_deploy.serve.latency.runtimes import TrtSession, open_on_cpu
 
-    def time_graphs(graphs: Mapping[str, Path]) -> Race:
-        log.info("timing %s in turn", ", ".join(graphs))
+    def opener_of(made: Candidate) -> Callable[[], Session]:
+        if (engine := made.engine) is not None:
+            host_code = options.engine.version_compatible
+            return lambda: TrtSession(TrtRunner(engine, host_code=host_code))
+        form = made.form
+        return partial(open_on_cpu, made.graph, form.runtime, precision=form.precision)
+
+    def time_graphs(candidates: Mapping[str, Candidate]) -> Race:
+        log.info("timing %s in turn", ", ".join(candidates))
         found = race_graphs(
-            graphs,
+            {name: opener_of(made) for name, made in candidates.items()},
             input_source(run),
             batch=options.engine.static_batch or 1,
             plan=Plan(seconds=seconds),
-            engines=options.target == "gpu",
-            host_code=options.engine.version_compatible,
+            device="cuda" if options.target == "gpu" else "cpu",
         )
         return Race(found.timings, found.settings)
 
@@ -89,7 +102,7 @@ def print_precision(console: Console, manifest: dict[str, Any]) -> None:
     if "precision_trials" in manifest:
         tried = manifest["precision_trials"]
         headings = ("precision", "gates", "MB", "time / fp32 [95 %]", "p50 ms", "metric drop")
-        rows = [(row["precision"], *_cells(row)) for row in tried["trials"]]
+        rows = [(row["name"], *_cells(row)) for row in tried["trials"]]
         print_table("precisions, timed in turn against fp32", headings, rows)
         console.print(tried["recommendation"])
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mdpd_deploy.commands.options import RuntimeWord
 from mdpd_deploy.commands.verb import Json, print_json
 from mdpd_deploy.errors import UserError
 
@@ -35,9 +36,7 @@ def command(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda. Default: cpu, with trt cuda.")
     ] = None,
-    runtime: Annotated[
-        str, typer.Option(help="onnx; or trt: the bundle's TensorRT engine.")
-    ] = "onnx",
+    runtime: RuntimeWord = None,
     json: Json = False,
 ) -> None:
     """Predict: a label with its probability, or a score."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack
 
 import typer
 
+from mdpd_deploy.commands.options import RuntimeWord
 from mdpd_deploy.commands.verb import REPEATED, takes
 from mdpd_deploy.errors import UserError, unknown
 
@@ -59,9 +60,7 @@ def serve(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda. Default: cpu; cuda with --runtime trt.")
     ] = None,
-    runtime: Annotated[
-        str, typer.Option(help="onnx; or trt: the bundle's TensorRT engine.")
-    ] = "onnx",
+    runtime: RuntimeWord = None,
     max_pixels: Annotated[
         int | None,
         typer.Option(min=1, max=40_000_000, help="Largest picture; default 25 million pixels."),
@@ -91,7 +90,8 @@ def serve(
         raise UserError("--replicas belongs to --engine ray: add that, or leave it out.")
     if "threads" in words and runtime == "trt" and engine == "local":
         raise UserError(
-            "--threads belongs to --runtime onnx: an engine runs on the GPU; leave it out."
+            "--threads belongs to --runtime onnx and openvino: an engine runs on the GPU; leave it "
+            "out."
         )
     from mdpd_deploy.serve.core.options import CoreOptions, Limits, usual_device
     from mdpd_deploy.serve.web.run import serve_bundles

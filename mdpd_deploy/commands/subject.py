@@ -47,7 +47,7 @@ def open_subject(path: Path | None) -> Subject:
             f"bundle {path} answers several tasks, and rivals belong to one: name a run, or a "
             "bundle of one task."
         )
-    precision = bundle.manifest["precision"]
+    precision = bundle.precision_in("onnx")
     if precision != "fp32":
         log.info("%s bundle: timed alone, since its run's rivals exist in fp32 only", precision)
         return Subject(path, None, bundle)

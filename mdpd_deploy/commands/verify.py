@@ -1,4 +1,4 @@
-"""`mdpd verify`: is this bundle what its export proved it to be? (ONNX Runtime, no torch)"""
+"""`mdpd verify`: is this bundle what its export proved it to be? (no torch)"""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mdpd_deploy.commands.verb import Json, print_json, takes
+from mdpd_deploy.commands.options import CpuRuntime, CpuRuntimeWord
+from mdpd_deploy.commands.verb import Json, check_word, print_json, takes
 from mdpd_deploy.errors import UserError, VerificationError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def verify_bundle(
         typer.Option(metavar="NAME[@VERSION]", help="What it must have been signed as."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda, to run the graph on.")] = "cpu",
+    runtime: CpuRuntimeWord = None,
 ) -> Report:
     """Check a bundle again from what it holds: exit code 0 only when every check passes.
 
@@ -83,9 +85,8 @@ def verify_bundle(
     from mdpd_deploy.artifacts.signing import load_signed
     from mdpd_deploy.checks.verification import Subject, verify
     from mdpd_deploy.commands.evaluate import SELF_CONTAINED, bundle_splits
-    from mdpd_deploy.runtimes.onnx import provider_of
 
-    provider_of(device)
+    check_word("--runtime", runtime, CpuRuntime)
     if signature is not None and key is None:
         raise UserError("--signature is checked with a key: add --key with the public key.")
     if expect is not None and key is None:
@@ -93,6 +94,7 @@ def verify_bundle(
     place = None if signature is None else Path(signature)
     public = None if key is None else Path(key)
     opened, signed = load_signed(Path(bundle), public, place, expect=expect)
+    _require(runtime or opened.runtime, device)
     validation = None
     if opened.mixed and eval_data is not None:
         raise UserError(
@@ -102,8 +104,20 @@ def verify_bundle(
     if eval_data is not None or opened.manifest["task"] in SELF_CONTAINED:
         validation = bundle_splits(opened, opened.task(None), eval_data)["validation"]
     signer = None if signed is None else f"{key}" + (f" as {signed.name}" if signed.name else "")
-    checks = verify(Subject(opened, device, validation, signer))
+    checks = verify(Subject(opened, device, runtime, validation, signer))
     return Report(str(bundle), device, tuple(checks))
+
+
+def _require(runtime: str, device: str) -> None:
+    """Raise `UserError` where the runtime or its device is not there, before any check is done."""
+    from mdpd_deploy.runtimes.onnx import provider_of
+    from mdpd_deploy.runtimes.openvino import import_openvino, refuse_device
+
+    if runtime == "onnx":
+        provider_of(device)
+    else:
+        refuse_device(device)
+        import_openvino()
 
 
 @takes(verify_bundle)

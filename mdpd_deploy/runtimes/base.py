@@ -1,5 +1,6 @@
 """What every runtime is: arrays by name in, arrays by name out. No torch here."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ Arrays = dict[str, NDArray[Any]]
 Outputs = dict[str, NDArray[np.float32]]
 
 TASK_ID = "task_id"  # input int64 [B] of a graph that answers many tasks: which one each row asks
+TASKS_NOTE = "mdpd.tasks"  # note of such a graph: its tasks in the order of `task_id`
 
 
 class Forward(Protocol):
@@ -72,6 +74,11 @@ def only(outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
     if len(outputs) != 1:
         raise UserError(f"one output is asked for, and the graph has {', '.join(outputs)}.")
     return next(iter(outputs.values()))
+
+
+def task_names(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a graph's tasks by `task_id`, from its notes; empty for a graph of one."""
+    return tuple(str(task["name"]) for task in json.loads(metadata.get(TASKS_NOTE, "[]")))
 
 
 def check_task_ids(arrays: Mapping[str, NDArray[Any]], names: Sequence[str]) -> None:

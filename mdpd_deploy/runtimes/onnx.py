@@ -1,7 +1,6 @@
 """Runs an exported graph with ONNX Runtime on the device that was asked for. No torch."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,9 +13,7 @@ from mdpd_deploy.artifacts.manifest import EXTERNAL_FILE
 from mdpd_deploy.errors import UserError, WorkFailed, missing_extra
 from mdpd_deploy.files import Read
 from mdpd_deploy.machine import cpu_count
-from mdpd_deploy.runtimes.base import TASK_ID, Outputs, check_task_ids
-
-TASKS_NOTE = "mdpd.tasks"  # note of such a graph: its tasks in the order of `task_id`
+from mdpd_deploy.runtimes.base import TASK_ID, Outputs, check_task_ids, task_names
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -72,8 +69,7 @@ class OnnxRunner:
         self.input_names = tuple(item.name for item in self._session.get_inputs())
         self.output_names = tuple(item.name for item in self._session.get_outputs())
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-        tasks = json.loads(self.metadata.get(TASKS_NOTE, "[]"))
-        self.task_names = tuple(str(task["name"]) for task in tasks)
+        self.task_names = task_names(self.metadata)
         self.replaceable: dict[str, tuple[int, ...]] = {
             item.name: tuple(item.shape) for item in self._session.get_overridable_initializers()
         }

@@ -16,6 +16,7 @@ from mdpd_deploy.data.examples import Raw
 from mdpd_deploy.data.preprocess import TextPreprocess
 from mdpd_deploy.errors import UserError, WorkFailed
 from mdpd_deploy.runtimes.base import TASK_ID, Runtime, only
+from mdpd_deploy.runtimes.openvino import PROVIDER
 from mdpd_deploy.serve.core.json_body import texts_limit
 from mdpd_deploy.serve.core.options import CoreOptions
 from mdpd_deploy.serve.core.refusal import (
@@ -80,6 +81,7 @@ class ServedModel:
         self.bundle, _ = load_signed(path, options.key)
         graph = self.bundle.graph()
         self.runner = make_runner(self.bundle, options)
+        self._runtime = options.runtime
         self.tasks: dict[str, BundleTask] = {task.name: task for task in self.bundle.tasks}
         ranges = read_value_ranges(path / MODEL_FILE, self.bundle.read) | {
             TASK_ID: (0, len(self.tasks) - 1)
@@ -93,8 +95,15 @@ class ServedModel:
         replay_golden(self.bundle, self.runner)
 
     @property
+    def precision(self) -> str:
+        """What the model is computed in here."""
+        return self.bundle.precision_in(self._runtime)
+
+    @property
     def platform(self) -> str:
         """The protocol's word for what runs the model."""
+        if self.runner.provider == PROVIDER:
+            return "openvino"
         on_onnx = self.runner.provider.endswith("ExecutionProvider")
         return "onnxruntime_onnx" if on_onnx else "tensorrt_plan"
 

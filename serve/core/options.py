@@ -37,7 +37,7 @@ class Limits:
     pixels: int = 25_000_000
 
 
-def usual_device(runtime: str) -> str:
+def usual_device(runtime: str | None) -> str:
     """Return the device that a runtime is opened on where none is named."""
     return "cuda" if runtime == "trt" else "cpu"
 
@@ -61,7 +61,8 @@ class CoreOptions:
         UserError: If a number is none or out of its range, or a host is no name.
 
     Attributes:
-        runtime: "onnx" (ONNX Runtime), or "trt": the bundle's TensorRT engine, with device "cuda".
+        runtime: "onnx" (ONNX Runtime), "openvino", or "trt": the bundle's TensorRT engine, with
+            device "cuda"; None = what each bundle was proved in.
         device: "cpu" or "cuda".
         threads: Threads inside one operator; None = the CPU quota.
         max_batch: Most rows in one run of a graph; None = the bundle's own maximum.
@@ -76,7 +77,7 @@ class CoreOptions:
         limits: See `Limits`.
     """
 
-    runtime: str = "onnx"
+    runtime: str | None = None
     device: str = "cpu"
     threads: int | None = None
     max_batch: int | None = None

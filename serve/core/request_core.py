@@ -250,7 +250,7 @@ class RequestCore:
         return {
             "name": model.name,
             "modality": "image" if model.takes_pictures else "text",
-            "precision": manifest["precision"],
+            "precision": model.precision,
             "method": manifest["method"],
             "faded": manifest["faded"],
             "provider": model.runner.provider.removesuffix("ExecutionProvider"),

@@ -6,7 +6,7 @@ one round, inside one opening of one cell.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ from mdpd_deploy.serve.latency.report import (
 )
 from mdpd_deploy.serve.latency.runtimes import (
     OnnxSession,
+    OpenVinoSession,
     Session,
     TorchSession,
     TrtSession,
@@ -72,7 +73,7 @@ class Grid:
         threads: Threads inside one operator, for both runtimes.
         plan: Warm-up and length of a cell.
         seed: Of inputs, order and bootstrap.
-        precision: Of every variant.
+        precision: Of every variant, by runtime; fp32 where none is named.
     """
 
     runtimes: tuple[str, ...]
@@ -81,7 +82,11 @@ class Grid:
     threads: int
     plan: Plan
     seed: int
-    precision: str = "fp32"
+    precision: Mapping[str, str] = field(default_factory=dict)
+
+    def precision_in(self, runtime: str) -> str:
+        """Return what every variant is computed in."""
+        return self.precision.get(runtime, "fp32")
 
 
 @dataclass
@@ -147,6 +152,7 @@ def _settings(grid: Grid, inputs: InputSource) -> dict[str, Any]:
         "inputs": inputs.what,
         "clock": "time.perf_counter_ns, around the whole call",
         "torch": "eager mode, SDPA attention, inference_mode",
+        "openvino": "OpenVINO, one stream, latency hint",
         "onnx": "ONNX Runtime, default graph optimisation, session.force_spinning_stop=1",
         "trt": "TensorRT engines, all built with the options of the bundle's own",
         "cuda": "the device is idle before and after every timed call; copies are timed apart",
@@ -190,7 +196,7 @@ class _Benchmark:
         log.info("preparing %s", variant.name)
         result = _Built()
         for_identity = variant.name in (DEPLOYED, BARE)
-        graph_wanted = for_identity or {"onnx", "trt"} & set(self.grid.runtimes)
+        graph_wanted = for_identity or {"onnx", "openvino", "trt"} & set(self.grid.runtimes)
         if variant.graph is not None and graph_wanted:
             result.graph = variant.graph(self.folder)
         if variant.load is not None:
@@ -202,7 +208,7 @@ class _Benchmark:
             if result.graph is None and graph_wanted:
                 result.graph = export_onnx(model, self.folder / f"{variant.name}.onnx").path
         if result.graph is not None:
-            result.nodes["onnx"] = count_nodes(result.graph)
+            result.nodes["onnx"] = result.nodes["openvino"] = count_nodes(result.graph)
         return result
 
     def identity(self) -> Identity | None:
@@ -235,6 +241,9 @@ class _Benchmark:
         assert graph is not None
         if runtime == "onnx":
             return OnnxSession(graph, device=self.grid.device, threads=self.grid.threads)
+        if runtime == "openvino":
+            precision = self.grid.precision_in(runtime)
+            return OpenVinoSession(graph, threads=self.grid.threads, precision=precision)
         assert self.engine_of is not None
         runner = self.engine_of(name, graph)
         self.built[name].nodes["trt"] = runner.engine.num_layers
@@ -295,7 +304,7 @@ class _Benchmark:
         grid = self.grid
         return {
             "runtime": runtime,
-            "precision": grid.precision,
+            "precision": grid.precision_in(runtime),
             "device": grid.device,
             "batch": batch,
         }

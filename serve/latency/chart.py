@@ -20,7 +20,12 @@ _GREY = "#8a8a8a"  # the A/A control
 _INK = "#222222"
 _DPI = 200
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 9.5}
-_RUNTIMES = {"onnx": "ONNX Runtime", "torch": "PyTorch eager", "trt": "TensorRT"}
+_RUNTIMES = {
+    "onnx": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "torch": "PyTorch eager",
+    "trt": "TensorRT",
+}
 _TITLE = "Time of one call, relative to the deployed model"
 _NARROWEST = 7.4  # inches: the title has room
 _FARTHEST = 2.0  # times the largest ratio: an interval that reaches farther is cut there

@@ -1,18 +1,15 @@
-"""Several graphs of one model against each other, in ONNX Runtime on the CPU or as engines.
+"""Several graphs of one model against each other, in the runtimes of a CPU or as engines.
 
 The rounds and the estimator are the latency benchmark's; the first graph is the one that the others
 are compared with, and it runs a second time as its own A/A control.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from mdpd_deploy.machine import cpu_count, describe
 from mdpd_deploy.runtimes.tensorrt.cuda import current_gpu
-from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
 from mdpd_deploy.serve.latency.cells import Plan
 from mdpd_deploy.serve.latency.estimate import (
     MARGIN,
@@ -23,12 +20,7 @@ from mdpd_deploy.serve.latency.estimate import (
     verdict,
 )
 from mdpd_deploy.serve.latency.inputs import InputSource, size_of
-from mdpd_deploy.serve.latency.runtimes import (
-    OnnxSession,
-    Session,
-    TrtSession,
-    measure_openings,
-)
+from mdpd_deploy.serve.latency.runtimes import Session, measure_openings
 
 
 @dataclass(frozen=True)
@@ -59,46 +51,28 @@ class GraphRace:
 
 
 def race_graphs(
-    graphs: Mapping[str, Path],
+    openers: Mapping[str, Callable[[], Session]],
     inputs: InputSource,
     *,
     batch: int,
     plan: Plan,
-    threads: int | None = None,
+    device: str = "cpu",
     seed: int = 0,
-    engines: bool = False,
-    host_code: bool = False,
 ) -> GraphRace:
     """Time graphs in interleaved rounds.
 
     Args:
-        graphs: Name → `.onnx` file, or `.plan` file with `engines`; all take the same inputs.
+        openers: Name → what opens the graph or engine; all take the same inputs.
         inputs: What they are fed.
         batch: Examples per call.
         plan: Warm-up and length.
-        threads: Threads inside one operator; None = the CPU quota.
+        device: "cpu" or "cuda", where all of them run.
         seed: Of inputs, order and bootstrap.
-        engines: The files are TensorRT engines that were built here.
-        host_code: Those engines may carry code for the processor.
-
-    Raises:
-        UserError: If `engines` is asked for without TensorRT or a GPU.
     """
-    used = threads or cpu_count()
-    device = "cuda" if engines else "cpu"
-    base = next(iter(graphs))
+    base = next(iter(openers))
     control = f"{base} again"
     sets = inputs.batches(batch, seed=seed)
-
-    def opened(path: Path) -> Session:
-        if engines:
-            return TrtSession(TrtRunner(path, host_code=host_code))
-        return OnnxSession(path, device=device, threads=used)
-
-    openers = {
-        name: partial(opened, path) for name, path in {**graphs, control: graphs[base]}.items()
-    }
-    cell = measure_openings(openers, {batch: sets}, plan, seed)[batch]
+    cell = measure_openings({**openers, control: openers[base]}, {batch: sets}, plan, seed)[batch]
     ratios = {
         name: paired_ratio(times, cell.times[base], openings=cell.openings, seed=seed)
         for name, times in cell.times.items()
@@ -120,7 +94,7 @@ def race_graphs(
         "rounds": cell.rounds,
         "seconds": round(cell.elapsed, 1),
         "inputs": inputs.what,
-        **({"gpu": current_gpu().name} if engines else {"threads": used}),
+        **({"gpu": current_gpu().name} if device == "cuda" else {"threads": cpu_count()}),
         "cpu": describe()["cpu"],
         "openings": plan.openings,
         "statistic": statistic(plan.openings),

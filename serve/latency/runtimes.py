@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from mdpd_deploy.errors import UserError, unknown
+from mdpd_deploy.machine import cpu_count
 from mdpd_deploy.runtimes.onnx import open_session, provider_of
+from mdpd_deploy.runtimes.openvino import OpenVinoRunner, import_openvino, refuse_device
 from mdpd_deploy.runtimes.tensorrt.cuda import StreamTimer, current_gpu
 from mdpd_deploy.runtimes.tensorrt.library import import_trt
 from mdpd_deploy.runtimes.tensorrt.runner import TrtRunner
@@ -23,7 +25,7 @@ from mdpd_deploy.serve.latency.inputs import Arrays
 
 log = logging.getLogger(__name__)
 
-RUNTIMES = ("onnx", "torch", "trt")
+RUNTIMES = ("onnx", "openvino", "torch", "trt")
 DEFAULT_RUNTIMES = ("onnx", "torch")
 
 # Sessions of ONNX Runtime keep their threads spinning after a run and starve the next variant's:
@@ -126,6 +128,29 @@ class OnnxSession:
         return binding
 
 
+class OpenVinoSession:
+    """A graph in OpenVINO on the CPU."""
+
+    device = "cpu"
+
+    def __init__(self, path: Path, *, threads: int, precision: str) -> None:
+        self._request = OpenVinoRunner(path, threads=threads, precision=precision).request
+
+    def prepare(self, batches: Sequence[Arrays]) -> PreparedCall:
+        request = self._request
+        return PreparedCall(lambda index: request.infer(batches[index], share_inputs=True))
+
+
+def open_on_cpu(
+    path: Path, runtime: str, *, precision: str, threads: int | None = None
+) -> OnnxSession | OpenVinoSession:
+    """Open a graph in ONNX Runtime or OpenVINO; `threads` inside one operator, None = the quota."""
+    used = threads or cpu_count()
+    if runtime == "openvino":
+        return OpenVinoSession(path, threads=used, precision=precision)
+    return OnnxSession(path, device="cpu", threads=used)
+
+
 class TorchSession:
     """A module in PyTorch eager mode."""
 
@@ -218,6 +243,8 @@ def choose_device(asked: str, runtimes: Sequence[str]) -> str:
     """
     if asked not in ("auto", "cpu", "cuda"):
         raise unknown("--device", asked, ("auto", "cpu", "cuda"))
+    if "openvino" in runtimes:
+        import_openvino()
     if asked == "cpu" and "trt" in runtimes:
         raise UserError("--runtime trt: a TensorRT engine runs with --device cuda only.")
     if asked == "cpu":
@@ -235,6 +262,8 @@ def choose_device(asked: str, runtimes: Sequence[str]) -> str:
 def _require_cuda(runtime: str) -> None:
     if runtime == "onnx":
         provider_of("cuda")
+    elif runtime == "openvino":
+        refuse_device("cuda")
     elif runtime == "trt":
         import_trt("--runtime trt")
         current_gpu()

@@ -44,7 +44,7 @@ def _table(report: LatencyReport, runtime: str) -> Table:
     )
     p99 = any(row.p99_ms is not None for row in rows)
     times = ["p50 ms", "p95 ms", *(["p99 ms"] if p99 else []), "items/s", "× time (95 %)"]
-    counts = ["nodes" if runtime == "onnx" else "ops", "FLOPs"]
+    counts = ["nodes" if runtime in ("onnx", "openvino") else "ops", "FLOPs"]
     for heading in ["model", *times, *counts, "deployed"]:
         left = heading in ("model", "deployed")
         table.add_column(heading, justify="left" if left else "right", no_wrap=True)
