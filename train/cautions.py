@@ -77,7 +77,7 @@ def _worse(data: TaskData, metrics: Mapping[str, Values], majority: Values | Non
     sign = -1 if name in LOWER_IS_BETTER else 1
     if side is not None and (deployed is None or sign * side > sign * deployed):
         yield SIDE.format(**words)
-    elif side is not None and sign * side < sign * deployed:
+    elif side is not None and deployed is not None and sign * side < sign * deployed:
         yield TEACHER.format(**words)
     if floor is not None and (deployed is None or sign * deployed <= sign * floor):
         yield MAJORITY.format(**words)
