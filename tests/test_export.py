@@ -367,7 +367,7 @@ def test_synthetic_inputs_fit_every_preprocessing(image_run, pair_run):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"precision": "int8"}, "one int8 file cannot serve both"),
+        ({"precision": "int8"}, "one int8 file cannot serve all"),
         ({"fmt": "tensorflow"}, "--fmt: unknown 'tensorflow'"),
         ({"golden": "none"}, "--golden: unknown 'none'"),
         ({"require_engine": True}, "belongs to --fmt trt"),

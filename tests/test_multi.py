@@ -466,6 +466,8 @@ def test_a_delta_that_does_not_fit_is_one_clear_sentence(text_bundle, image_bund
     path.write_bytes(sound)
     change(path, **{HEAD_BIAS: np.array([np.nan, 0], dtype=np.float32)})
     refused("head.linear.bias is not finite float32")
+    change(path, **{HEAD_BIAS: np.array(0, dtype=np.float32)})
+    refused("has no head")
     path.write_bytes(sound)
     change(path, **{HEAD_WEIGHT: np.zeros((9, 32), dtype=np.float32)})
     refused("answers 9 outputs and the base graph has 3")

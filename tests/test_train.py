@@ -216,7 +216,7 @@ def test_a_path_may_hold_what_a_config_would_interpolate(
 @pytest.mark.parametrize(
     ("method", "option"),
     [
-        ("norms", "side.name=sherl"), ("probe", "train.norm_grad=full"), ("side", "loss.logits=1"),
+        ("norms", "side.name=sherl"), ("probe", "train.norm_grad=full"), ("side", "loss.logits=0.5"),
         ("side", "optim.head_lr=1e-3"), ("norms", "train.student_task_weight=0"),
         ("probe", "distill.mask_ratio=0.1"), ("mdpd", "data.max_length=64"),
         ("mdpd", "peft.rank=4"), ("prompt", "peft.rank=4"), ("ia3", "peft.targets=all"),

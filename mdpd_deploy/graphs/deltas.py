@@ -93,7 +93,8 @@ def load_delta(path: Path, base_sha256: str, read: Read = Path.read_bytes) -> De
     for name, tensor in tensors.items():
         if tensor.dtype != np.float32 or not np.isfinite(tensor).all():
             raise UserError(f"the delta {path}: {name} is not finite float32; {_MEND}.")
-    if not {HEAD_WEIGHT, HEAD_BIAS} <= set(tensors):
+    dimensions = {name: tensors[name].ndim for name in (HEAD_WEIGHT, HEAD_BIAS) if name in tensors}
+    if dimensions != {HEAD_WEIGHT: 2, HEAD_BIAS: 1}:
         raise UserError(f"the delta {path} has no head ({HEAD_WEIGHT}, {HEAD_BIAS}): {_MEND}.")
     return Delta(base_sha256, tensors)
 
