@@ -6,6 +6,7 @@ the gates hold without them.
 """
 
 import contextlib
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,6 @@ def quantise_for_openvino(source: Path, target: Path, material: Material) -> str
 def _nncf() -> Any:
     import_openvino()  # first: NNCF sends events too, and not without the package that it bars
     try:
-        import nncf
+        return importlib.import_module("nncf")
     except ImportError as err:
         raise missing_extra("nncf", "openvino", "quantising for OpenVINO") from err
-    return nncf

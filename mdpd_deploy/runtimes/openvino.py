@@ -5,6 +5,7 @@ read back from what was compiled, since a processor without the units computes i
 """
 
 import contextlib
+import importlib
 import sys
 import tempfile
 import threading
@@ -94,15 +95,14 @@ class OpenVinoRunner:
 
     def _check(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Refuse what OpenVINO would read as something else: it converts, and keeps what is not given."""
-        from openvino import PartialShape
-
+        shape_of = import_openvino().PartialShape
         for name in self._inputs.keys() | arrays.keys():
             port, array = self._inputs.get(name), arrays.get(name)
             if port is None or array is None:
                 told = "is missing" if array is None else "is none of the graph's"
             elif array.dtype != port.element_type.to_dtype():
                 told = f"is {array.dtype}, not {port.element_type.to_dtype()}"
-            elif not port.partial_shape.compatible(PartialShape(list(array.shape))):
+            elif not port.partial_shape.compatible(shape_of(list(array.shape))):
                 told = f"has the shape {list(array.shape)}, not {port.partial_shape}"
             else:
                 continue
@@ -129,10 +129,9 @@ def import_openvino() -> Any:
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # = not there
     try:
-        import openvino
+        return importlib.import_module("openvino")
     except ImportError as err:
         raise missing_extra("openvino", "openvino", "running a model with OpenVINO") from err
-    return openvino
 
 
 def _settings(precision: str, threads: int | None) -> dict[str, Any]:
