@@ -77,7 +77,7 @@ def serve_bundles(
             # httptools makes a request of each that came in one packet, ten thousand maybe.
             http=connection_class(ask_s, options.timeout_s, lambda: raw_error(_NO_HTTP, metrics)),
             h11_max_incomplete_event_size=options.limits.header_bytes,
-            loop="uvloop",  # takes less processor time processor time
+            loop="uvloop",  # takes less processor time
             ws="none",
             log_config=None,
             log_level="error",  # below it is a line for every request that is no HTTP
